@@ -1,0 +1,58 @@
+"""How were the bundled weights made? Run `python -m celo2_pretrain.weights.construct` to make them again.
+
+They are constructed, not meta-trained: a linear combination of normalised input features that the MLP passes
+through exactly. A unit pair relu(x), relu(-x) in the first layer, the identity in the second, and the
+difference of the pair at output 0 give x itself. Both use features of the first 15 only, so that they also
+serve 1-D tensors.
+"""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from celo2_pretrain.optimizer.reference import DIMS, MLP
+from celo2_pretrain.weights.files import save_weights
+from celo2_pretrain.weights.load import BUNDLED
+
+# Rows of w0, in the order of `reference.features`; of three decays, 0.9 comes first.
+G, M_FAST, M_FAST_RSQRT_V, G_RSQRT_V = 0, 3, 7, 14
+
+RECIPES = {
+    "default": ("m(0.9) + 0.2 g", {M_FAST: 1.0, G: 0.2}),
+    # Without orthogonalisation nothing else evens out the scale of the elements: use Adam's normalisation.
+    "default-base": ("m(0.9) rsqrt(v) + 0.2 g rsqrt(v)", {M_FAST_RSQRT_V: 1.0, G_RSQRT_V: 0.2}),
+}
+
+
+def construct(coefficients: dict[int, float]) -> MLP:
+    """The MLP whose output 0 is `sum_i coefficients[i] · feature_i` exactly; outputs 1 and 2 are zero."""
+    features, hidden, _, outputs = DIMS
+    w0, w2 = torch.zeros(features, hidden), torch.zeros(hidden, outputs)
+    for feature, coefficient in coefficients.items():
+        w0[feature, 0], w0[feature, 1] = coefficient, -coefficient
+    w2[0, 0], w2[1, 0] = 1.0, -1.0
+    return MLP(w0, torch.zeros(hidden), torch.eye(hidden), torch.zeros(hidden), w2, torch.zeros(outputs))
+
+
+def write(directory: Path) -> list[Path]:
+    """Write every bundled file into `directory`; the same bytes each time."""
+    paths = []
+    for name, (formula, coefficients) in RECIPES.items():
+        paths.append(directory / BUNDLED[name].name)
+        save_weights(construct(coefficients), paths[-1],
+                     {"made_by": "celo2_pretrain.weights.construct", "direction": formula, "meta_trained": False})
+    return paths
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Construct the bundled weights.")
+    parser.add_argument("--output", type=Path, default=BUNDLED["default"].parent,
+                        help="directory to write into (default: the package, replacing the bundled files)")
+    for path in write(parser.parse_args().output):
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
