@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Sets up if needed and runs the tests; arguments go to pytest, e.g. `launch/test.sh -m "not slow"`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/setup.sh
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # several ranks share the cores in many tests
+export TOKENIZERS_PARALLELISM=false
+if ! nvidia-smi >/dev/null 2>&1; then export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"; fi
+exec python -m pytest -q "$@"
