@@ -1,0 +1,101 @@
+"""What an installed package promises: every folder is importable, the weights are inside, names don't clash."""
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BUNDLED = ("celo2.safetensors", "celo2_base.safetensors", "celo2.md")
+
+
+def python(code: str, cwd: Path, *paths: Path) -> str:
+    """Run `code` in a fresh interpreter in `cwd` and return what it prints."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of the files a build reads, so that building leaves nothing in the working tree."""
+    copy = tmp_path_factory.mktemp("source")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in ("celo2_pretrain", "kernels"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        if (ROOT / file).exists():
+            shutil.copy(ROOT / file, copy / file)
+    (copy / "README.md").touch()
+    return copy
+
+
+def pip(*arguments: str) -> None:
+    result = subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments],
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(source))
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_weights_and_their_card(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for file in BUNDLED:
+        assert f"celo2_pretrain/weights/{file}" in names
+    assert (ROOT / "celo2_pretrain" / "weights" / BUNDLED[0]).read_bytes() == zipfile.ZipFile(wheel).read(
+        f"celo2_pretrain/weights/{BUNDLED[0]}")
+
+
+def test_the_wheel_holds_every_module_of_the_repo(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {f"celo2_pretrain/{path.relative_to(ROOT / 'celo2_pretrain').as_posix()}"
+               for path in (ROOT / "celo2_pretrain").rglob("*.py")}
+    modules |= {f"celo2_pretrain/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert modules - names == set()
+    assert not any(name.startswith("kernels/") for name in names), "a top-level kernels would replace Hugging Face's"
+
+
+def test_a_plain_install_imports_kernels_and_loads_the_weights(wheel, tmp_path):
+    pip("install", "-q", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
+    printed = python("import celo2_pretrain.kernels as k; from celo2_pretrain.weights import load_weights;"
+                     "print(k.__file__, sum(x.numel() for x in load_weights()))", tmp_path, tmp_path / "site")
+    assert printed == f"{tmp_path / 'site' / 'celo2_pretrain' / 'kernels' / '__init__.py'} 347"
+
+
+def test_an_editable_install_imports_kernels_and_loads_the_weights(source, tmp_path):
+    # Into a folder of its own, which `site` then reads like site-packages: the running environment stays as it is.
+    pip("install", "-q", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site"), "-e", str(source))
+    printed = python(f"import site; site.addsitedir({str(tmp_path / 'site')!r});"
+                     "import celo2_pretrain.kernels as k; from celo2_pretrain.weights import load_weights;"
+                     "print(k.__file__, sum(x.numel() for x in load_weights()))", tmp_path)
+    assert printed.endswith("kernels/__init__.py 347")
+
+
+def test_transformers_does_not_take_the_kernels_folder_for_its_own():
+    """From the root, `kernels` is found on the path; it must carry a version that transformers finds too old."""
+    printed = python("import transformers, kernels; from transformers.utils import is_kernels_available;"
+                     "import transformers.integrations; print(is_kernels_available(), kernels.__version__)", ROOT)
+    assert printed == "False 0"
+
+
+def test_the_kernels_folder_gives_way_to_the_installed_package(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("from kernels.part import name\n__version__ = '9'\n")
+    (tmp_path / "kernels" / "part.py").write_text("name = 'theirs'\n")
+    printed = python("import kernels; from kernels import name; print(name, kernels.__version__)", ROOT, tmp_path)
+    assert printed == "theirs 9"
+
+
+@pytest.mark.parametrize("script", ["launch/setup.sh", "launch/test.sh", ".ci/run"])
+def test_scripts_are_executable_and_parse(script):
+    assert os.access(ROOT / script, os.X_OK)
+    assert subprocess.run(["bash", "-n", str(ROOT / script)]).returncode == 0
