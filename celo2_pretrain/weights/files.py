@@ -61,10 +61,9 @@ def _read_flax(path: Path) -> dict[str, Tensor]:
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds a {type(tree).__name__}, expected flax's dict of MLP weights")
     flat = _leaves(tree)
-    modules = {name.rpartition("/")[0] for name in flat}
-    if len(modules) != 1:  # e.g. VeLO's or Celo's theta, which also holds an LSTM: keep the full names
-        return flat
-    return {name.rpartition("/")[2]: leaf for name, leaf in flat.items()}
+    # The MLP's module is the one with w0; leaves elsewhere (Celo's or VeLO's LSTM) keep their full names as extra keys.
+    module = next((name.rpartition("/")[0] + "/" for name in flat if name.endswith(("/w0__0", "/w0"))), "")
+    return {name.removeprefix(module): leaf for name, leaf in flat.items()}
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
