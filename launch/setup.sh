@@ -31,7 +31,8 @@ _celo2_setup() (  # a subshell: neither its options nor its variables reach a sh
         for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
             if "$candidate" -c "$recent" >/dev/null 2>&1; then python="$candidate"; break; fi
         done
-        [ -n "$python" ] || fail "need Python 3.11 or newer, found $( (${PYTHON:-python3} --version) 2>&1 | head -1);" \
+        found="$( (${PYTHON:-python3} --version) 2>&1 | head -1)" || true
+        [ -n "$python" ] || fail "need Python 3.11 or newer, found: $found;" \
             "install it (Debian, Ubuntu: apt install python3.11 python3.11-venv python3.11-dev) or set PYTHON to one"
         "$python" -c 'import venv, ensurepip' >/dev/null 2>&1 || fail "$("$python" --version) lacks venv or ensurepip;" \
             "install them (Debian, Ubuntu: apt install python3-venv) or set PYTHON to another one"
@@ -39,8 +40,8 @@ _celo2_setup() (  # a subshell: neither its options nor its variables reach a sh
         "$venv/bin/python" -c "$recent" >/dev/null 2>&1 || fail "$venv has $("$venv/bin/python" --version 2>&1)," \
             "need 3.11 or newer; remove $venv, or set VENV to another folder"
     fi
-    command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler ${CXX:-g++}, which DeepSpeed and torch.compile need;" \
-        "install it (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++)"
+    command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler ${CXX:-g++}," \
+        "which DeepSpeed and torch.compile need; install it (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++)"
 
     if [ ! -x "$venv/bin/python" ]; then
         say "making the virtual environment $venv with $("$python" --version)"
@@ -48,7 +49,8 @@ _celo2_setup() (  # a subshell: neither its options nor its variables reach a sh
     fi
     python="$venv/bin/python"
     "$python" -m pip --version >/dev/null 2>&1 || fail "$venv has no pip; remove $venv and run this again"
-    "$python" -c 'import os, sysconfig as s; raise SystemExit(not os.path.exists(s.get_paths()["include"] + "/Python.h"))' ||
+    headers="$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')"
+    [ -e "$headers/Python.h" ] ||
         say "warning: no Python.h, which building DeepSpeed's operations needs (Debian, Ubuntu: apt install python3-dev)"
 
     install_torch "$python" "$gpu"
