@@ -1,0 +1,266 @@
+"""The run's configuration: every key, its meaning and its default, read from YAML and from `key=value` arguments.
+
+Unknown keys, wrong types and impossible values raise UserError naming the key, the value and what to do.
+"""
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from celo2_pretrain.train.errors import UserError
+
+
+def key(default, doc: str, least: float | None = None, most: float | None = None):
+    """A dataclass field with a line of documentation and the range of values that make sense."""
+    metadata = {"doc": doc, "least": least, "most": most}
+    if isinstance(default, (dict, list)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class Data:
+    path: str = key("data/tokens", "folder written by `celo2-pretrain prepare`")
+
+
+@dataclass
+class Model:
+    family: Literal["gpt2", "llama"] = key("gpt2", "architecture: gpt2 (learned positions, GELU) or llama (rotary, SwiGLU)")
+    layers: int = key(12, "transformer blocks", 1)
+    width: int = key(768, "width of the residual stream; a multiple of heads", 8)
+    heads: int = key(12, "attention heads", 1)
+    kv_heads: int | None = key(None, "key/value heads (llama only); null: as many as heads", 1)
+    mlp_width: int | None = key(None, "width of the MLP's hidden layer; null: 4 × width (gpt2), 8/3 × width (llama)", 1)
+    context: int = key(1024, "tokens in a training window", 2)
+    vocab_size: int | None = key(None, "rows of the embedding, at least the data's vocabulary; null: exactly the data's", 2)
+    tied: bool = key(True, "share the embedding's weights with the output head")
+    activation_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time")
+
+
+@dataclass
+class Optimizer:
+    name: Literal["celo2", "celo2_base", "adamw"] = key("celo2", "celo2, celo2_base (no orthogonalisation) or adamw")
+    lr: float = key(1e-3, "peak learning rate of the hidden matrices (a Celo2 step has RMS 1)", 0)
+    adamw_lr_multiplier: float = key(20.0, "embeddings, head and 1-D tensors get AdamW at this many times lr", 0)
+    weight_decay: float = key(0.0, "decoupled weight decay of the hidden matrices", 0)
+    weights: str = key("default", "weights of the learned rule: default, a path, or a hub repository")
+
+
+@dataclass
+class Schedule:
+    warmup: float = key(0.05, "fraction of the steps with linear warm-up", 0, 1)
+    final: float = key(0.0, "learning rate at the end of the cosine, as a fraction of the peak", 0, 1)
+    steps: int | None = key(None, "length of warm-up and cosine in steps; null: train.max_steps", 1)
+
+
+@dataclass
+class Train:
+    max_steps: int = key(1000, "optimizer steps in all (resumed ones included)", 1)
+    micro_batch_size: int = key(8, "windows per rank in one forward pass", 1)
+    global_batch_size: int = key(32, "windows per optimizer step over all ranks; a multiple of micro_batch_size × ranks", 1)
+    grad_clip: float = key(1.0, "largest norm of the gradient; 0 turns clipping off", 0)
+    seed: int = key(0, "seed of the initial weights and of the data order", 0)
+    precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "arithmetic of the model; master weights are fp32 in each")
+    zero_stage: Literal[0, 1, 2, 3] = key(2, "what DeepSpeed shards: 1 optimizer state, 2 also gradients, 3 also parameters")
+    log_every: int = key(10, "steps between lines of metrics.jsonl", 1)
+
+
+@dataclass
+class Eval:
+    every: int = key(100, "steps between validations; there is always one at the end", 1)
+    sequences: int = key(256, "validation windows, the same ones each time", 1)
+    prompt: str = key("", "text that the sample at the end continues; empty: no sample")
+    sample_tokens: int = key(100, "tokens to generate for the sample", 1)
+
+
+@dataclass
+class Checkpoint:
+    every: int = key(500, "steps between checkpoints; there is always one at the end", 1)
+    keep: int = key(2, "newest checkpoints to keep", 1)
+
+
+@dataclass
+class Config:
+    run_dir: str = key("runs/default", "folder for checkpoints, metrics.jsonl, loss.png and the resolved config.yaml")
+    data: Data = dataclasses.field(default_factory=Data)
+    model: Model = dataclasses.field(default_factory=Model)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    train: Train = dataclasses.field(default_factory=Train)
+    eval: Eval = dataclasses.field(default_factory=Eval)
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    deepspeed: dict = key({}, "raw DeepSpeed configuration, merged over the one made from the other keys")
+
+
+def keys(cls=Config, prefix: str = "") -> dict[str, tuple[type, dataclasses.Field]]:
+    """All keys by dotted name, with their type and field."""
+    hints, out = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            out |= keys(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            out[prefix + field.name] = hints[field.name], field
+    return out
+
+
+KEYS = keys()
+SECTIONS = {name.split(".")[0] for name in KEYS if "." in name}
+
+
+def describe_type(kind) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is types.UnionType:
+        return " or ".join("null" if k is type(None) else describe_type(k) for k in typing.get_args(kind))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}[kind]
+
+
+def convert(name: str, value, kind, field: dataclasses.Field):
+    """`value` as `kind`, or UserError. YAML reads 2e-3 as text, so numbers may come as text."""
+    wrong = UserError(f"{name}={value!r}: must be {describe_type(kind)} ({field.metadata['doc']})")
+    options = [kind]
+    if typing.get_origin(kind) is types.UnionType:
+        if value is None:
+            return None
+        options = [k for k in typing.get_args(kind) if k is not type(None)]
+    kind = options[0]
+    if typing.get_origin(kind) is Literal:
+        if isinstance(value, bool) or value not in typing.get_args(kind):
+            near = difflib.get_close_matches(str(value), list(map(str, typing.get_args(kind))), 1)
+            raise UserError(f"{wrong}{f'; did you mean {near[0]}?' if near else ''}")
+        return value
+    try:
+        if kind is float and not isinstance(value, bool):
+            value = float(value)
+        elif kind is int and isinstance(value, (str, float)) and float(value) == int(float(value)):
+            value = int(float(value))
+        elif kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = str(value)
+    except (TypeError, ValueError, OverflowError):
+        raise wrong from None
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise wrong
+    least, most = field.metadata["least"], field.metadata["most"]
+    if (least is not None and not value >= least) or (most is not None and not value <= most) or value == float("inf"):
+        bounds = f"at least {least:g}" if most is None else f"between {least:g} and {most:g}"
+        raise UserError(f"{name}={value}: must be {bounds} ({field.metadata['doc']})")
+    return value
+
+
+def flatten(tree: dict, where: str, prefix: str = "") -> dict:
+    """Dotted keys of nested sections, each a known one."""
+    out = {}
+    for name, value in tree.items():
+        full = f"{prefix}{name}"
+        if full in SECTIONS and isinstance(value, dict):
+            out |= flatten(value, where, f"{full}.")
+        elif full in SECTIONS:
+            inside = ", ".join(k for k in KEYS if k.startswith(f"{full}."))
+            raise UserError(f"{where}: {full} is a section, not a value (got {value!r}); its keys are {inside}")
+        elif full not in KEYS:
+            near = difflib.get_close_matches(full, KEYS, 1, 0.5)
+            # A key given without its section, or in another one, is found by its last part.
+            near = [k for k in KEYS if k.split(".")[-1] == str(name).split(".")[-1]] or near
+            hint = f"did you mean {near[0]!r}?" if near else "`celo2-pretrain train --list-keys` lists them"
+            raise UserError(f"{where}: unknown key {full!r}; {hint}")
+        else:
+            out[full] = value
+    return out
+
+
+def parse_overrides(arguments: list[str]) -> dict:
+    """`key=value` arguments as a flat dictionary; values are read as YAML. `deepspeed.a.b=1` sets one raw entry."""
+    out = {}
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if not equals:
+            raise UserError(f"argument {argument!r} is not of the form key=value, for example optimizer.lr=2e-3")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        if name.startswith("deepspeed."):
+            raw = out.setdefault("deepspeed", {})
+            *parents, last = name.split(".")[1:]
+            for parent in parents:
+                raw = raw.setdefault(parent, {})
+            raw[last] = float(value) if isinstance(value, str) and value.replace("e-", "").replace(".", "").isdigit() else value
+        else:
+            out |= flatten({name: value}, "command line")
+    return out
+
+
+def merge(base: dict, over: dict) -> dict:
+    """`base` with the entries of `over` put over it, mappings merged entry by entry."""
+    out = dict(base)
+    for name, value in over.items():
+        out[name] = merge(out[name], value) if isinstance(out.get(name), dict) and isinstance(value, dict) else value
+    return out
+
+
+def read_yaml(path: str) -> dict:
+    if not Path(path).is_file():
+        raise UserError(f"config {path!r} does not exist: the configs that come with the project are in configs/")
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is not None and not isinstance(tree, dict):
+        raise UserError(f"config {path} must be a mapping of sections, not {type(tree).__name__}")
+    return flatten(tree or {}, path)
+
+
+def load_config(path: str | None, overrides: list[str] = ()) -> Config:
+    """The configuration of YAML file `path` (None: the defaults) with `key=value` overrides. Raises UserError."""
+    flat = merge(read_yaml(path) if path else {}, parse_overrides(list(overrides)))
+    config = Config()
+    for name, value in flat.items():
+        kind, field = KEYS[name]
+        section, _, last = name.rpartition(".")
+        setattr(getattr(config, section) if section else config, last, convert(name, value, kind, field))
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """What no single key can tell."""
+    model, optimizer = config.model, config.optimizer
+    if model.width % model.heads:
+        raise UserError(f"model.width={model.width} is not a multiple of model.heads={model.heads}: change one of them")
+    if model.kv_heads and (model.family != "llama" or model.heads % model.kv_heads):
+        raise UserError(f"model.kv_heads={model.kv_heads}: for llama only, and must divide model.heads={model.heads}")
+    if model.family == "llama" and (model.width // model.heads) % 2:
+        raise UserError(f"model.width / model.heads = {model.width // model.heads}: llama's rotary embedding needs an even number")
+    if optimizer.lr == 0:
+        raise UserError("optimizer.lr=0: nothing would be learned; give a rate such as 1e-3")
+    if config.train.global_batch_size % config.train.micro_batch_size:
+        raise UserError(
+            f"train.global_batch_size={config.train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size={config.train.micro_batch_size}: change one of them"
+        )
+
+
+def accumulation_steps(config: Config, world_size: int) -> int:
+    """Micro-batches per rank and step. Raises UserError when the global batch doesn't divide."""
+    micro, total = config.train.micro_batch_size, config.train.global_batch_size
+    if total % (micro * world_size):
+        raise UserError(
+            f"train.global_batch_size={total} is not a multiple of train.micro_batch_size={micro} × {world_size} ranks: "
+            f"try train.global_batch_size={micro * world_size * max(1, round(total / (micro * world_size)))}"
+        )
+    return total // (micro * world_size)
+
+
+def dump_config(config: Config) -> str:
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def list_keys() -> str:
+    """One line a key: name, default, meaning."""
+    default = {name: value for name, value in flatten(dataclasses.asdict(Config()), "defaults").items()}
+    return "\n".join(f"  {name:<32} {str(default[name]):<14} {field.metadata['doc']}" for name, (_, field) in KEYS.items())
