@@ -9,6 +9,7 @@
 
 _celo2_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 _celo2_venv="${VENV:-$_celo2_root/.venv}"
+case "$_celo2_venv" in /*) ;; *) _celo2_venv="$PWD/$_celo2_venv" ;; esac
 
 _celo2_setup() (  # a subshell: neither its options nor its variables reach a shell that sources this file
     set -euo pipefail
@@ -31,17 +32,18 @@ _celo2_setup() (  # a subshell: neither its options nor its variables reach a sh
         for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
             if "$candidate" -c "$recent" >/dev/null 2>&1; then python="$candidate"; break; fi
         done
-        found="$( (${PYTHON:-python3} --version) 2>&1 | head -1)" || true
-        [ -n "$python" ] || fail "need Python 3.11 or newer, found: $found;" \
+        found="$("${PYTHON:-python3}" --version 2>/dev/null)" || found="no ${PYTHON:-python3}"
+        [ -n "$python" ] || fail "need Python 3.11 or newer, found $found;" \
             "install it (Debian, Ubuntu: apt install python3.11 python3.11-venv python3.11-dev) or set PYTHON to one"
-        "$python" -c 'import venv, ensurepip' >/dev/null 2>&1 || fail "$("$python" --version) lacks venv or ensurepip;" \
-            "install them (Debian, Ubuntu: apt install python3-venv) or set PYTHON to another one"
+        "$python" -c 'import venv, ensurepip' >/dev/null 2>&1 || fail "$("$python" --version) lacks" \
+            "venv or ensurepip; install them (Debian, Ubuntu: apt install python3-venv) or set PYTHON to another one"
     else
         "$venv/bin/python" -c "$recent" >/dev/null 2>&1 || fail "$venv has $("$venv/bin/python" --version 2>&1)," \
             "need 3.11 or newer; remove $venv, or set VENV to another folder"
     fi
     command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler ${CXX:-g++}," \
-        "which DeepSpeed and torch.compile need; install it (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++)"
+        "which DeepSpeed and torch.compile need; install it" \
+        "(Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++)"
 
     if [ ! -x "$venv/bin/python" ]; then
         say "making the virtual environment $venv with $("$python" --version)"
@@ -51,7 +53,7 @@ _celo2_setup() (  # a subshell: neither its options nor its variables reach a sh
     "$python" -m pip --version >/dev/null 2>&1 || fail "$venv has no pip; remove $venv and run this again"
     headers="$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')"
     [ -e "$headers/Python.h" ] ||
-        say "warning: no Python.h, which building DeepSpeed's operations needs (Debian, Ubuntu: apt install python3-dev)"
+        say "warning: no Python.h, which DeepSpeed's operations need (Debian, Ubuntu: apt install python3-dev)"
 
     install_torch "$python" "$gpu"
     # Hold torch where it is: another version could bring CUDA to a machine without a GPU.
@@ -66,7 +68,7 @@ _celo2_setup() (  # a subshell: neither its options nor its variables reach a sh
 )
 
 install_torch() {  # python, gpu=yes|no
-    if "$1" -c 'import torch; v = torch.__version__.split(".")[:2]; raise SystemExit((int(v[0]), int(v[1])) < (2, 13))' \
+    if "$1" -c 'import torch; raise SystemExit([int(x) for x in torch.__version__.split(".")[:2]] < [2, 13])' \
         >/dev/null 2>&1; then
         say "torch is there"
     elif [ "$2" = yes ]; then
