@@ -1,0 +1,1 @@
+"""The Celo2 update: reference, sharded passes, layouts, rules."""

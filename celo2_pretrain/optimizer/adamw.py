@@ -1,0 +1,33 @@
+"""AdamW for what the learned rule doesn't take (embeddings, heads, 1-D tensors): torch's own, on any layout.
+
+AdamW is elementwise, so a flat partition is stepped as it lies.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from .layouts import local
+
+
+def adamw_step(group: dict[str, Any], params: list[Tensor], state: dict[Tensor, dict[str, Any]]) -> None:
+    """One bias-corrected, decoupled AdamW step at `adamw_lr_multiplier` × lr, states in float32.
+
+    Parameters of lower precision are stepped as a float32 copy and rounded back.
+    """
+    whole = [local(p).detach() for p in params]
+    masters = [p if p.dtype == torch.float32 else p.float() for p in whole]
+    grads = [local(p.grad).to(torch.float32) for p in params]
+    states = [state[p] for p in params]
+    beta1, beta2 = group["adamw_betas"]
+    fused = all(p.device.type in ("cpu", "cuda") for p in masters)
+    adamw(masters, grads, [local(s["exp_avg"]) for s in states], [local(s["exp_avg_sq"]) for s in states], [],
+          [s["step"] for s in states], fused=fused, foreach=False if fused else None, amsgrad=False,
+          beta1=beta1, beta2=beta2, lr=group["lr"] * group["adamw_lr_multiplier"],
+          weight_decay=group["weight_decay"], eps=group["adamw_eps"], maximize=False)
+    for p, master in zip(whole, masters):
+        if p is not master:
+            p.copy_(master)

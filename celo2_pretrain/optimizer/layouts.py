@@ -1,0 +1,263 @@
+"""Who holds what: which contiguous part of each tensor lies in the storage that the optimizer is given.
+
+`locate` looks at a parameter group at `step()` and recognises how its tensors are held:
+
+    whole            one process, DDP, DeepSpeed without ZeRO (fp32 originals, or its fp32 copies)
+    ZeRO-1/2, BF16   one flat fp32 partition a group; the originals' `_hp_mapping` says which part is here
+    ZeRO-3           one flat fp32 slice a sub-group; every tensor sliced evenly over the ranks
+    DTensor          FSDP2 (`fully_shard`): this rank's rows of each tensor
+
+Anything else is refused by name: a wrong guess would be a silently wrong step. Whatever was recognised is
+checked once over all ranks: the slices of every tensor must cover it exactly once.
+"""
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from .views import MatrixView, whole
+
+
+class LayoutError(RuntimeError):
+    """The optimizer was handed parameters in a form that it can't place exactly."""
+
+
+@dataclass
+class Original:
+    """A parameter as the user gave it: what the optimizer remembers for when a wrapper replaces it."""
+
+    param: Tensor
+    name: str
+    view: MatrixView
+    shape: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # ZeRO-3 parameters are empty between uses; ds_shape is what they stand for.
+        self.shape = whole(tuple(getattr(self.param, "ds_shape", self.param.shape)))
+
+    @property
+    def trainable(self) -> bool:
+        return self.param.requires_grad and prod(self.shape) > 0
+
+
+@dataclass
+class Slice:
+    """The flat elements [start, stop) of one tensor, lying at `offset` of `storage` (a parameter of the group)."""
+
+    original: Original
+    start: int
+    stop: int
+    offset: int
+    storage: Tensor
+
+    @property
+    def name(self) -> str:
+        return self.original.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.original.shape
+
+    def of(self, flat: Tensor) -> Tensor:
+        """This slice of a flat tensor that lies like the storage."""
+        return flat[self.offset:self.offset + self.stop - self.start]
+
+
+@dataclass
+class Layout:
+    """What this rank holds of a list of tensors, and the ranks that hold the rest (None: everything is here)."""
+
+    kind: str
+    slices: list[Slice]
+    process_group: Any = None
+    ranges: Tensor | None = None  # (ranks, tensors, 2) int64: start and stop of everyone's slices
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.process_group) if self.process_group is not None else 0
+
+    @property
+    def world(self) -> int:
+        return dist.get_world_size(self.process_group) if self.process_group is not None else 1
+
+
+def local(x: Tensor) -> Tensor:
+    """The part of a tensor that lies on this rank."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def locate(originals: Sequence[Original], params: Sequence[Tensor]) -> list[Layout]:
+    """Recognise how `params` (what a group holds now) store `originals` (what the user gave for that group).
+
+    Returns one layout for each set of ranks involved. Raises LayoutError for a form it doesn't know.
+    """
+    given = {id(original.param) for original in originals}
+    if all(id(param) in given for param in params):
+        by_id = {id(original.param): original for original in originals}
+        layouts = _given([by_id[id(param)] for param in params])
+    else:
+        trainable = [original for original in originals if original.trainable]
+        layouts = [_replaced(trainable, params)]
+    for layout in layouts:
+        _check_cover(layout)
+    return layouts
+
+
+def _given(originals: list[Original]) -> list[Layout]:
+    """The user's own parameters: whole tensors, or DTensors."""
+    plain, sharded = [], {}
+    for original in originals:
+        param = original.param
+        _refuse_unknown(original)
+        if isinstance(param, DTensor):
+            group, start, stop = _dtensor_rows(original)
+            if group is not None:
+                sharded.setdefault(group, []).append(Slice(original, start, stop, 0, param))
+                continue
+        plain.append(Slice(original, 0, prod(original.shape), 0, param))
+    layouts = [Layout("whole", plain)] if plain else []
+    return layouts + [Layout("DTensor", slices, group) for group, slices in sharded.items()]
+
+
+def _refuse_unknown(original: Original) -> None:
+    param = original.param
+    if hasattr(param, "ds_id"):
+        raise LayoutError(f"{original.name!r} is a ZeRO-3 parameter, but DeepSpeed's ZeRO-3 optimizer does not drive "
+                          "this step; pass the optimizer to deepspeed.initialize and call engine.step()")
+    if type(param).__name__ == "FlatParameter" or getattr(param, "_is_flat_param", False):
+        raise LayoutError(f"{original.name!r} is a flat parameter of FSDP1, which hides the tensors' shapes; "
+                          "use FSDP2 (torch.distributed.fsdp.fully_shard) instead")
+    for mark in ("tensor_model_parallel", "model_parallel", "ds_is_replaced_module"):
+        if getattr(param, mark, False):
+            raise LayoutError(f"{original.name!r} is split by tensor parallelism ({mark}); Celo2 supports data-parallel "
+                              "sharding (ZeRO 0-3, FSDP2) only")
+
+
+def _dtensor_rows(original: Original) -> tuple[Any, int, int]:
+    """(process group, start, stop) of the flat range that this rank holds; group None where it holds everything."""
+    param = original.param
+    cut = [(axis, placement) for axis, placement in enumerate(param.placements)
+           if not isinstance(placement, Replicate)]
+    if not cut:
+        return None, 0, prod(original.shape)
+    if len(cut) > 1 or type(cut[0][1]) is not Shard or cut[0][1].dim != 0:
+        raise LayoutError(f"{original.name!r} has DTensor placements {param.placements}; Celo2 supports FSDP2's "
+                          "sharding of dim 0 (Shard(0), with Replicate for hybrid sharding), not tensor parallelism")
+    axis = cut[0][0]
+    mesh = param.device_mesh
+    rows, parts, rank = original.shape[0], mesh.size(axis), mesh.get_local_rank(axis)
+    chunk = -(-rows // parts)  # as torch.chunk: every rank but the last ones has `chunk` rows
+    first, last = min(rank * chunk, rows), min((rank + 1) * chunk, rows)
+    inner = prod(original.shape[1:])
+    held = param.to_local().numel()
+    if held != (last - first) * inner:
+        raise LayoutError(f"{original.name!r}: the local shard has {held} elements where rows {first} to {last} of "
+                          f"shape {original.shape} have {(last - first) * inner}")
+    return mesh.get_group(axis), first * inner, last * inner
+
+
+def _replaced(originals: list[Original], params: Sequence[Tensor]) -> Layout:
+    """Parameters that a DeepSpeed wrapper put in the place of the user's."""
+    if not originals:
+        raise LayoutError("the group holds parameters that the optimizer was not constructed with")
+    first = originals[0].param
+    zero3 = getattr(first, "_z3_optimizer", None)
+    if zero3 is not None:
+        return _zero3(originals, params, zero3)
+    if hasattr(first, "_hp_mapping"):
+        return _zero12(originals, params)
+    if len(params) == len(originals) and all(
+            whole(tuple(param.shape)) == original.shape for param, original in zip(params, originals)):
+        return Layout("whole", [Slice(original, 0, prod(original.shape), 0, param)
+                                for original, param in zip(originals, params)])
+    raise LayoutError(f"the group holds {len(params)} tensors of shapes {[tuple(p.shape) for p in params[:4]]} instead "
+                      f"of the {len(originals)} parameters it was constructed with, put there by a wrapper that Celo2 "
+                      "doesn't know; supported: DeepSpeed ZeRO 0-3 (with or without offload), DDP, FSDP2")
+
+
+def _zero12(originals: list[Original], params: Sequence[Tensor]) -> Layout:
+    if len(params) != 1:
+        raise LayoutError(f"expected one flat partition a group from ZeRO-1/2, got {len(params)} tensors")
+    flat, slices = params[0], []
+    for original in originals:
+        mapping = original.param._hp_mapping  # None on a rank that holds nothing of it
+        if mapping is None:
+            slices.append(Slice(original, 0, 0, 0, flat))
+            continue
+        inside, partition = mapping.lp_fragment_address, mapping.hp_fragment_address
+        slices.append(Slice(original, inside.start, inside.start + inside.numel, partition.start, flat))
+    return Layout("ZeRO-1/2", slices, originals[0].param._dp_group)
+
+
+def _zero3(originals: list[Original], params: Sequence[Tensor], zero3: Any) -> Layout:
+    if len(params) != 1:
+        raise LayoutError(f"expected one flat slice a step from ZeRO-3, got {len(params)} tensors")
+    if getattr(zero3, "offload_optimizer", False) and getattr(zero3, "partial_offload", 1.0) < 1.0:
+        raise LayoutError("ZeRO-Offload++ (offload_optimizer.ratio < 1) steps a part of the parameters with AdamW behind "
+                          "the optimizer's back; set \"ratio\": 1.0")
+    flat = params[0]
+    number = next((i for i, x in enumerate(zero3.fp32_partitioned_groups_flat) if x is flat), None)
+    if number is None:
+        raise LayoutError("ZeRO-3 handed the optimizer a tensor that is none of its sub-groups")
+    by_id = {id(original.param): original for original in originals}
+    slices, offset, group = [], 0, None
+    for param in zero3.fp16_groups[number]:
+        original = by_id.get(id(param))
+        if original is None:
+            raise LayoutError(f"ZeRO-3 sub-group {number} holds a parameter of another param group")
+        group = param.ds_process_group
+        rank, size = param.ds_zero_partition_rank, param.partition_numel()
+        total = prod(original.shape)
+        start, stop = min(rank * size, total), min((rank + 1) * size, total)
+        slices.append(Slice(original, start, stop, offset, flat))
+        offset += size  # padding stands at the end of the last ranks' parts
+    return Layout("ZeRO-3", slices, group)
+
+
+def _check_cover(layout: Layout) -> None:
+    """Exchange everyone's ranges, and insist that each tensor is held exactly once."""
+    mine = torch.tensor([[s.start, s.stop] for s in layout.slices], dtype=torch.int64).view(-1, 2)
+    if layout.process_group is None or layout.world == 1:
+        layout.ranges = mine[None]
+    else:
+        device = collective_device(layout.process_group, torch.device("cpu"))
+        everyone = [torch.empty_like(mine, device=device) for _ in range(layout.world)]
+        dist.all_gather(everyone, mine.to(device), group=layout.process_group)
+        layout.ranges = torch.stack(everyone).cpu()
+    for number, held in enumerate(layout.slices):
+        spans = sorted((start, stop) for start, stop in layout.ranges[:, number].tolist() if start < stop)
+        ends = [0, *(stop for _, stop in spans)]
+        if [start for start, _ in spans] != ends[:-1] or ends[-1] != prod(held.shape):
+            raise LayoutError(f"{held.name!r} of shape {held.shape} is not held exactly once by the "
+                              f"{layout.world} ranks ({layout.kind}): they hold the flat ranges {spans}")
+
+
+def collective_device(process_group: Any, device: torch.device) -> torch.device:
+    """Where a tensor must lie for a collective of this group: offloaded tensors can't travel by NCCL."""
+    if device.type == "cpu" and dist.get_backend(process_group) in ("nccl", "rccl"):
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def called_to_initialize() -> bool:
+    """Whether DeepSpeed's 16-bit wrapper without ZeRO makes this `step` only to have the states allocated.
+
+    Its constructor steps once with gradients of zero. AdamW with fresh states survives that; a learned rule
+    would move the parameters and every accumulator.
+    """
+    frame = sys._getframe(1)
+    for _ in range(12):
+        if frame is None:
+            return False
+        if (frame.f_code.co_name == "initialize_optimizer_states"
+                and frame.f_globals.get("__name__", "").startswith("deepspeed.runtime.")):
+            return True
+        frame = frame.f_back
+    return False
