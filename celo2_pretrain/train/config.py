@@ -181,7 +181,7 @@ def parse_overrides(arguments: list[str]) -> dict:
         if not equals:
             raise UserError(f"argument {argument!r} is not of the form key=value, for example optimizer.lr=2e-3")
         try:
-            value = yaml.safe_load(text)
+            value = text if name in KEYS and KEYS[name][0] is str else yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
         if name.startswith("deepspeed."):

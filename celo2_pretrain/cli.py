@@ -1,0 +1,205 @@
+"""The command line: `celo2-pretrain prepare | train | eval | generate | plot | export`."""
+import argparse
+import os
+import sys
+
+from celo2_pretrain.train.errors import UserError
+
+INTRODUCTION = """\
+Pretrain GPT-style models with Celo2, a learned optimizer, under DeepSpeed.
+
+From nothing to a model:
+  celo2-pretrain prepare --python --out data/python          text of the installed Python, as tokens
+  celo2-pretrain train --config configs/tiny_cpu.yaml        one process; metrics, checkpoints and loss.png in run_dir
+  celo2-pretrain generate runs/tiny_cpu --prompt "def main"
+  celo2-pretrain export runs/tiny_cpu --out exported         for transformers
+
+On several GPUs (or CPU ranks) the same driver, with the same arguments as `train`:
+  deepspeed --no_local_rank launch/pretrain.py --config configs/gpt2_124m.yaml optimizer.lr=5e-4
+"""
+TRAIN = """\
+Train a model. Each key of the configuration can be given as key=value after the options, and overrides the file:
+  celo2-pretrain train --config configs/tiny_cpu.yaml optimizer.lr=2e-3 model.layers=6 run_dir=runs/deeper
+  celo2-pretrain train --resume runs/deeper train.max_steps=2000
+  celo2-pretrain train --list-keys
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser("celo2-pretrain", description=INTRODUCTION, formatter_class=raw)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    p = commands.add_parser("prepare", help="turn text into memory-mapped tokens", description=(
+        "Turn text into a folder of memory-mapped tokens, with a tokenizer trained on it or a given one."))
+    p.add_argument("paths", nargs="*", help="text or JSON Lines (.jsonl, .jsonl.gz) files, or folders of them")
+    p.add_argument("--python", action="store_true", help="the text that every machine has: the installed Python's sources")
+    p.add_argument("--dataset", metavar="NAME[:CONFIG]", help="a Hugging Face dataset, or a folder of save_to_disk")
+    p.add_argument("--dataset-split", default="train", help="its split (default: train)")
+    p.add_argument("--field", default="text", help="field of JSON Lines or dataset rows that holds the text (default: text)")
+    p.add_argument("--out", required=True, help="the folder to make")
+    p.add_argument("--tokenizer", help="a sentencepiece .model, or a transformers tokenizer's folder or hub name")
+    p.add_argument("--vocab-size", type=int, default=4096, help="pieces of the tokenizer to train (default: 4096)")
+    p.add_argument("--tokenizer-mb", type=float, default=4, help="MB of text to train the tokenizer on (default: 4)")
+    p.add_argument("--val-fraction", type=float, default=0.05, help="part of the documents kept for validation (default: 0.05)")
+    p.add_argument("--max-mb", type=float, default=20, help="with --python: MB of text to take (default: 20)")
+    p.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens in one file (default: 100 million)")
+    p.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+    p.set_defaults(run=run_prepare)
+
+    p = commands.add_parser("train", help="train or resume", description=TRAIN, formatter_class=raw)
+    p.add_argument("--config", help="YAML file (default: the resumed run's config.yaml, or the defaults)")
+    p.add_argument("--resume", nargs="?", const="", metavar="PATH", help="continue a run or checkpoint (default: run_dir's newest)")
+    p.add_argument("--overwrite", action="store_true", help="replace the run in run_dir")
+    p.add_argument("--list-keys", action="store_true", help="list all keys with their defaults and meanings")
+    p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
+    p.set_defaults(run=run_train)
+
+    p = commands.add_parser("eval", help="validation loss of a run", description="Validation loss of a run's newest (or one) checkpoint.")
+    p.add_argument("path", help="run folder, or one of its checkpoints/step_… folders")
+    p.add_argument("--sequences", type=int, help="validation windows (default: all)")
+    p.set_defaults(run=run_eval)
+
+    p = commands.add_parser("generate", help="continue a text", description="Continue a text with a run's model.")
+    p.add_argument("path", help="run folder, or one of its checkpoints/step_… folders")
+    p.add_argument("--prompt", default="", help="text to continue (default: begin a document)")
+    p.add_argument("--tokens", type=int, default=200, help="tokens to generate (default: 200)")
+    p.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time (default: 0.8)")
+    p.add_argument("--top-k", type=int, default=50, help="sample among the k likeliest tokens (default: 50)")
+    p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(run=run_generate)
+
+    p = commands.add_parser("plot", help="loss curves of runs in one picture", description="Draw runs' loss curves in one picture.")
+    p.add_argument("runs", nargs="+", help="run folders")
+    p.add_argument("--out", default="loss.png", help=".png, .pdf or .svg (default: loss.png)")
+    p.add_argument("--title", default="")
+    p.set_defaults(run=run_plot)
+
+    p = commands.add_parser("export", help="write a Hugging Face folder", description=(
+        "Write a run's model and tokenizer as a folder that transformers' from_pretrained reads."))
+    p.add_argument("path", help="run folder, or one of its checkpoints/step_… folders")
+    p.add_argument("--out", required=True, help="the folder to make")
+    p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    p.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+    p.set_defaults(run=run_export)
+    return top
+
+
+def run_prepare(args) -> None:
+    from celo2_pretrain.data import sources
+    from celo2_pretrain.data.prepare import prepare, statistics
+
+    if bool(args.paths) + args.python + bool(args.dataset) != 1:
+        raise UserError("give one corpus: paths of text, or --python, or --dataset NAME")
+    if not 0 < args.val_fraction < 1:
+        raise UserError(f"--val-fraction {args.val_fraction}: must lie between 0 and 1")
+    for option in ("max_mb", "tokenizer_mb", "shard_tokens"):
+        if not getattr(args, option) > 0:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be above 0")
+    if args.python:
+        source = "the installed Python's sources"
+        def open_documents(): return sources.from_python(int(args.max_mb * 1e6), args.val_fraction)
+    elif args.dataset:
+        source = f"dataset {args.dataset}"
+        def open_documents(): return sources.from_dataset(args.dataset, args.val_fraction, args.field, args.dataset_split)
+    else:
+        source = ", ".join(args.paths)
+        def open_documents(): return sources.from_files(args.paths, args.val_fraction, args.field)
+    index = prepare(
+        open_documents, args.out, source=source, tokenizer=args.tokenizer, vocab_size=args.vocab_size,
+        tokenizer_bytes=int(args.tokenizer_mb * 1e6), shard_tokens=args.shard_tokens, overwrite=args.overwrite,
+    )
+    print(statistics(index, args.out))
+
+
+def run_train(args) -> None:
+    from celo2_pretrain.train.config import list_keys, load_config
+
+    if args.list_keys:
+        print(list_keys())
+        return
+    path = args.config
+    if args.resume and not path:
+        from celo2_pretrain.model.export import run_config_path
+
+        path = run_config_path(args.resume)
+    config = load_config(path, args.overrides)
+    from celo2_pretrain.train.loop import train
+
+    train(config, resume=args.resume or (config.run_dir if args.resume == "" else None), overwrite=args.overwrite)
+
+
+def run_eval(args) -> None:
+    import math
+
+    from celo2_pretrain.data.loader import ValLoader
+    from celo2_pretrain.data.shards import read_index
+    from celo2_pretrain.model.export import load_trained
+    from celo2_pretrain.train.evaluate import validation_loss
+
+    model, _, config = load_trained(args.path)
+    if args.sequences is not None and args.sequences < 1:
+        raise UserError(f"--sequences {args.sequences}: must be at least 1")
+    loader = ValLoader(config.data.path, config.model.context, config.train.micro_batch_size, args.sequences or sys.maxsize, 0, 1)
+    loss = validation_loss(model, loader, "cpu")
+    part = read_index(config.data.path)["splits"]["val"]
+    print(f"validation loss {loss:.4f} nats a token, {loss * part['tokens'] / part['bytes'] / math.log(2):.4f} bits per byte, "
+          f"perplexity {math.exp(loss):.2f}, over {loader.sequences} windows of {config.model.context} tokens")
+
+
+def run_generate(args) -> None:
+    from celo2_pretrain.model.export import load_trained
+    from celo2_pretrain.model.sample import sample
+
+    for option in ("tokens", "top_k"):
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least 1")
+    if args.temperature < 0:
+        raise UserError(f"--temperature {args.temperature}: must not be negative")
+    model, tokenizer, config = load_trained(args.path)
+    ids = tokenizer.encode([args.prompt])[0]
+    new = sample(model, ids, args.tokens, context=config.model.context, eos_id=tokenizer.eos_id,
+                 vocab_size=tokenizer.vocab_size, temperature=args.temperature, top_k=args.top_k, seed=args.seed)
+    print(tokenizer.decode(ids + new))
+
+
+def run_plot(args) -> None:
+    from celo2_pretrain.train.plot import plot_runs
+
+    plot_runs(args.runs, args.out, args.title)
+    print(f"wrote {args.out}")
+
+
+def run_export(args) -> None:
+    from celo2_pretrain.model.export import export
+
+    export(args.path, args.out, args.dtype, args.overwrite)
+    print(f"wrote {args.out}: load it with transformers.AutoModelForCausalLM.from_pretrained({args.out!r})")
+
+
+def quiet_libraries() -> None:
+    """Keep DeepSpeed's and transformers' chatter out of the output, before they are imported."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found nothing else
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns 0, or 2 after a line on standard error that says what was wrong with the input."""
+    args = parser().parse_args(argv)
+    quiet_libraries()
+    try:
+        args.run(args)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank found the same; one says it
+            print(f"celo2-pretrain: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

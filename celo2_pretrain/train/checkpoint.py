@@ -1,0 +1,108 @@
+"""Checkpoints of a run: DeepSpeed's files, one file of random states per rank, and a description to check first.
+
+    run_dir/checkpoints/step_00000500/   DeepSpeed's model and optimizer files, random_state_rank_*.pt, state.json
+    run_dir/checkpoints/latest           the name of the newest whole checkpoint, written last and by a rename
+"""
+import json
+import os
+import random
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import deepspeed.comm as dist
+import numpy as np
+import torch
+
+from celo2_pretrain.train.config import Config
+from celo2_pretrain.train.errors import UserError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def random_states() -> dict:
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def describe(config: Config, index: dict, world_size: int) -> dict:
+    """What a checkpoint and the run that resumes it must have in common, each with the key it is set by."""
+    return {
+        **{f"model.{k}": v for k, v in asdict(config.model).items() if k not in ("activation_checkpointing", "vocab_size")},
+        "model.vocab_size": config.model.vocab_size or index["vocab_size"],
+        "data.path's tokenizer": index["tokenizer"]["sha256"][:12],
+        "optimizer.name": config.optimizer.name, "optimizer.weights": config.optimizer.weights,
+        "train.seed": config.train.seed, "train.precision": config.train.precision,
+        "train.zero_stage": config.train.zero_stage, "number of ranks": world_size,
+    }
+
+
+def save(engine, config: Config, description: dict, step: int, samples: int) -> Path:
+    """Write a checkpoint on all ranks; `latest` names it only when every rank's part is on disk."""
+    folder = Path(config.run_dir, "checkpoints")
+    tag = f"step_{step:08d}"
+    state = {"step": step, "samples": samples, "description": description}
+    engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+    torch.save(random_states(), folder / tag / f"random_state_rank_{dist.get_rank()}.pt")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        write_atomically(folder / tag / "state.json", json.dumps(state, indent=1) + "\n")
+        write_atomically(folder / "latest", tag)
+        # Only whole checkpoints up to this one count; others may be a newer trajectory's that this one replaces.
+        old = sorted(p for p in folder.glob("step_*") if p.name < tag)
+        for path in old[: max(0, len(old) - config.checkpoint.keep + 1)]:
+            shutil.rmtree(path)
+    dist.barrier()
+    return folder / tag
+
+
+def find(path: str) -> Path:
+    """The checkpoint folder that `path` (a run, its checkpoints folder, or one checkpoint) stands for."""
+    given = Path(path)
+    if not given.exists():
+        raise UserError(f"no run or checkpoint at {path!r}: give a run folder, or one of its checkpoints/step_… folders")
+    if (given / "state.json").is_file():
+        return given
+    folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
+    if not (folder / "latest").is_file():
+        raise UserError(f"{path!r} has no whole checkpoint: start the run without --resume")
+    found = folder / (folder / "latest").read_text().strip()
+    if not (found / "state.json").is_file():
+        raise UserError(f"{folder / 'latest'} names {found.name}, which is missing or incomplete: choose a checkpoint by name")
+    return found
+
+
+def read_state(checkpoint: Path, description: dict) -> dict:
+    """The checkpoint's state.json. Raises UserError when it is of another model or set-up than this run's."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    for name, ours in description.items():
+        theirs = state["description"].get(name)
+        if theirs != ours:
+            raise UserError(
+                f"cannot resume from {checkpoint}: it was written with {name} = {theirs}, this run has {ours}; "
+                f"resume with the same, or start another run_dir"
+            )
+    return state
+
+
+def load(engine, checkpoint: Path) -> None:
+    """Load model, optimizer and this rank's random state, on all ranks."""
+    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
+    if path is None:
+        raise UserError(f"DeepSpeed found no checkpoint in {checkpoint}: files are missing")
+    # Written by this program: Python's and numpy's states are not plain tensors.
+    set_random_states(torch.load(checkpoint / f"random_state_rank_{dist.get_rank()}.pt", weights_only=False))

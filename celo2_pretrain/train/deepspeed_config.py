@@ -1,0 +1,31 @@
+"""The DeepSpeed configuration that a run's config stands for."""
+from celo2_pretrain.train.config import Config, accumulation_steps, merge
+from celo2_pretrain.train.errors import UserError
+
+# What the loop and the checkpoints rely on; change them by the keys named here.
+OURS = {
+    "train_batch_size": "train.global_batch_size", "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size", "gradient_clipping": "train.grad_clip",
+    "optimizer": "optimizer.*", "scheduler": "schedule.*",
+}
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict:
+    """DeepSpeed's configuration as a dictionary. Raises UserError where the raw `deepspeed` section would contradict
+    the other keys."""
+    for name, instead in OURS.items():
+        if name in config.deepspeed:
+            raise UserError(f"deepspeed.{name} is set from {instead}: change that and remove deepspeed.{name}")
+    made = {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(config, world_size),
+        "gradient_clipping": config.train.grad_clip,
+        "zero_optimization": {"stage": config.train.zero_stage},
+        "zero_allow_untested_optimizer": True,  # DeepSpeed lists the optimizers that it knows to be elementwise
+        "zero_force_ds_cpu_optimizer": False,  # or CPU offload would demand DeepSpeed's own Adam
+        "bf16": {"enabled": config.train.precision == "bf16"},
+        "fp16": {"enabled": config.train.precision == "fp16"},
+        "steps_per_print": 2**31 - 1,  # the loop prints
+    }
+    return merge(made, config.deepspeed)

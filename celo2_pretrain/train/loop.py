@@ -1,0 +1,211 @@
+"""The training run, from a config to a trained model: the loop itself is `run_steps`."""
+import json
+import logging
+import math
+import os
+import random
+import shlex
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+
+import deepspeed
+import deepspeed.comm as dist
+import numpy as np
+import torch
+
+from celo2_pretrain.data.loader import TrainLoader, ValLoader
+from celo2_pretrain.data.shards import read_index
+from celo2_pretrain.data.tokenizer import load_tokenizer
+from celo2_pretrain.model.build import build_model, vocab_rows
+from celo2_pretrain.model.sample import sample
+from celo2_pretrain.train import checkpoint
+from celo2_pretrain.train.config import Config, dump_config
+from celo2_pretrain.train.deepspeed_config import deepspeed_config
+from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.evaluate import sequence_losses, validation_loss
+from celo2_pretrain.train.metrics import Metrics, origin
+from celo2_pretrain.train.optim import Rates, build_optimizer, lr_factor
+from celo2_pretrain.train.plot import plot_runs
+
+
+def world_from_environment() -> tuple[int, int]:
+    """(rank, number of ranks) as the launcher set them; (0, 1) without one."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def train(config: Config, resume: str | None = None, overwrite: bool = False) -> None:
+    """Train as `config` says; every rank of the launched world calls it.
+
+    Args:
+        resume: a run folder or checkpoint to continue from.
+        overwrite: replace a run that is already in config.run_dir.
+
+    Raises UserError, alike on every rank and before any process waits for another, when the data, the checkpoint or the
+    number of ranks don't fit the config.
+    """
+    # Everything that can be refused is refused here, before the ranks meet.
+    rank, world_size = world_from_environment()
+    ds_config = deepspeed_config(config, world_size)
+    index = read_index(config.data.path)
+    vocab_rows(config.model, index["vocab_size"])
+    size, context = config.train, config.model.context
+    loader = TrainLoader(config.data.path, context, size.micro_batch_size, size.global_batch_size, size.seed, rank, world_size)
+    val_loader = ValLoader(config.data.path, context, size.micro_batch_size, config.eval.sequences, rank, world_size)
+    description = checkpoint.describe(config, index, world_size)
+    start = {"step": 0, "samples": 0}
+    if resume:
+        resume_from = checkpoint.find(resume)
+        start = checkpoint.read_state(resume_from, description)
+        if start["step"] >= size.max_steps:
+            raise UserError(
+                f"{resume_from} is already at step {start['step']}, train.max_steps is {size.max_steps}: to train on, "
+                f"give a larger one, for example train.max_steps={2 * start['step']}"
+            )
+    elif Path(config.run_dir, "checkpoints").exists() and not overwrite:
+        raise UserError(f"run_dir {config.run_dir!r} already holds a run: pass --resume to continue it, --overwrite to "
+                        f"replace it, or choose another run_dir=…")
+    model = build_seeded(config, index)
+    optimizer = build_optimizer(model, config.optimizer)  # reads the weights file, so it may refuse too
+
+    join_ranks()
+    if rank == 0:
+        start_run_dir(config, ds_config, world_size, new=not resume)
+    dist.barrier()
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    rates = Rates(engine.optimizer)
+    set_seeds(size.seed, rank)
+    if resume:
+        checkpoint.load(engine, resume_from)
+
+    metrics = Metrics(config.run_dir, start["step"], size.max_steps, active=rank == 0)
+    metrics.say(
+        f"{'resuming at step ' + str(start['step']) if resume else 'training'}: {config.model.family} with "
+        f"{sum(getattr(p, 'ds_numel', p.numel()) for p in model.parameters()) / 1e6:.1f} M parameters, {config.optimizer.name}, "
+        f"ZeRO-{size.zero_stage}, {size.precision}, {world_size} rank(s), "
+        f"{size.global_batch_size * context:,} tokens a step, {loader.windows.count * context:,} training tokens"
+    )
+    try:
+        run_steps(engine, rates, config, loader, val_loader, metrics, description, start, index)
+    finally:
+        metrics.close()
+    finish(engine, config, index, metrics)
+    dist.destroy_process_group()
+
+
+def run_steps(engine, rates, config, loader, val_loader, metrics, description, start, index) -> None:
+    """The loop: warm-up and cosine, gradient accumulation, clipping (inside DeepSpeed), metrics, validation, checkpoints."""
+    size, accumulation = config.train, engine.gradient_accumulation_steps()
+    validation = index["splits"]["val"]
+    bits_per_byte = validation["tokens"] / validation["bytes"] / math.log(2)
+
+    def validate(step: int) -> None:
+        loss = validation_loss(engine, val_loader, engine.device)
+        metrics.log({"step": step, "val_loss": loss, "val_bits_per_byte": loss * bits_per_byte})
+
+    step, samples = start["step"], start["samples"]
+    if step == 0:
+        validate(0)
+    recent, since, steps_since = torch.zeros((), device=engine.device), time.time(), 0
+    while step < size.max_steps:
+        rates.set(lr_factor(step, config.schedule, size.max_steps))
+        for micro in range(accumulation):
+            windows = loader.batch(samples, micro).to(engine.device)
+            loss = sequence_losses(engine, windows).mean()
+            engine.backward(loss)
+            engine.step()
+            recent += loss.detach() / accumulation
+        step, samples, steps_since = step + 1, samples + size.global_batch_size, steps_since + 1
+        metrics.step(step)
+
+        last = step == size.max_steps
+        if step % size.log_every == 0 or last:
+            mean = recent / steps_since
+            dist.all_reduce(mean)
+            mean = float(mean) / loader.world_size
+            if not math.isfinite(mean):
+                raise UserError(f"the loss is {mean} at step {step}: training diverged; lower optimizer.lr={config.optimizer.lr:g}")
+            seconds, norm = time.time() - since, engine.get_global_grad_norm()
+            tokens = steps_since * size.global_batch_size * config.model.context
+            metrics.log({
+                "step": step, "loss": mean, "lr": rates.optimizer.param_groups[0]["lr"],
+                "grad_norm": None if norm is None else float(norm), "samples": samples,
+                "tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 3),
+            })
+            recent, since, steps_since = torch.zeros((), device=engine.device), time.time(), 0
+        paused = time.time()
+        if step % config.eval.every == 0 or last:
+            validate(step)
+        if step % config.checkpoint.every == 0 or last:
+            checkpoint.save(engine, config, description, step, samples)
+        since += time.time() - paused  # tokens/s counts training only
+
+
+def build_seeded(config: Config, index: dict):
+    """The model with the initial weights that train.seed stands for, the same on every rank."""
+    set_seeds(config.train.seed, 0)
+    return build_model(config.model, index["vocab_size"], index["eos_id"])
+
+
+def set_seeds(seed: int, rank: int) -> None:
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+
+
+def join_ranks() -> None:
+    """Start torch.distributed through DeepSpeed, also for a single process without a launcher."""
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    alone = "RANK" not in os.environ
+    if alone:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    on_cpu = deepspeed.accelerator.get_accelerator().device_name() == "cpu"
+    built = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions"))
+    if on_cpu and os.environ["RANK"] == "0" and not any(built.glob("**/deepspeed_shm_comm*.so")):
+        print("first run on this machine: DeepSpeed compiles its communication (about a minute) …", flush=True)
+    deepspeed.init_distributed()
+
+
+def start_run_dir(config: Config, ds_config: dict, world_size: int, new: bool) -> None:
+    """Record what is about to run. The old run goes only now, when the new one is known to be able to start."""
+    folder = Path(config.run_dir)
+    if new and (folder / "checkpoints").exists():
+        shutil.rmtree(folder / "checkpoints")
+    if new:
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        (folder / "origin.jsonl").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_atomically(folder / "config.yaml", dump_config(config))
+    checkpoint.write_atomically(folder / "deepspeed.json", json.dumps(ds_config, indent=1) + "\n")
+    with open(folder / "origin.jsonl", "a") as file:  # one line for the start and for each resume
+        file.write(json.dumps(origin(world_size)) + "\n")
+
+
+def finish(engine, config: Config, index: dict, metrics: Metrics) -> None:
+    """A sample, the picture of the losses, and how to go on."""
+    if config.eval.prompt:
+        tokenizer = load_tokenizer(config.data.path)
+        ids = tokenizer.encode([config.eval.prompt])[0]
+        new = sample(engine.module, ids, config.eval.sample_tokens, context=config.model.context,
+                     eos_id=index["eos_id"], vocab_size=index["vocab_size"], seed=config.train.seed)
+        text = tokenizer.decode(ids + new)
+        metrics.say("a sample of the model's text:\n" + "\n".join(f"    | {line}" for line in text.splitlines()))
+    if metrics.active:
+        picture = Path(config.run_dir, "loss.png")
+        plot_runs([config.run_dir], str(picture))
+        metrics.say(f"loss curve: {picture}\nto train further: {resume_command(config)}")
+
+
+def resume_command(config: Config) -> str:
+    rank, world_size = world_from_environment()
+    arguments = f"--resume {shlex.quote(config.run_dir)} train.max_steps={2 * config.train.max_steps}"
+    if world_size == 1:
+        return f"celo2-pretrain train {arguments}"
+    return f"deepspeed --no_local_rank --quiet --num_gpus {world_size} {shlex.quote(sys.argv[0])} {arguments}"

@@ -1,0 +1,60 @@
+"""The optimizer of a run, and its learning rate at each step."""
+import math
+
+import torch
+
+from celo2_pretrain import Celo2, param_groups
+from celo2_pretrain.train.config import Optimizer, Schedule
+from celo2_pretrain.train.errors import UserError
+
+
+def build_optimizer(model: torch.nn.Module, config: Optimizer) -> torch.optim.Optimizer:
+    """Celo2, Celo2-base or AdamW(0.9, 0.95), to be wrapped by DeepSpeed.
+
+    Each sorts the tensors alike: hidden matrices at `lr`; embeddings, head and 1-D tensors under AdamW at
+    `adamw_lr_multiplier` × lr and without weight decay. Celo2-base applies its rule to every tensor.
+    """
+    if config.name == "adamw":
+        groups = []
+        for group in param_groups(model, weight_decay=config.weight_decay):
+            hidden = group["rule"] == "celo2"
+            groups.append({
+                "params": group["params"],
+                "lr": config.lr * (1.0 if hidden else config.adamw_lr_multiplier),
+                "weight_decay": config.weight_decay if hidden else 0.0,
+            })
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    options = dict(
+        lr=config.lr, weight_decay=config.weight_decay, adamw_lr_multiplier=config.adamw_lr_multiplier,
+        orthogonalize=config.name == "celo2",
+    )
+    try:
+        return Celo2(param_groups(model, **options), weights=config.weights, **options)
+    except (ValueError, OSError) as error:  # the weights: a path or repository that isn't there, or holds other arrays
+        raise UserError(f"optimizer.weights={config.weights!r}: {error}") from None
+
+
+def lr_factor(step: int, schedule: Schedule, max_steps: int) -> float:
+    """What the peak rates are multiplied by in step `step` (from 0): linear warm-up, then a cosine to `final`.
+
+    Without schedule.steps the cosine ends at max_steps, so a resumed run with more steps gets a longer cosine.
+    """
+    total = schedule.steps or max_steps
+    warmup = round(schedule.warmup * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return schedule.final + (1 - schedule.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Rates:
+    """Sets the learning rates of DeepSpeed's optimizer. The peaks are those at construction: a checkpoint that is
+    loaded afterwards brings its own lr and weight_decay, and `set` puts this run's back."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.peaks = [{"lr": group["lr"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups]
+
+    def set(self, factor: float) -> None:
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"], group["weight_decay"] = peak["lr"] * factor, peak["weight_decay"]
