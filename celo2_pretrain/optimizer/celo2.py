@@ -96,9 +96,16 @@ class Celo2(torch.optim.Optimizer):
         self._plans: dict[tuple, tuple[list[Tensor], list[Plan]]] = {}
         self._mlps: dict[torch.device, MLP] = {}
         self._stepped = False
+        if isinstance(params, (set, frozenset)):
+            raise TypeError("parameters need an order that is the same in every run: pass a list, not a set")
         super().__init__(params, dict(
             lr=lr, weight_decay=weight_decay, orthogonalize=orthogonalize, adamw_lr_multiplier=adamw_lr_multiplier,
             adamw_betas=tuple(adamw_betas), adamw_eps=adamw_eps))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle; torch's own keeps nothing but groups and states."""
+        kept = ("mlp", "nonfinite", "bucket_size", "skipped_steps", "_originals", "_stepped")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in kept}, "_plans": {}, "_mlps": {}}
 
     # ---- parameter groups -------------------------------------------------------------------------------------
 
@@ -396,8 +403,6 @@ def _named(params: Any, offset: int) -> list[tuple[str, Tensor]]:
     """(name, tensor) of whatever form `params` has."""
     if isinstance(params, Tensor):
         params = [params]
-    if isinstance(params, (set, frozenset)):
-        raise TypeError("parameters need an order that is the same in every run: pass a list, not a set")
     named = []
     for number, item in enumerate(params):
         name, param = item if isinstance(item, tuple) else (f"param {offset + number}", item)
@@ -454,6 +459,7 @@ def _zeros_like(param: Tensor) -> Tensor:
 
 
 def _moved(value: Any, param: Tensor) -> Any:
-    if isinstance(value, DTensor) or not isinstance(value, Tensor):
-        return value
-    return value.to(local(param).device)
+    """A state's own copy (the optimizer that it was taken from may go on) where the parameter is."""
+    if isinstance(value, DTensor):
+        return value.clone()
+    return value.to(local(param).device, copy=True) if isinstance(value, Tensor) else value

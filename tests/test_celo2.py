@@ -1,0 +1,251 @@
+"""`Celo2` keeps the promises of a torch optimizer."""
+import copy
+import io
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from celo2_pretrain import Celo2
+
+
+def model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 11), nn.Tanh(), nn.LayerNorm(11), nn.Linear(11, 3)).to(dtype)
+
+
+def backward(net: nn.Module, seed: int) -> torch.Tensor:
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed)).to(next(net.parameters()).dtype)
+    loss = net(x).square().mean()
+    loss.backward()
+    return loss
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for k in steps:
+        optimizer.zero_grad()
+        backward(net, k)
+        optimizer.step()
+
+
+def weights(net: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("orthogonalize", [True, False])
+def test_it_trains(orthogonalize):
+    net = model()
+    optimizer = Celo2(net.parameters(), lr=1e-3, adamw_lr_multiplier=5.0, orthogonalize=orthogonalize)
+    before = backward(net, 0).item()
+    train(net, optimizer, range(60))
+    assert backward(net, 0).item() < 0.3 * before
+
+
+def test_default_rules_by_dimension():
+    net = model()
+    assert [(g["rule"], len(g["params"])) for g in Celo2(net.parameters()).param_groups] == [("celo2", 2), ("adamw", 4)]
+    base = Celo2(net.named_parameters(), orthogonalize=False)
+    assert [(g["rule"], len(g["params"])) for g in base.param_groups] == [("celo2", 2), ("celo2", 4)]
+    explicit = Celo2([{"params": net.parameters(), "rule": "adamw", "lr": 0.5}])
+    assert [(g["rule"], len(g["params"]), g["lr"]) for g in explicit.param_groups] == [("adamw", 6, 0.5)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_adamw_rule_is_torch_adamw(dtype):
+    ours, theirs = model(dtype=dtype), model()
+    theirs.load_state_dict({k: v.float() for k, v in ours.state_dict().items()})
+    a = Celo2([{"params": ours.parameters(), "rule": "adamw"}], lr=1e-3, weight_decay=0.1, adamw_lr_multiplier=4.0)
+    b = torch.optim.AdamW(theirs.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    for k in range(5):
+        backward(ours, k)
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            q.grad = p.grad.float()
+            q.data.copy_(p.data.float())
+        a.step(), b.step()
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            torch.testing.assert_close(p.detach(), q.detach().to(dtype), rtol=1e-6 if dtype == torch.float32 else 1e-2,
+                                       atol=1e-7)
+        a.zero_grad()
+
+
+def test_bf16_parameters_have_float32_states_that_survive_saving():
+    net = model(dtype=torch.bfloat16)
+    optimizer = Celo2(net.parameters(), lr=1e-2)
+    train(net, optimizer, range(3))
+    assert all(x.dtype == torch.float32 for s in optimizer.state.values() for x in s.values())
+    other = copy.deepcopy(net)
+    restored = Celo2(other.parameters(), lr=1.0)
+    restored.load_state_dict(optimizer.state_dict())
+    train(net, optimizer, range(3, 6))
+    train(other, restored, range(3, 6))
+    assert same(weights(net), weights(other))
+
+
+@pytest.mark.parametrize("orthogonalize", [True, False])
+def test_a_saved_state_goes_on_bit_for_bit(orthogonalize):
+    net = model()
+    optimizer = Celo2(net.parameters(), lr=1e-2, orthogonalize=orthogonalize, weight_decay=0.1)
+    train(net, optimizer, range(4))
+    file = io.BytesIO()
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = model(seed=1)
+    other.load_state_dict(saved["model"])
+    restored = Celo2(other.parameters(), lr=9.0, orthogonalize=orthogonalize)
+    restored.load_state_dict(saved["optimizer"])
+    train(net, optimizer, range(4, 8))
+    train(other, restored, range(4, 8))
+    assert same(weights(net), weights(other))
+
+
+def test_a_state_of_another_model_is_refused():
+    optimizer = Celo2(model().parameters())
+    with pytest.raises(ValueError, match="construct it as when the state was saved"):
+        Celo2(nn.Linear(3, 3).parameters()).load_state_dict(optimizer.state_dict())
+
+
+def test_a_restored_run_keeps_its_theta(caplog):
+    net = model()
+    random = {k: torch.randn_like(v) for k, v in Celo2(net.parameters()).mlp._asdict().items()}
+    saved = Celo2(net.parameters(), weights=random).state_dict()
+    restored = Celo2(net.parameters())
+    with caplog.at_level(logging.WARNING):
+        restored.load_state_dict(saved)
+    assert all(torch.equal(random[k], v) for k, v in restored.mlp._asdict().items())
+    assert "other weights (theta)" in caplog.text
+
+
+def test_schedulers_and_closures():
+    net = model()
+    optimizer = Celo2(net.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 ** k)
+
+    def closure():
+        optimizer.zero_grad()
+        return backward(net, 0)
+
+    start = weights(net)
+    assert optimizer.step(closure).requires_grad
+    first = (weights(net)[0] - start[0]).square().mean().sqrt().item()
+    scheduler.step()
+    middle = weights(net)
+    optimizer.step(closure)
+    second = (weights(net)[0] - middle[0]).square().mean().sqrt().item()
+    assert first == pytest.approx(1e-2, rel=1e-4) and second == pytest.approx(5e-3, rel=1e-4)  # a step has RMS 1
+
+
+def test_parameters_without_gradient_stay_and_do_not_disturb():
+    net, twin = model(), model()
+    optimizer, reference = Celo2(net.parameters(), lr=1e-2), Celo2([twin[0].weight], lr=1e-2)
+    for k in range(3):
+        optimizer.zero_grad(), twin.zero_grad()
+        backward(net, k)
+        twin[0].weight.grad = net[0].weight.grad.clone()
+        for p in net.parameters():
+            if p is not net[0].weight:
+                p.grad = None
+        optimizer.step(), reference.step()
+    assert torch.equal(net[0].weight, twin[0].weight)
+    assert same(weights(net)[1:], weights(model())[1:])
+
+
+def test_parameters_added_later_and_frozen_ones():
+    net = model()
+    net[0].requires_grad_(False)
+    optimizer = Celo2(net[2].parameters(), lr=1e-2)
+    train(net, optimizer, range(2))
+    optimizer.add_param_group({"params": list(net[3].named_parameters()), "lr": 1e-3})
+    before = weights(net)
+    train(net, optimizer, range(2, 4))
+    after = weights(net)
+    assert same(before[:2], after[:2]) and not any(torch.equal(a, b) for a, b in zip(before[2:], after[2:]))
+    assert [g["rule"] for g in optimizer.param_groups] == ["adamw", "celo2", "adamw"]
+
+
+def test_a_parameter_that_lies_transposed_in_memory():
+    base = torch.randn(7, 5)
+    p, q = nn.Parameter(base.clone()), nn.Parameter(base.t().contiguous().t())
+    assert not q.is_contiguous()
+    a, b = Celo2([p], lr=1e-2), Celo2([q], lr=1e-2)
+    for k in range(3):
+        p.grad = torch.randn(7, 5, generator=torch.Generator().manual_seed(k))
+        q.grad = p.grad.clone()
+        a.step(), b.step()
+    assert torch.equal(p, q)
+
+
+def test_the_gradient_is_left_as_it_was():
+    p = nn.Parameter(torch.randn(4, 3))
+    p.grad = grad = torch.randn(4, 3) * 1e4
+    kept = grad.clone()
+    Celo2([p]).step()
+    assert p.grad is grad and torch.equal(grad, kept)
+
+
+@pytest.mark.parametrize("bucket_size", [1, 50, 1 << 25])
+def test_the_bucket_size_changes_nothing(bucket_size):
+    net, twin = model(), model()
+    train(net, Celo2(net.parameters(), bucket_size=bucket_size), range(3))
+    train(twin, Celo2(twin.parameters()), range(3))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(net), weights(twin)))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_gradient_changes_nothing(bad, caplog):
+    for nonfinite in ("error", "skip"):
+        net = model()
+        optimizer = Celo2(net.named_parameters(), lr=1e-2, nonfinite=nonfinite)
+        train(net, optimizer, range(2))
+        before, state = weights(net), copy.deepcopy(optimizer.state_dict()["state"])
+        backward(net, 9)
+        net[3].weight.grad[1, 2] = bad
+        if nonfinite == "error":
+            with pytest.raises(FloatingPointError, match="3.weight"):
+                optimizer.step()
+        else:
+            with caplog.at_level(logging.WARNING):
+                optimizer.step()
+            assert "3.weight" in caplog.text and optimizer.skipped_steps == 1
+        assert same(before, weights(net))
+        after = optimizer.state_dict()["state"]
+        assert all(torch.equal(state[i][k], after[i][k]) for i in state for k in state[i])
+
+
+@pytest.mark.parametrize("arguments,word", [
+    (dict(lr=-1.0), "lr must be"), (dict(lr=float("nan")), "lr must be"), (dict(weight_decay=-0.1), "weight_decay"),
+    (dict(adamw_betas=(0.9, 1.0)), "adamw_betas"), (dict(nonfinite="hope"), "nonfinite"), (dict(bucket_size=0), "bucket_size"),
+    (dict(weights="no/such/file.safetensors"), "no/such/file"),
+])
+def test_bad_arguments_are_refused_with_their_value(arguments, word):
+    with pytest.raises((ValueError, FileNotFoundError), match=word):
+        Celo2(model().parameters(), **arguments)
+
+
+def test_bad_parameters_are_refused():
+    with pytest.raises(ValueError, match="'sgd'"):
+        Celo2([{"params": model().parameters(), "rule": "sgd"}])
+    with pytest.raises(TypeError, match="str"):
+        Celo2(["weight"])
+    with pytest.raises(TypeError, match="list, not a set"):
+        Celo2(set(model().parameters()))
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = Celo2(embedding.parameters())
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="sparse"):
+        optimizer.step()
+
+
+def test_an_optimizer_can_be_copied():
+    net = model()
+    optimizer = Celo2(net.parameters(), lr=1e-2)
+    train(net, optimizer, range(2))
+    pair = copy.deepcopy((net, optimizer))
+    train(net, optimizer, range(2, 4))
+    train(*pair, range(2, 4))
+    assert same(weights(net), weights(pair[0]))

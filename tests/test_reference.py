@@ -1,0 +1,106 @@
+"""The reference update is the authors' update: every parameter and accumulator of the golden trajectories."""
+import numpy as np
+import pytest
+import torch
+
+from celo2_pretrain import Celo2
+from celo2_pretrain.optimizer import reference
+
+CASES = ["celo2_official", "celo2_base_random", "celo2_random", "celo2_base_extreme"]
+# Largest error of a step (which has RMS 1), i.e. of (p_after - expected) / lr. Parameters of size 1 are stored with
+# a round-off of 6e-8, which at lr 1e-3 is 6e-5 of a step; two roundings fit below.
+TOLERANCE = {"celo2_official": 2e-4, "celo2_base_random": 1e-4, "celo2_random": 1e-4, "celo2_base_extreme": 2e-4}
+
+
+class Case:
+    def __init__(self, golden: dict[str, np.ndarray], name: str) -> None:
+        self.golden, self.name = golden, name
+        orthogonalize, steps, self.lr, self.weight_decay = (float(x) for x in golden[f"{name}/meta"])
+        self.orthogonalize, self.steps = bool(orthogonalize), int(steps)
+        self.theta = {key: self.tensor(f"theta/{key}") for key in reference.MLP._fields}
+        self.tensors = sum(key.startswith(f"{name}/t") and key.endswith("/p0") for key in golden)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        return torch.from_numpy(self.golden[f"{self.name}/{key}"]).clone()
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, relative: float = 2e-6) -> None:
+    """Accumulators: relative to each element, or (sums that cancel) to a few float32 ulps of the largest."""
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours, theirs, rtol=relative, atol=3e-7 * max(theirs.abs().max().item(), 1e-30))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_reference_repeats_the_golden_trajectories(golden, name):
+    case = Case(golden, name)
+    mlp = reference.MLP(**case.theta)
+    for i in range(case.tensors):
+        p = case.tensor(f"t{i}/p0")
+        state = reference.init_state(p)
+        for k in range(1, case.steps + 1):
+            step, state = reference.step(p, case.tensor(f"t{i}/g{k}"), state, mlp, case.orthogonalize)
+            p = p - case.lr * (step + case.weight_decay * p)
+            error = (p - case.tensor(f"t{i}/p{k}")).abs().max().item() / case.lr
+            assert error < TOLERANCE[name], f"tensor {i} of shape {tuple(p.shape)} at step {k}: {error}"
+        close(state.momentum.movedim(0, -1), case.tensor(f"t{i}/momentum"))
+        close(state.rms[..., None], case.tensor(f"t{i}/rms"))
+        for key in ("v_full",) if p.ndim < 2 else ("v_row", "v_col"):
+            close(getattr(state, key).movedim(0, -1), case.tensor(f"t{i}/{key}"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_optimizer_repeats_the_golden_trajectories(golden, name):
+    case = Case(golden, name)
+    params = [torch.nn.Parameter(case.tensor(f"t{i}/p0")) for i in range(case.tensors)]
+    optimizer = Celo2([{"params": params, "rule": "celo2"}], lr=case.lr, weights=case.theta,
+                      weight_decay=case.weight_decay, orthogonalize=case.orthogonalize)
+    for k in range(1, case.steps + 1):
+        for i, p in enumerate(params):
+            p.grad = case.tensor(f"t{i}/g{k}")
+        optimizer.step()
+        for i, p in enumerate(params):
+            error = (p.detach() - case.tensor(f"t{i}/p{k}")).abs().max().item() / case.lr
+            assert error < TOLERANCE[name], f"tensor {i} of shape {tuple(p.shape)} at step {k}: {error}"
+    for i, p in enumerate(params):
+        state = optimizer.state[p]
+        close(torch.stack([state[f"momentum_{k}"] for k in range(3)], -1), case.tensor(f"t{i}/momentum"))
+        close(state["rms"][..., None], case.tensor(f"t{i}/rms"))
+        for key in ("v_row", "v_col") if p.ndim >= 2 else ():
+            theirs = case.tensor(f"t{i}/{key}")
+            close(state[key].view(3, *theirs.shape[:-1]).movedim(0, -1), theirs)
+        if p.ndim < 2:
+            close(torch.stack([state[f"v_full_{k}"] for k in range(3)], -1), case.tensor(f"t{i}/v_full"))
+
+
+def test_a_feature_that_the_weights_ignore_still_counts(golden):
+    """The golden cases with random weights see every feature: zeroing any row of w0 must show."""
+    case = Case(golden, "celo2_random")
+    p, g = case.tensor("t0/p0"), case.tensor("t0/g1")
+    steps = []
+    for row in range(-1, reference.FEATURES_ND):
+        theta = {key: x.clone() for key, x in case.theta.items()}
+        if row >= 0:
+            theta["w0"][row] = 0
+        steps.append(reference.step(p, g, reference.init_state(p), reference.MLP(**theta))[0])
+    for row, step in enumerate(steps[1:]):
+        assert (step - steps[0]).abs().max() > 1e-3, f"feature {row} has no influence"
+
+
+@pytest.mark.parametrize("shape", [(1,), (5,), (1, 1), (1, 9), (9, 1), (6, 6), (2, 3, 5), (4, 1, 3, 3), (2, 1, 2, 3, 4)])
+@pytest.mark.parametrize("orthogonalize", [True, False])
+def test_one_to_five_dims_and_the_optimizer_agrees_with_the_reference(shape, orthogonalize):
+    torch.manual_seed(sum(shape))
+    theta = {key: torch.randn(size) / 3 for key, size in
+             zip(reference.MLP._fields, [(30, 8), (8,), (8, 8), (8,), (8, 3), (3,)])}
+    p = torch.nn.Parameter(torch.randn(shape))
+    optimizer = Celo2([{"params": [p], "rule": "celo2"}], lr=1e-2, weights=theta, weight_decay=0.1,
+                      orthogonalize=orthogonalize)
+    state, mlp = reference.init_state(p.detach()), reference.MLP(**theta)
+    for _ in range(4):
+        p.grad = torch.randn(shape)
+        before = p.detach().clone()
+        step, state = reference.step(before, p.grad, state, mlp, orthogonalize)
+        optimizer.step()
+        expected = before - 1e-2 * (step + 0.1 * before)
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=2e-7)
+    assert torch.isfinite(p).all()
