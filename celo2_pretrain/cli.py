@@ -180,8 +180,12 @@ def run_export(args) -> None:
 
 def quiet_libraries() -> None:
     """Keep DeepSpeed's and transformers' chatter out of the output, before they are imported."""
+    import warnings
+
     import torch
 
+    # DeepSpeed calls functions that torch has renamed; nothing a user of this command could do about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found nothing else
 

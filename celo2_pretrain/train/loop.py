@@ -1,12 +1,10 @@
 """The training run, from a config to a trained model: the loop itself is `run_steps`."""
 import json
-import logging
 import math
 import os
 import random
 import shlex
 import shutil
-import socket
 import sys
 import time
 from pathlib import Path
@@ -29,11 +27,7 @@ from celo2_pretrain.train.evaluate import sequence_losses, validation_loss
 from celo2_pretrain.train.metrics import Metrics, origin
 from celo2_pretrain.train.optim import Rates, build_optimizer, lr_factor
 from celo2_pretrain.train.plot import plot_runs
-
-
-def world_from_environment() -> tuple[int, int]:
-    """(rank, number of ranks) as the launcher set them; (0, 1) without one."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+from celo2_pretrain.train.ranks import join_ranks, world_from_environment
 
 
 def train(config: Config, resume: str | None = None, overwrite: bool = False) -> None:
@@ -115,7 +109,10 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
             windows = loader.batch(samples, micro).to(engine.device)
             loss = sequence_losses(engine, windows).mean()
             engine.backward(loss)
-            engine.step()
+            try:
+                engine.step()
+            except FloatingPointError as error:  # Celo2 found NaN or Inf in a gradient, on all ranks alike
+                raise UserError(f"training diverged in step {step + 1}: {error}") from None
             recent += loss.detach() / accumulation
         step, samples, steps_since = step + 1, samples + size.global_batch_size, steps_since + 1
         metrics.step(step)
@@ -155,24 +152,6 @@ def set_seeds(seed: int, rank: int) -> None:
     torch.manual_seed(seed + rank)
 
 
-def join_ranks() -> None:
-    """Start torch.distributed through DeepSpeed, also for a single process without a launcher."""
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    alone = "RANK" not in os.environ
-    if alone:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    on_cpu = deepspeed.accelerator.get_accelerator().device_name() == "cpu"
-    built = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions"))
-    if on_cpu and os.environ["RANK"] == "0" and not any(built.glob("**/deepspeed_shm_comm*.so")):
-        print("first run on this machine: DeepSpeed compiles its communication (about a minute) …", flush=True)
-    deepspeed.init_distributed()
-
-
 def start_run_dir(config: Config, ds_config: dict, world_size: int, new: bool) -> None:
     """Record what is about to run. The old run goes only now, when the new one is known to be able to start."""
     folder = Path(config.run_dir)
@@ -208,4 +187,6 @@ def resume_command(config: Config) -> str:
     arguments = f"--resume {shlex.quote(config.run_dir)} train.max_steps={2 * config.train.max_steps}"
     if world_size == 1:
         return f"celo2-pretrain train {arguments}"
-    return f"deepspeed --no_local_rank --quiet --num_gpus {world_size} {shlex.quote(sys.argv[0])} {arguments}"
+    on_cpu = "DS_ACCELERATOR=cpu " if os.environ.get("DS_ACCELERATOR") == "cpu" else ""
+    script = os.path.relpath(sys.argv[0])
+    return f"{on_cpu}deepspeed --no_local_rank --quiet --num_gpus {world_size} {shlex.quote(script)} {arguments}"

@@ -3,7 +3,7 @@ import math
 
 import torch
 
-from celo2_pretrain import Celo2, param_groups
+from celo2_pretrain import Celo2, param_groups, register
 from celo2_pretrain.train.config import Optimizer, Schedule
 from celo2_pretrain.train.errors import UserError
 
@@ -28,6 +28,7 @@ def build_optimizer(model: torch.nn.Module, config: Optimizer) -> torch.optim.Op
         lr=config.lr, weight_decay=config.weight_decay, adamw_lr_multiplier=config.adamw_lr_multiplier,
         orthogonalize=config.name == "celo2",
     )
+    register(model)  # DeepSpeed warns of optimizers that it has not been told of
     try:
         return Celo2(param_groups(model, **options), weights=config.weights, **options)
     except (ValueError, OSError) as error:  # the weights: a path or repository that isn't there, or holds other arrays

@@ -1,0 +1,53 @@
+"""How the processes of a run meet: a launcher's ranks, or one process on its own."""
+import contextlib
+import io
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+
+import deepspeed
+
+STALE_LOCK_SECONDS = 600
+
+
+def world_from_environment() -> tuple[int, int]:
+    """(rank, number of ranks) as the launcher set them; (0, 1) without one."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def join_ranks() -> None:
+    """Start torch.distributed through DeepSpeed, also for a single process without a launcher."""
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(free_port())}
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        announce_compilation()
+    with contextlib.redirect_stdout(io.StringIO()):  # "built successfully", from every rank
+        deepspeed.init_distributed()
+
+
+def announce_compilation() -> None:
+    """On a CPU DeepSpeed compiles its communication in the first run. Say so, and clear the lock that an interrupted
+    compilation leaves: torch would wait for it forever."""
+    built = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
+    if any(built.glob("**/deepspeed_shm_comm*.so")):
+        return
+    for lock in built.glob("**/deepspeed_shm_comm/lock"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS:
+                lock.unlink()
+            elif os.environ["RANK"] == "0":
+                print(f"another process compiles DeepSpeed's communication; if none does, remove {lock}", flush=True)
+    if os.environ["RANK"] == "0":
+        print("first run on this machine: DeepSpeed compiles its communication (about a minute) …", flush=True)
