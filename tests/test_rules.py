@@ -1,0 +1,132 @@
+"""Which tensor gets which rule, read as which matrices, for the models people have."""
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+
+from celo2_pretrain import Celo2, param_groups, register
+from celo2_pretrain.optimizer.rules import table, tag_of
+from celo2_pretrain.optimizer.views import MatrixView
+
+
+def gpt2(tied: bool = True) -> nn.Module:
+    return AutoModelForCausalLM.from_config(GPT2Config(
+        vocab_size=50, n_positions=16, n_embd=12, n_layer=2, n_head=3, tie_word_embeddings=tied))
+
+
+def llama(tied: bool = False) -> nn.Module:
+    return AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied))
+
+
+def tags(model: nn.Module) -> dict[str, tuple]:
+    return {name: (tag_of(p).kind, tag_of(p).rule, tag_of(p).view) for name, p in model.named_parameters()}
+
+
+def test_gpt2_conv1d_lies_in_out_and_its_qkv_are_three_matrices():
+    model = gpt2()
+    groups = param_groups(model, weight_decay=0.1)
+    found = tags(model)
+    assert found["transformer.h.0.attn.c_attn.weight"] == ("hidden", "celo2", MatrixView(split=(12, 12, 12)))
+    assert found["transformer.h.1.mlp.c_fc.weight"] == ("hidden", "celo2", MatrixView())
+    assert found["transformer.wpe.weight"][:2] == ("embedding", "adamw")
+    assert found["transformer.h.0.ln_1.bias"][:2] == ("vector", "adamw")
+    assert [(g["rule"], g["weight_decay"]) for g in groups] == [("celo2", 0.1), ("adamw", 0.1), ("adamw", 0.1)]
+    assert len(groups[0]["params"]) == 8
+
+
+def test_llama_linears_are_read_transposed():
+    model = llama()
+    param_groups(model)
+    found = tags(model)
+    assert found["model.layers.0.self_attn.q_proj.weight"] == ("hidden", "celo2", MatrixView(transpose=True))
+    assert found["model.layers.1.mlp.down_proj.weight"][2] == MatrixView(transpose=True)
+    assert found["lm_head.weight"][:2] == ("head", "adamw")
+    assert found["model.norm.weight"][:2] == ("vector", "adamw")
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_tied_embeddings_count_once(build):
+    model = build(tied=True)
+    groups = param_groups(model)
+    params = [p for group in groups for p in group["params"]]
+    assert len({id(p) for p in params}) == len(params) == len(list(model.parameters()))
+    assert tag_of(model.get_output_embeddings().weight).rule == "adamw"
+    Celo2(groups)  # torch refuses a parameter that stands in two groups
+
+
+def test_per_head_views():
+    model = gpt2()
+    param_groups(model, per_head=True)
+    assert tags(model)["transformer.h.0.attn.c_attn.weight"][2] == MatrixView(head_dim=4)
+    model = llama()
+    param_groups(model, per_head=True)
+    assert tags(model)["model.layers.0.self_attn.k_proj.weight"][2] == MatrixView(transpose=True, head_dim=4)
+    assert tags(model)["model.layers.0.self_attn.o_proj.weight"][2] == MatrixView(transpose=True)
+
+
+def test_interleaved_qkv_is_read_head_by_head():
+    model = AutoModelForCausalLM.from_config(GPTNeoXConfig(
+        vocab_size=50, hidden_size=12, num_hidden_layers=1, num_attention_heads=3, intermediate_size=24))
+    param_groups(model)
+    assert tags(model)["gpt_neox.layers.0.attention.query_key_value.weight"][2] == MatrixView(True, head_dim=4)
+
+
+def test_a_plain_module():
+    model = nn.Sequential(nn.Embedding(9, 6), nn.MultiheadAttention(6, 2), nn.Conv2d(3, 4, 3), nn.Linear(6, 5))
+    model.add_module("head", nn.Linear(5, 9))
+    model[3].requires_grad_(False)
+    param_groups(model)
+    found = {name: tag_of(p) for name, p in model.named_parameters()}
+    assert found["3.weight"] is None
+    assert found["0.weight"].kind == "embedding" and found["head.weight"].kind == "head"
+    assert found["1.in_proj_weight"].view == MatrixView(transpose=True, split=(6, 6, 6))
+    assert found["2.weight"].view == MatrixView() and found["2.weight"].rule == "celo2"
+
+
+def test_patterns_override_and_must_match():
+    model = llama()
+    groups = param_groups(model, adamw=["*.down_proj.weight"], celo2=["lm_head.weight"])
+    assert tag_of(model.model.layers[0].mlp.down_proj.weight).rule == "adamw"
+    assert tag_of(model.lm_head.weight).rule == "celo2"
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    with pytest.raises(ValueError, match="gate_projj"):
+        param_groups(model, adamw=["*.gate_projj.weight"])
+    with pytest.raises(ValueError, match="both rules"):
+        param_groups(model, adamw=["lm_head*"], celo2=["lm_*"])
+    with pytest.raises(ValueError, match="no trainable"):
+        param_groups(nn.Identity())
+
+
+def test_the_optimizer_follows_the_tags_of_a_registered_model():
+    model = gpt2()
+    register(model)
+    assert torch.optim.Celo2 is Celo2
+    optimizer = Celo2(model.parameters())
+    assert [(g["rule"], len(g["params"])) for g in optimizer.param_groups] == [("celo2", 8), ("adamw", 20)]
+    names = [o.name for o in optimizer._originals[0]]
+    assert names[0] == "transformer.h.0.attn.c_attn.weight"
+
+
+def test_the_transposed_view_matters_for_a_square_linear():
+    """A tie in the factored axes: read as it lies, a square nn.Linear would take another step."""
+    theta = {"w0": torch.randn(30, 8), "b0": torch.zeros(8), "w1": torch.randn(8, 8), "b1": torch.zeros(8),
+             "w2": torch.randn(8, 3), "b2": torch.zeros(3)}
+    plain, tagged = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+    tagged.load_state_dict(plain.state_dict())
+    grad = torch.randn(6, 6) * torch.logspace(-2, 2, 6)
+    plain.weight.grad, tagged.weight.grad = grad.clone(), grad.clone()
+    Celo2(plain.parameters(), weights=theta).step()
+    Celo2(param_groups(tagged), weights=theta).step()
+    assert (plain.weight - tagged.weight).abs().max() > 1e-5
+
+
+def test_the_table_shows_every_kind_of_tensor():
+    model = gpt2()
+    model.transformer.wpe.weight.requires_grad_(False)
+    param_groups(model)
+    text = table(model)
+    assert "transformer.h.*.attn.c_attn.weight" in text and "3 parts of 12" in text
+    assert "frozen" in text and text.splitlines()[-1].startswith("parameters: ")
+    assert all(len(line) < 130 for line in text.splitlines())
