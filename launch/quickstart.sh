@@ -44,7 +44,7 @@ fi
 pretrain() {  # name of the run, then key=value arguments
     local run="$1" port
     shift
-    port="$(python -c 'from celo2_pretrain.train.ranks import free_port; print(free_port())')"
+    port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
     echo "== training $run on $ranks rank(s)"
     # "critical": a wrong argument is told once, by the driver, without the launcher's account of which process ended.
     deepspeed --log_level critical --no_local_rank --num_gpus "$ranks" --master_port "$port" \

@@ -1,0 +1,98 @@
+"""A config is right or it is refused in a line that names the key, the value and what to do."""
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from celo2_pretrain.train.config import KEYS, Config, accumulation_steps, dump_config, list_keys, load_config
+from celo2_pretrain.train.deepspeed_config import deepspeed_config
+from celo2_pretrain.train.errors import UserError
+
+CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'"),
+    ("lr=1", "unknown key 'lr'; did you mean 'optimizer.lr'"),
+    ("train.lr=1", "unknown key 'train.lr'; did you mean 'optimizer.lr'"),
+    ("modle.layers=3", "did you mean 'model.layers'"),
+    ("qqq=1", "--list-keys"),
+    ("model=3", "model is a section"),
+    ("optimizer.name=adamW", "optimizer.name='adamW': must be one of celo2, celo2_base, adamw"),
+    ("optimizer.lr=fast", "optimizer.lr='fast': must be a number"),
+    ("optimizer.lr=0", "optimizer.lr=0"),
+    ("optimizer.lr=-1e-3", "optimizer.lr=-0.001: must be at least 0"),
+    ("optimizer.lr=nan", "optimizer.lr=nan: must be"),
+    ("optimizer.lr=.inf", "optimizer.lr=inf: must be"),
+    ("train.max_steps=1.5", "train.max_steps=1.5: must be a whole number"),
+    ("train.max_steps=0", "train.max_steps=0: must be at least 1"),
+    ("train.max_steps=true", "train.max_steps=True: must be a whole number"),
+    ("train.zero_stage=4", "train.zero_stage=4: must be one of 0, 1, 2, 3"),
+    ("model.tied=1", "model.tied=1: must be true or false"),
+    ("schedule.warmup=5", "schedule.warmup=5.0: must be between 0 and 1"),
+    ("model.heads=7", "model.width=768 is not a multiple of model.heads=7"),
+    ("model.kv_heads=4", "model.kv_heads=4: for llama only"),
+    ("train.global_batch_size=30", "train.global_batch_size=30 is not a multiple of train.micro_batch_size=8"),
+    ("just-text", "not of the form key=value"),
+])
+def test_wrong_keys_and_values_are_refused_in_one_line(argument, message):
+    with pytest.raises(UserError) as error:
+        load_config(None, [argument])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("model: {layers: [", "is not valid YAML"), ("- a\n- b", "must be a mapping of sections, not list"),
+    ("train:\n  steps: 3", "config.yaml: unknown key 'train.steps'"),
+])
+def test_wrong_files_are_refused_in_one_line(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_config(str(path))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="does not exist"):
+        load_config(str(tmp_path / "none.yaml"))
+
+
+def test_arguments_override_the_file_and_numbers_may_be_written_any_way(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("optimizer: {lr: 2e-3, weight_decay: 1}\ndeepspeed: {zero_optimization: {a: 1, b: 2}}\n")
+    config = load_config(str(path), ["optimizer.weight_decay=1e-1", "train.max_steps=1e3", "eval.prompt=def f(x): y",
+                                     "deepspeed.zero_optimization.b=3", "model.vocab_size=null"])
+    assert (config.optimizer.lr, config.optimizer.weight_decay, config.train.max_steps) == (2e-3, 0.1, 1000)
+    assert config.eval.prompt == "def f(x): y" and config.model.vocab_size is None
+    assert config.deepspeed == {"zero_optimization": {"a": 1, "b": 3}}
+
+
+def test_resolved_config_reads_back_the_same(tmp_path):
+    config = load_config(None, ["model.family=llama", "optimizer.lr=3e-4", "deepspeed.bf16.enabled=false"])
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(str(tmp_path / "config.yaml")) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_that_come_along_are_valid(path):
+    config = load_config(str(path))
+    assert set(yaml.safe_load(path.read_text())) <= set(asdict(Config()))
+    deepspeed_config(config, world_size=1)
+
+
+def test_every_key_is_documented():
+    assert all(name in list_keys() and field.metadata["doc"] for name, (_, field) in KEYS.items())
+
+
+def test_global_batch_is_kept_by_accumulation_or_refused():
+    config = load_config(None, ["train.micro_batch_size=4", "train.global_batch_size=32"])
+    assert [accumulation_steps(config, ranks) for ranks in (1, 2, 8)] == [8, 4, 1]
+    with pytest.raises(UserError, match="not a multiple of train.micro_batch_size=4 × 3 ranks: try train.global_batch_size=36"):
+        accumulation_steps(config, 3)
+
+
+def test_deepspeed_section_is_merged_but_may_not_contradict():
+    config = load_config(None, ["deepspeed.zero_optimization.reduce_scatter=false", "train.zero_stage=1"])
+    made = deepspeed_config(config, 2)
+    assert made["zero_optimization"] == {"stage": 1, "reduce_scatter": False} and made["zero_allow_untested_optimizer"]
+    with pytest.raises(UserError, match="deepspeed.gradient_clipping is set from train.grad_clip"):
+        deepspeed_config(load_config(None, ["deepspeed.gradient_clipping=2"]), 2)
