@@ -172,8 +172,11 @@ def run_plot(args) -> None:
 
 
 def run_export(args) -> None:
+    import transformers
+
     from celo2_pretrain.model.export import export
 
+    transformers.utils.logging.disable_progress_bar()  # it tells of one file
     export(args.path, args.out, args.dtype, args.overwrite)
     print(f"wrote {args.out}: load it with transformers.AutoModelForCausalLM.from_pretrained({args.out!r})")
 

@@ -1,0 +1,213 @@
+"""The command line in one process: bad input is refused in one line, and a run's checkpoint is the model it trained."""
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from celo2_pretrain.cli import main
+from celo2_pretrain.data.loader import Windows
+from celo2_pretrain.train import checkpoint
+from celo2_pretrain.train.config import Schedule
+from celo2_pretrain.train.metrics import read_metrics
+from celo2_pretrain.train.optim import lr_factor
+
+ROOT = Path(__file__).parents[1]
+MODEL = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32"]
+SMALL = [*MODEL, "train.micro_batch_size=2", "train.global_batch_size=4", "train.log_every=1", "eval.sequences=8",
+         "optimizer.adamw_lr_multiplier=2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    out = str(tmp_path_factory.mktemp("data") / "tokens")
+    assert main(["prepare", "--python", "--max-mb", "0.3", "--vocab-size", "512", "--out", out]) == 0
+    return out
+
+
+def train(*arguments: str) -> subprocess.CompletedProcess:
+    """`celo2-pretrain train` in a process of its own: it starts torch.distributed."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "celo2_pretrain.cli", "train", *arguments], env=environment,
+                          capture_output=True, text=True, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> str:
+    run_dir = str(tmp_path_factory.mktemp("runs") / "small")
+    result = train(*SMALL, f"data.path={data}", f"run_dir={run_dir}", "train.max_steps=6", "checkpoint.every=2",
+                   "eval.every=3", "eval.prompt=def ", "eval.sample_tokens=5", "eval.sequences=1000000")
+    assert result.returncode == 0, result.stderr
+    return run_dir
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line that the command refuses its arguments with."""
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("celo2-pretrain: error: "), error
+    return error
+
+
+def write_corpus(folder: Path, kind: str) -> Path:
+    lines = [json.dumps({"text": f"a line of text, number {k}"}) for k in range(500)]
+    texts = {"empty.txt": "", "blank.jsonl": "\n", "one.jsonl": lines[0], "small.jsonl": "\n".join(lines),
+             "broken.jsonl": "\n".join([*lines, "{not json"]), "other-field.jsonl": '{"body": "x"}\n{"body": "y"}'}
+    path = folder / kind
+    path.write_bytes(b"\xff\xfe\x00latin \xe4" * 100) if kind == "binary.txt" else path.write_text(texts[kind])
+    return path
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("empty.txt", "the corpus is empty"), ("blank.jsonl", "the corpus is empty"), ("one.jsonl", "single document"),
+    ("small.jsonl", "cannot train a vocabulary of 4096 pieces: the text supports at most"),
+    ("broken.jsonl", "broken.jsonl, line 501: not valid JSON"), ("other-field.jsonl", "no text field 'text' (found ['body'])"),
+    ("binary.txt", "binary.txt is not UTF-8 text"),
+])
+def test_unusable_corpus_is_refused_and_nothing_is_left(tmp_path, capsys, kind, message):
+    path = write_corpus(tmp_path, kind)
+    assert message in refused(capsys, "prepare", str(path), "--out", str(tmp_path / "out" / "tokens"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_failure_after_the_tokenizer_leaves_nothing(data, tmp_path, capsys):
+    path = write_corpus(tmp_path, "broken.jsonl")
+    message = refused(capsys, "prepare", str(path), "--tokenizer", f"{data}/tokenizer.model", "--out", str(tmp_path / "tokens"))
+    assert "line 501" in message and [p.name for p in tmp_path.iterdir()] == ["broken.jsonl"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["prepare", "/no/such/corpus", "--out", "x"], "corpus path '/no/such/corpus' does not exist"),
+    (["prepare", "--out", "x"], "give one corpus"),
+    (["prepare", "--python", "--val-fraction", "2", "--out", "x"], "--val-fraction 2.0"),
+    (["prepare", "--python", "--vocab-size", "10", "--out", "x"], "vocabulary of 10 is too small"),
+    (["prepare", "--python", "--tokenizer", "/no/such.model", "--out", "x"], "tokenizer '/no/such.model' does not exist"),
+    (["train", "--config", "none.yaml"], "config 'none.yaml' does not exist"),
+    (["train", "optimizer.lrr=1"], "did you mean 'optimizer.lr'?"),
+    (["train", "data.path=/no/such/data"], "data folder '/no/such/data' does not exist: make it with"),
+    (["train", "--resume", "/no/such/run"], "no run or checkpoint at '/no/such/run'"),
+    (["eval", "/no/such/run"], "no run or checkpoint"),
+    (["export", "/no/such/run", "--out", "x"], "no run or checkpoint"),
+    (["plot", "/no/such/run"], "has no metrics.jsonl"),
+])
+def test_wrong_arguments_are_refused_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_output_is_not_overwritten_unasked(data, capsys):
+    assert "exists: choose another --out" in refused(capsys, "prepare", "--python", "--out", data)
+
+
+@pytest.mark.parametrize("world_size, arguments, message", [
+    (1, ["model.vocab_size=300"], "model.vocab_size=300 is smaller than the data's vocabulary of 512"),
+    (3, [], "train.global_batch_size=4 is not a multiple of train.micro_batch_size=2 × 3 ranks"),
+    (4096, ["train.global_batch_size=8192"], "not enough data"),
+    (1, ["optimizer.weights=/no/such/weights.safetensors"], "optimizer.weights='/no/such/weights.safetensors'"),
+])
+def test_config_that_does_not_fit_data_or_ranks_is_refused(data, tmp_path, capsys, monkeypatch, world_size, arguments, message):
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    assert message in refused(capsys, "train", *SMALL, f"data.path={data}", f"run_dir={tmp_path / 'run'}", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_ranks_keep_silent(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "optimizer.lrr=1"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments, message", [
+    (["model.layers=3"], "was written with model.layers = 2, this run has 3"),
+    (["optimizer.name=adamw"], "was written with optimizer.name = celo2, this run has adamw"),
+    ([], "is already at step 6, train.max_steps is 6: to train on"),
+])
+def test_checkpoint_that_does_not_fit_is_refused(run, capsys, arguments, message):
+    before = {p: p.read_bytes() for p in Path(run).rglob("*") if p.is_file()}
+    assert message in refused(capsys, "train", "--resume", run, *arguments)
+    assert before == {p: p.read_bytes() for p in Path(run).rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+def test_run_is_not_replaced_unasked(run, data, capsys):
+    assert "already holds a run" in refused(capsys, "train", *SMALL, f"data.path={data}", f"run_dir={run}")
+
+
+@pytest.mark.slow
+def test_run_folder_tells_what_was_run(run, data):
+    records = read_metrics(run)
+    losses = [r["loss"] for r in records if "loss" in r]
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if "val_loss" in r] == [0, 3, 6]
+    assert losses[-1] < losses[0]
+    origin = json.loads((Path(run) / "origin.jsonl").read_text())
+    assert origin["world_size"] == 1 and origin["versions"]["torch"] and "train" in origin["command"]
+    assert f"path: {data}" in (Path(run) / "config.yaml").read_text()
+    assert (Path(run) / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (Path(run) / "checkpoints").glob("step_*")) == ["step_00000004", "step_00000006"]
+
+
+@pytest.mark.slow
+def test_eval_of_the_checkpoint_is_the_validation_loss_of_the_run(run, capsys):
+    assert main(["eval", run]) == 0
+    last = [r["val_loss"] for r in read_metrics(run) if "val_loss" in r][-1]
+    assert f"validation loss {last:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_generate_continues_the_prompt(run, capsys):
+    assert main(["generate", run, "--prompt", "import os", "--tokens", "8"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("import os") and len(first) > len("import os\n")
+    assert main(["generate", run, "--prompt", "import os", "--tokens", "8"]) == 0
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.slow
+def test_exported_model_gives_equal_logits_and_the_same_text(run, data, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from celo2_pretrain.model.export import load_trained
+
+    out = str(tmp_path / "exported")
+    assert main(["export", run, "--out", out]) == 0
+    ours, tokenizer, _ = load_trained(run)
+    theirs = AutoModelForCausalLM.from_pretrained(out).eval()
+    windows = Windows(data, "val", 32).batch(np.arange(4))[:, :-1]
+    with torch.no_grad():
+        assert torch.equal(ours(input_ids=windows).logits, theirs(input_ids=windows).logits)
+    hf = AutoTokenizer.from_pretrained(out)
+    text = "def main(argv: list[str]) -> int:\n    return 0\n"
+    assert hf(text)["input_ids"] == tokenizer.encode([text])[0] and hf.decode(hf(text)["input_ids"]) == text
+    assert "exists: choose another --out" in refused(capsys, "export", run, "--out", out)
+
+
+@pytest.mark.slow
+def test_plot_draws_several_runs_or_refuses(run, tmp_path, capsys):
+    assert main(["plot", run, run, "--out", str(tmp_path / "both.png")]) == 0
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert "must end in .png, .pdf or .svg" in refused(capsys, "plot", run, "--out", str(tmp_path / "both.txt"))
+
+
+def test_random_states_are_restored():
+    saved = checkpoint.random_states()
+    first = random.random(), np.random.rand(), torch.rand(3).tolist()
+    checkpoint.set_random_states(saved)
+    assert first == (random.random(), np.random.rand(), torch.rand(3).tolist())
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    factors = [lr_factor(step, Schedule(warmup=0.1, final=0.2), 100) for step in range(100)]
+    assert factors[:10] == pytest.approx([k / 10 for k in range(1, 11)])
+    assert factors[10] == 1 and factors[55] == pytest.approx(0.6) and 0.2 < factors[99] < 0.21
+    assert all(a > b for a, b in zip(factors[10:], factors[11:]))
+    assert lr_factor(150, Schedule(final=0.2, steps=100), 200) == pytest.approx(0.2)

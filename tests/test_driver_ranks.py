@@ -1,0 +1,82 @@
+"""The driver on two DeepSpeed ranks with real text: a resumed run is the uninterrupted one, bit for bit."""
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from celo2_pretrain.cli import main
+from celo2_pretrain.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+
+CONFIG = ["model.layers=2", "model.width=48", "model.heads=4", "model.context=64", "train.micro_batch_size=2",
+          "train.global_batch_size=8", "train.log_every=1", "train.zero_stage=2", "schedule.steps=8", "eval.every=4",
+          "eval.sequences=13", "optimizer.lr=3e-3", "optimizer.adamw_lr_multiplier=2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    out = str(tmp_path_factory.mktemp("data") / "tokens")
+    assert main(["prepare", "--python", "--max-mb", "0.3", "--vocab-size", "512", "--out", out]) == 0
+    return out
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess:
+    """`deepspeed launch/pretrain.py` on two ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical",
+               "--num_gpus", "2", "--master_port", str(port), str(ROOT / "launch/pretrain.py"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+
+
+def trajectory(run: Path) -> list[tuple]:
+    """All losses and gradient norms of a run, without the timings."""
+    return [(r["step"], r.get("loss"), r.get("grad_norm"), r.get("val_loss")) for r in read_metrics(run)]
+
+
+def tensors(tree) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else []
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(data, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    common = [*CONFIG, f"data.path={data}"]
+    for run, steps in ((whole, 8), (halves, 4)):
+        result = launch(*common, f"run_dir={run}", f"train.max_steps={steps}")
+        assert result.returncode == 0, result.stdout + result.stderr
+    result = launch("--resume", str(halves), "train.max_steps=8")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "resuming at step 4" in result.stdout
+
+    assert trajectory(whole) == trajectory(halves)
+    losses = [loss for _, loss, _, _ in trajectory(whole) if loss is not None]
+    assert len(losses) == 8 and len(set(losses)) == 8 and losses[-1] < losses[0]
+    for name in ("mp_rank_00_model_states.pt", *(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1))):
+        a, b = (tensors(torch.load(next((run / "checkpoints/step_00000008").glob(name)), weights_only=False))
+                for run in (whole, halves))
+        assert len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b)), name
+    # The comparison must be able to fail: training did change the weights.
+    early, late = (tensors(torch.load(run / f"checkpoints/{step}/mp_rank_00_model_states.pt", weights_only=False)["module"])
+                   for run, step in ((halves, "step_00000004"), (whole, "step_00000008")))
+    assert not all(torch.equal(x, y) for x, y in zip(early, late))
+
+
+def test_error_is_told_once_and_without_a_traceback(data, tmp_path):
+    result = launch(*CONFIG, f"data.path={data}", f"run_dir={tmp_path / 'run'}", "train.micro_batch_size=8")
+    assert result.returncode != 0
+    output = result.stdout + result.stderr
+    assert output.count("train.global_batch_size=8 is not a multiple of train.micro_batch_size=8 × 2 ranks") == 1
+    assert "Traceback" not in output and not (tmp_path / "run").exists()
