@@ -124,10 +124,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_bytes: int = 4_00
     """
     if vocab_size < 300:
         raise UserError(f"vocabulary of {vocab_size} is too small: 256 pieces are bytes; ask for 300 or more")
+    chunks = list(sentences(texts, max_bytes))  # whole, since sentencepiece would hide what reading them raises
     model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=sentences(texts, max_bytes), model_writer=model, vocab_size=vocab_size,
+            sentence_iterator=iter(chunks), model_writer=model, vocab_size=vocab_size,
             model_type="unigram", byte_fallback=True, character_coverage=0.9995, split_digits=True,
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True, unk_id=0, eos_id=1, bos_id=-1, pad_id=-1,
