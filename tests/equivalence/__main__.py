@@ -1,0 +1,56 @@
+"""`python -m tests.equivalence [--world 1,2,3,4] [--filter zero3,bf16]`: run the matrix and print it as a table."""
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from .cells import covering_cells, extra_cells, matching, product_cells, valid_cells
+from .launch import Result, run_cells
+from .limits import TOLERANCE
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.equivalence", description=__doc__)
+    parser.add_argument("--world", default="1,2,3,4", help="numbers of ranks, comma-separated (default %(default)s)")
+    parser.add_argument("--filter", default="", help="only cells with all of these words, e.g. zero3,bf16")
+    parser.add_argument("--part", action="store_true", help="only the covering part of the matrix")
+    parser.add_argument("--mutation", default="", help="break the optimizer first (see mutations.py)")
+    args = parser.parse_args(argv)
+    try:
+        worlds = [int(word) for word in args.world.split(",")]
+        if any(not 1 <= world <= 64 for world in worlds):
+            raise ValueError(f"--world wants numbers from 1 to 64, got {args.world!r}")
+        cells = matching(covering_cells() if args.part else valid_cells(), args.filter)
+        if not cells:
+            raise ValueError(f"no valid cell matches --filter {args.filter}")
+    except ValueError as error:
+        parser.error(str(error))
+    failed = 0
+    print(f"{'ranks':5}  {'cell':42}  " + "  ".join(f"{kind:8}" for kind in TOLERANCE))
+    for world in worlds:
+        began = time.monotonic()
+        results = run_cells(world, cells, mutation=args.mutation, progress=lambda result: show(world, result))
+        bad = sum(bool(result.failures()) for result in results)
+        failed += bad
+        print(f"{world} ranks: {len(results) - bad} of {len(results)} cells hold ({time.monotonic() - began:.0f} s)",
+              flush=True)
+    if not args.filter and not args.part:
+        reasons: dict[str, int] = {}
+        for cell in product_cells() + extra_cells():
+            if cell.invalid():
+                reasons[cell.invalid()] = reasons.get(cell.invalid(), 0) + 1
+        for reason, count in reasons.items():
+            print(f"invalid: {count:3} cells  {reason}")
+    return 1 if failed else 0
+
+
+def show(world: int, result: Result) -> None:
+    numbers = "  ".join(f"{result.errors[kind][0]:8.1e}" if kind in result.errors else " " * 8 for kind in TOLERANCE)
+    failures = result.failures()
+    print(f"{world:5}  {result.cell.name:42}  {numbers}" + ("  FAILS: " + "; ".join(failures) if failures else ""),
+          flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

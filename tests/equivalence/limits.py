@@ -1,0 +1,8 @@
+"""How large an error the matrix allows, by kind.
+
+Each is a maximum norm. `update`: |parameter − expected| over the largest |expected − parameter before|, tensor by
+tensor and step by step, so that a wrong update can't hide behind a large parameter. `gradient`, `state`: |difference|
+over the largest |expected| of the tensor. The last three are exact: what the forward pass sees is the rounded master,
+ranks agree bit for bit, a skipped step changes nothing.
+"""
+TOLERANCE = {"update": 1e-5, "gradient": 1e-5, "state": 1e-5, "model": 0.0, "ranks": 0.0, "overflow": 0.0}

@@ -1,0 +1,65 @@
+"""One rank of the matrix: runs the cells that standard input names, one after the other, in one process group.
+
+Started by `launch.py`. Rank 0 prints a line of JSON before and after each cell. A cell that raises ends the process:
+the other ranks may be waiting in a collective that this one will never enter.
+"""
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from .cells import from_name
+from .compare import compare
+from .mutations import apply_mutation
+
+
+def main() -> int:
+    order = json.load(sys.stdin)
+    rank = int(os.environ["RANK"])
+    lines = os.fdopen(os.dup(1), "w")  # what the launcher reads; everything else that is printed goes to stderr
+    os.dup2(2, 1)
+    torch.set_num_threads(1)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Without the CPU's own fp16 arithmetic DeepSpeed refuses fp16; torch computes it all the same, only slower.
+    get_accelerator().is_fp16_supported = lambda: True
+    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=order["timeout"]), verbose=False)
+    if order["mutation"]:
+        apply_mutation(order["mutation"])
+
+    def tell(**record: object) -> None:
+        if rank == 0 or record["event"] == "error":
+            lines.write(json.dumps(record) + "\n")
+            lines.flush()
+
+    for name in order["cells"]:
+        tell(event="start", cell=name)
+        began = time.monotonic()
+        try:
+            errors = compare(from_name(name))
+        except Exception as raised:  # reported as the cell's result, whatever it is
+            traceback.print_exc()
+            frames = traceback.extract_tb(raised.__traceback__)[-3:]
+            where = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames))
+            tell(event="error", cell=name, what=f"rank {rank}: {type(raised).__name__}: {raised} (in {where})")
+            lines.flush()
+            os._exit(1)  # not sys.exit: destructors of a half-built engine may wait for other ranks
+        gc.collect()
+        tell(event="done", cell=name, errors=errors, seconds=time.monotonic() - began)
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
