@@ -1,0 +1,422 @@
+"""Save and restore an optimizer's state for any world: by parameter name and full shape, whatever shards it.
+
+Each rank writes the ranges that it holds and reads the ranges that it needs, tensor by tensor, so a state saved on
+4 ranks under ZeRO-2 goes on with 2 ranks under ZeRO-3, with offload, FSDP2, or one plain process. What is written
+where is in `state_files`. AdamW under DeepSpeed is saved and restored the same way (`takeover` converts between the two).
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import state_files
+from ..weights import load_weights
+from .celo2 import Celo2
+from .layouts import LayoutError, Original, Slice, collective_device, local, locate
+from .state_files import SHARED, StateError, StateReader, element_keys
+from .views import MatrixView
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+OPTIONS = ("lr", "initial_lr", "weight_decay", "orthogonalize", "adamw_lr_multiplier", "adamw_betas", "adamw_eps",
+           "betas", "eps")  # of a param group, as far as it has them
+
+
+@dataclass
+class Held:
+    """One tensor as this rank holds it."""
+
+    group: dict[str, Any]
+    rule: str
+    slice: Slice
+    kind: str  # of the layout
+    state: dict[str, Any]  # of the storage that the slice lies in
+    rows: tuple[int, int] = (0, 0)  # the tensor's columns of the storage's v_row, v_col
+    cols: tuple[int, int] = (0, 0)
+
+    @property
+    def name(self) -> str:
+        return self.slice.name
+
+    @property
+    def vector(self) -> bool:
+        return self.rule == "celo2" and self.rows[1] == 0
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return element_keys(self.rule, self.vector)
+
+    def tensor(self, key: str) -> Tensor | None:
+        """The local part of the storage's parameter or state; None for a state that no step has made yet."""
+        value = self.slice.storage if key == "param" else self.state.get(key)
+        return None if value is None else local(value).detach()
+
+    def describe(self) -> dict[str, Any]:
+        return {"shape": list(self.slice.shape), "rule": self.rule, "vector": self.vector,
+                "view": json.loads(json.dumps(asdict(self.slice.original.view)))}
+
+
+def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:
+    """Write the optimizer's parameters (float32 masters) and states into a new folder. Every rank calls it.
+
+    Args:
+        optimizer: a `Celo2`, or the DeepSpeed engine (or wrapped optimizer) that drives one; or an engine with AdamW.
+        folder: on a file system that all ranks share. It appears under its name when it is whole, not before.
+        extra: anything JSON takes (step, samples, …); `load_state` returns it.
+
+    Raises StateError, the same on every rank, and leaves no folder behind: it exists already, or a rank could not write.
+    """
+    folder = Path(folder).absolute()
+    inner, _, held = _examine(optimizer)
+    by_name = {h.name: h for h in held}
+
+    def fetch(name: str, start: int, stop: int) -> dict[str, Tensor]:
+        h = by_name[name]
+        low = h.slice.offset + start - h.slice.start
+        values = {}
+        for key in h.keys:
+            whole = h.tensor(key)
+            values[key] = (torch.zeros(stop - start) if whole is None else
+                           whole.reshape(-1)[low:low + stop - start].to("cpu", torch.float32, copy=True))
+        return values
+
+    def write() -> dict[str, Any]:
+        unfinished = state_files.building(folder)
+        if not unfinished.is_dir():
+            raise StateError(f"{str(unfinished)!r}, which rank 0 made, is not there: the ranks need a file system that they share")
+        files = state_files.write_ranges(unfinished, f"rank_{_rank():05d}", shares, fetch)
+        if _rank() == 0:
+            files[SHARED] = {"sha256": state_files.write_tensors(unfinished / SHARED, _shared(inner, held)), "ranges": {}}
+        return files
+
+    shares = _shares(held)
+    _together(lambda: state_files.begin(folder) if _rank() == 0 else None)
+    try:
+        files = _gather(_together(write))
+        index = {"tensors": {h.name: h.describe() for h in held}, "groups": _options(held), "extra": extra,
+                 "files": {name: entry for some in files for name, entry in some.items()}}
+        _together(lambda: state_files.finish(folder, index) if _rank() == 0 else None)
+    except BaseException:
+        if _rank() == 0:
+            state_files.abandon(folder)
+        raise
+    return folder
+
+
+def load_state(optimizer: Any, folder: str | Path, verify: bool = True) -> Any:
+    """Restore parameters, states, theta and group options (lr, …) from `save_state`'s folder. Every rank calls it.
+
+    The low-precision parameters of the model are refreshed from the float32 masters. Buffers and frozen parameters are
+    no optimizer state: load those with the model.
+
+    Args:
+        optimizer: as for `save_state`, over the same parameters (names, shapes, rules, views) in any sharding.
+        verify: compare the files' checksums first (each file is read once more, by one of the ranks).
+
+    Returns `extra` as it was saved. Raises StateError, the same on every rank and before anything is changed, for a
+    folder that is incomplete or damaged, and for parameters that are missing, left over, or of another form.
+    """
+    inner, wrapper, held = _examine(optimizer)
+
+    def open_() -> StateReader:
+        reader = StateReader(folder)
+        _compare(reader, held)
+        if any(h.kind == "ZeRO-1/2" for h in held) and not hasattr(wrapper, "update_lp_params"):
+            raise StateError("the optimizer is driven by DeepSpeed's ZeRO: pass the engine, so that the model's own "
+                             "parameters can be refreshed too")
+        if verify:
+            reader.verify(_rank(), _world())
+        return reader
+
+    def restore() -> None:
+        for h in held:
+            _restore(h, reader)
+        _restore_steps(held, reader)
+        _restore_options(reader, held)
+        theta = reader.theta()
+        if theta is not None and isinstance(inner, Celo2):
+            inner.mlp, old, inner._mlps = load_weights(theta), inner.mlp, {}
+            if any(not torch.equal(a, b) for a, b in zip(inner.mlp, old)):
+                logger.warning("the restored state was made with other weights (theta) than the optimizer was given; "
+                               "going on with the restored ones")
+
+    reader = _together(open_)
+    _together(restore)
+    _refresh(wrapper, held)
+    return reader.extra
+
+
+# ---- what the optimizer holds -----------------------------------------------------------------------------------
+
+
+def _examine(optimizer: Any) -> tuple[torch.optim.Optimizer, Any, list[Held]]:
+    """(the innermost optimizer, DeepSpeed's wrapper around it or None, its tensors in an order all ranks share)."""
+    inner, wrapper = optimizer, None
+    while not isinstance(inner, Celo2) and hasattr(inner, "optimizer"):
+        inner, wrapper = inner.optimizer, inner
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise TypeError(f"expected a Celo2 or a DeepSpeed engine, got {type(optimizer).__name__}")
+    for part in (optimizer, wrapper):
+        if getattr(part, "swap_optimizer", False):
+            raise StateError("the optimizer's states are offloaded to NVMe, which can't be read here; use "
+                             "engine.save_checkpoint, or offload to the CPU")
+    held = list(_of_celo2(inner) if isinstance(inner, Celo2) else _of_adamw(inner, wrapper, optimizer))
+    names = [h.name for h in held]
+
+    def check() -> None:
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise StateError(f"two parameters are called {twice!r}; give them names: param_groups(model) does")
+        if not names:
+            raise StateError("the optimizer has no trainable parameters")
+
+    _together(check)
+    digest = hashlib.sha256(json.dumps([h.describe() | {"name": h.name} for h in held]).encode()).hexdigest()
+    everyone = _gather(digest)
+    if any(other != everyone[0] for other in everyone):
+        rank = next(rank for rank, other in enumerate(everyone) if other != everyone[0])
+        raise StateError(f"rank {rank} has other parameters than rank 0 (names, order, shapes, rules or views); "
+                         "construct model and optimizer alike on all ranks")
+    return inner, wrapper, held
+
+
+def _of_celo2(optimizer: Celo2) -> Iterator[Held]:
+    for group, params in _at_rest(optimizer):
+        plans = optimizer._plan(group, params)
+        for param in params:
+            optimizer._init_state(group, param, plans)
+        for plan in plans:
+            for number, piece in enumerate(plan.layout.slices):
+                held = Held(group, group["rule"], piece, plan.layout.kind, optimizer.state[piece.storage])
+                parts = [part for part in plan.parts if part.held == number and part.shape.matrix]
+                if parts:
+                    held.rows = parts[0].row_at, parts[0].row_at + sum(prod(part.shape.row) for part in parts)
+                    held.cols = parts[0].col_at, parts[0].col_at + sum(prod(part.shape.col) for part in parts)
+                yield held
+
+
+def _at_rest(optimizer: Celo2) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
+    """(param group, tensors as a step would find them); between steps ZeRO-3 leaves the groups empty."""
+    originals = [original for some in optimizer._originals.values() for original in some if original.trainable]
+    zero3 = getattr(originals[0].param, "_z3_optimizer", None) if originals else None
+    if zero3 is not None:
+        for number, flat in enumerate(zero3.fp32_partitioned_groups_flat):
+            yield optimizer.param_groups[zero3.sub_group_to_group_id[number]], [flat]
+        return
+    for group in optimizer.param_groups:
+        params = [param for param in group["params"] if param.requires_grad and param.numel()]
+        if params:
+            yield group, params
+
+
+def _of_adamw(optimizer: torch.optim.Optimizer, wrapper: Any, engine: Any) -> Iterator[Held]:
+    """The same for AdamW under DeepSpeed (or given named parameters), whose original parameters the wrapper keeps."""
+    if not hasattr(engine, "module") and not all("param_names" in group for group in optimizer.param_groups):
+        raise StateError(f"the parameters of {type(optimizer).__name__} have no names: pass the DeepSpeed engine, or "
+                         "construct the optimizer from model.named_parameters()")
+    names = ({param: name for name, param in engine.module.named_parameters()} if hasattr(engine, "module") else
+             {param: name for group in optimizer.param_groups
+              for param, name in zip(group["params"], group["param_names"])})
+    if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        found = [(optimizer.param_groups[wrapper.sub_group_to_group_id[number]], wrapper.fp16_groups[number], [flat])
+                 for number, flat in enumerate(wrapper.fp32_partitioned_groups_flat)]
+    else:
+        kept = next((getattr(wrapper, key) for key in ("bit16_groups", "bf16_groups", "fp16_groups")
+                     if hasattr(wrapper, key)), None)
+        found = [(group, kept[number] if kept else [p for p in group["params"] if p.requires_grad],
+                  [p for p in group["params"] if p.requires_grad]) for number, group in enumerate(optimizer.param_groups)]
+    for group, originals, params in found:
+        for layout in locate([Original(param, names[param], MatrixView()) for param in originals], params):
+            for piece in layout.slices:
+                storage, state = piece.storage, optimizer.state[piece.storage]
+                if "exp_avg" not in state:
+                    whole = isinstance(optimizer, torch.optim.Adam)  # DeepSpeed's own count in a plain int
+                    state.update(step=torch.zeros((), dtype=torch.float32) if whole else 0,
+                                 exp_avg=torch.zeros_like(storage), exp_avg_sq=torch.zeros_like(storage))
+                yield Held(group, "adamw", piece, layout.kind, state)
+
+
+def _shares(held: list[Held]) -> list[tuple[str, int, int]]:
+    """The ranges that this rank writes: where several ranks hold the same range, each writes a part of it."""
+    mine = torch.tensor([[h.slice.start, h.slice.stop] for h in held], dtype=torch.int64)
+    if _world() == 1:
+        everyone = mine[None]
+    else:
+        device = collective_device(None, torch.device("cpu"))
+        parts = [torch.empty_like(mine, device=device) for _ in range(_world())]
+        dist.all_gather(parts, mine.to(device))
+        everyone = torch.stack(parts).cpu()
+    shares = []
+    for number, h in enumerate(held):
+        start, stop = h.slice.start, h.slice.stop
+        same = (everyone[:, number] == mine[number]).all(1).nonzero().flatten().tolist()
+        place, of = same.index(_rank()), len(same)
+        low, high = start + (stop - start) * place // of, start + (stop - start) * (place + 1) // of
+        if low < high:
+            shares.append((h.name, low, high))
+    return shares
+
+
+def _shared(optimizer: torch.optim.Optimizer, held: Iterable[Held]) -> dict[str, Tensor]:
+    """What is the same on every rank."""
+    shared = {}
+    if isinstance(optimizer, Celo2):
+        shared = {f"theta|{key}": x.cpu().contiguous() for key, x in optimizer.mlp._asdict().items()}
+    for h in held:
+        if h.rule == "adamw":
+            step = h.state["step"] if "step" in h.state else h.group.get("step", 0)
+            shared[f"{h.name}|step"] = torch.tensor(float(step))
+        elif not h.vector:
+            for key, (start, stop) in (("v_row", h.rows), ("v_col", h.cols)):
+                shared[f"{h.name}|{key}"] = h.state[key][:, start:stop].to("cpu", copy=True).contiguous()
+    return shared
+
+
+def _options(held: list[Held]) -> list[dict[str, Any]]:
+    groups: dict[int, dict[str, Any]] = {}
+    for h in held:
+        options = {key: float(value) if isinstance(value, Tensor) else value
+                   for key, value in h.group.items() if key in OPTIONS}
+        groups.setdefault(id(h.group), {"options": options, "names": []})["names"].append(h.name)
+    return list(groups.values())
+
+
+# ---- restoring --------------------------------------------------------------------------------------------------
+
+
+def _compare(reader: StateReader, held: list[Held]) -> None:
+    """Refuse a state of other parameters."""
+    saved, where = reader.tensors, str(reader.folder)
+    missing = [h.name for h in held if h.name not in saved]
+    if missing:
+        raise StateError(f"{where!r} has no parameter {missing[0]!r} ({len(missing)} of the optimizer's {len(held)} are "
+                         f"missing); it has names like {list(saved)[:2]}: load it into the model it was saved from")
+    extra = sorted(set(saved) - {h.name for h in held})
+    if extra:
+        raise StateError(f"{where!r} has the parameter {extra[0]!r}, which the optimizer does not train ({len(extra)} "
+                         "such): load it into the model it was saved from, with the same parameters frozen")
+    for h in held:
+        ours, theirs = h.describe(), saved[h.name]
+        for key in ("shape", "rule", "vector", "view"):
+            if (key == "view" and h.rule == "adamw") or ours[key] == theirs[key]:
+                continue
+            raise StateError(f"{where!r} has {h.name!r} with {key} {theirs[key]}, the optimizer with {ours[key]}: "
+                             "construct model and param groups as when it was saved" + (
+                                 " (a state changes from AdamW to Celo2 and back by celo2_pretrain.optimizer.takeover)"
+                                 if key == "rule" else ""))
+    options = {name: group["options"] for group in reader.groups for name in group["names"]}
+    first: dict[int, Held] = {}
+    for h in held:
+        other = first.setdefault(id(h.group), h)
+        if options.get(other.name) != options.get(h.name):
+            raise StateError(f"{other.name!r} and {h.name!r} are in one param group now, but {where!r} has different "
+                             f"options for them ({options.get(other.name)} and {options.get(h.name)}): make the same "
+                             "param groups as when it was saved")
+
+
+def _restore(h: Held, reader: StateReader) -> None:
+    start, stop = h.slice.start, h.slice.stop
+    for key in h.keys if start < stop else ():
+        target, values = h.tensor(key), reader.read(h.name, key, start, stop)
+        if target.is_contiguous():
+            h.slice.of(target.view(-1)).copy_(values)
+        else:  # a whole tensor that lies transposed
+            target.copy_(values.view(target.shape))
+    if h.rule == "celo2" and not h.vector:
+        for key, (low, high) in (("v_row", h.rows), ("v_col", h.cols)):
+            h.state[key][:, low:high].copy_(reader.shared(f"{h.name}|{key}"))
+
+
+def _restore_steps(held: list[Held], reader: StateReader) -> None:
+    """AdamW's step counts. A flat partition has one for all its tensors, so the largest of theirs is taken."""
+    steps: dict[int, float] = {}
+    for h in held:
+        if h.rule == "adamw":
+            storage = id(h.slice.storage)
+            steps[storage] = max(steps.get(storage, 0.0), float(reader.shared(f"{h.name}|step")))
+    for h in held:
+        if h.rule == "adamw":
+            step = steps[id(h.slice.storage)]
+            if isinstance(h.state.get("step"), Tensor):
+                h.state["step"].fill_(step)
+            else:  # DeepSpeed's own Adam kernels count in an int
+                h.state["step"] = int(step)
+            if "step" in h.group:
+                h.group["step"] = int(step)
+
+
+def _restore_options(reader: StateReader, held: list[Held]) -> None:
+    options = {name: group["options"] for group in reader.groups for name in group["names"]}
+    for h in held:
+        for key, value in options.get(h.name, {}).items():
+            if isinstance(h.group.get(key), Tensor):
+                h.group[key].fill_(value)
+            elif key in h.group or key == "initial_lr":
+                h.group[key] = tuple(value) if isinstance(value, list) else value
+
+
+@torch.no_grad()
+def _refresh(wrapper: Any, held: list[Held]) -> None:
+    """Round the restored masters to the model's own parameters, as a step does."""
+    zero3 = next((zero for h in held if (zero := getattr(h.slice.original.param, "_z3_optimizer", None))), None)
+    if zero3 is not None:
+        zero3._partition_all_parameters()
+        for number in range(len(zero3.fp32_partitioned_groups_flat)):
+            zero3._reassign_or_swap_out_partitioned_parameters(number)
+        if zero3.persistent_parameters:  # small ones, kept whole on every rank
+            zero3.persistent_parameters[0].all_gather(zero3.persistent_parameters)
+        zero3.invalidate_secondary_tensor()
+    elif hasattr(wrapper, "update_lp_params"):
+        wrapper.update_lp_params()
+    for h in held:
+        if h.kind == "whole" and h.slice.original.param is not h.slice.storage:
+            h.slice.original.param.copy_(h.slice.storage)
+
+
+# ---- ranks ------------------------------------------------------------------------------------------------------
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _gather(value: T) -> list[T]:
+    """Everyone's value."""
+    if _world() == 1:
+        return [value]
+    values: list[Any] = [None] * _world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _together(work: Callable[[], T]) -> T:
+    """Do a rank's own part (no collectives in it); where it fails on any rank, raise the same error on all.
+
+    Otherwise the rank that failed would leave the others waiting in their next collective.
+    """
+    value, failed = None, None
+    try:
+        value = work()
+    except Exception as error:
+        failed = error
+    known = isinstance(failed, (StateError, LayoutError))
+    messages = _gather(None if failed is None else str(failed) if known else f"{type(failed).__name__}: {failed}")
+    if any(messages):
+        rank = next(rank for rank, message in enumerate(messages) if message)
+        on = "" if known or _world() == 1 else f" (on rank {rank})"
+        raise StateError(messages[rank] + on) from failed
+    return value
