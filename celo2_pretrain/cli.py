@@ -9,7 +9,7 @@ INTRODUCTION = """\
 Pretrain GPT-style models with Celo2, a learned optimizer, under DeepSpeed.
 
 From nothing to a model:
-  celo2-pretrain prepare --python --out data/python          text of the installed Python, as tokens
+  celo2-pretrain prepare --stdlib --out data/python          text of the installed Python, as tokens
   celo2-pretrain train --config configs/tiny_cpu.yaml        one process; metrics, checkpoints and loss.png in run_dir
   celo2-pretrain generate runs/tiny_cpu --prompt "def main"
   celo2-pretrain export runs/tiny_cpu --out exported         for transformers
@@ -33,30 +33,32 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("prepare", help="turn text into memory-mapped tokens", description=(
         "Turn text into a folder of memory-mapped tokens, with a tokenizer trained on it or a given one."))
     p.add_argument("paths", nargs="*", help="text or JSON Lines (.jsonl, .jsonl.gz) files, or folders of them")
-    p.add_argument("--python", action="store_true", help="the text that every machine has: the installed Python's sources")
+    p.add_argument("--stdlib", action="store_true", help="the installed Python's sources: every machine has them")
     p.add_argument("--dataset", metavar="NAME[:CONFIG]", help="a Hugging Face dataset, or a folder of save_to_disk")
     p.add_argument("--dataset-split", default="train", help="its split (default: train)")
-    p.add_argument("--field", default="text", help="field of JSON Lines or dataset rows that holds the text (default: text)")
+    p.add_argument("--field", default="text", help="field of JSON Lines or rows that holds the text (default: text)")
     p.add_argument("--out", required=True, help="the folder to make")
     p.add_argument("--tokenizer", help="a sentencepiece .model, or a transformers tokenizer's folder or hub name")
     p.add_argument("--vocab-size", type=int, default=4096, help="pieces of the tokenizer to train (default: 4096)")
     p.add_argument("--tokenizer-mb", type=float, default=4, help="MB of text to train the tokenizer on (default: 4)")
-    p.add_argument("--val-fraction", type=float, default=0.05, help="part of the documents kept for validation (default: 0.05)")
-    p.add_argument("--max-mb", type=float, default=20, help="with --python: MB of text to take (default: 20)")
+    p.add_argument("--val-fraction", type=float, default=0.05, help="documents kept for validation (default: 0.05)")
+    p.add_argument("--max-mb", type=float, default=20, help="with --stdlib: MB of text to take (default: 20)")
     p.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens in one file (default: 100 million)")
     p.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
     p.set_defaults(run=run_prepare)
 
     p = commands.add_parser("train", help="train or resume", description=TRAIN, formatter_class=raw)
     p.add_argument("--config", help="YAML file (default: the resumed run's config.yaml, or the defaults)")
-    p.add_argument("--resume", nargs="?", const="", metavar="PATH", help="continue a run or checkpoint (default: run_dir's newest)")
+    p.add_argument("--resume", nargs="?", const="", metavar="PATH",
+                   help="continue a run or checkpoint (default: run_dir's newest)")
     p.add_argument("--overwrite", action="store_true", help="replace the run in run_dir")
     p.add_argument("--list-keys", action="store_true", help="list all keys with their defaults and meanings")
     p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
     p.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
     p.set_defaults(run=run_train)
 
-    p = commands.add_parser("eval", help="validation loss of a run", description="Validation loss of a run's newest (or one) checkpoint.")
+    p = commands.add_parser("eval", help="validation loss of a run", description=(
+        "Validation loss of a run's newest (or one) checkpoint."))
     p.add_argument("path", help="run folder, or one of its checkpoints/step_… folders")
     p.add_argument("--sequences", type=int, help="validation windows (default: all)")
     p.set_defaults(run=run_eval)
@@ -65,12 +67,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("path", help="run folder, or one of its checkpoints/step_… folders")
     p.add_argument("--prompt", default="", help="text to continue (default: begin a document)")
     p.add_argument("--tokens", type=int, default=200, help="tokens to generate (default: 200)")
-    p.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time (default: 0.8)")
+    p.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
     p.add_argument("--top-k", type=int, default=50, help="sample among the k likeliest tokens (default: 50)")
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(run=run_generate)
 
-    p = commands.add_parser("plot", help="loss curves of runs in one picture", description="Draw runs' loss curves in one picture.")
+    p = commands.add_parser("plot", help="loss curves of runs in one picture", description=(
+        "Draw the training and validation losses of one or more runs in one picture."))
     p.add_argument("runs", nargs="+", help="run folders")
     p.add_argument("--out", default="loss.png", help=".png, .pdf or .svg (default: loss.png)")
     p.add_argument("--title", default="")
@@ -90,22 +93,25 @@ def run_prepare(args) -> None:
     from celo2_pretrain.data import sources
     from celo2_pretrain.data.prepare import prepare, statistics
 
-    if bool(args.paths) + args.python + bool(args.dataset) != 1:
-        raise UserError("give one corpus: paths of text, or --python, or --dataset NAME")
+    if bool(args.paths) + args.stdlib + bool(args.dataset) != 1:
+        raise UserError("give one corpus: paths of text, or --stdlib, or --dataset NAME")
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val-fraction {args.val_fraction}: must lie between 0 and 1")
     for option in ("max_mb", "tokenizer_mb", "shard_tokens"):
         if not getattr(args, option) > 0:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be above 0")
-    if args.python:
+    if args.stdlib:
         source = "the installed Python's sources"
-        def open_documents(): return sources.from_python(int(args.max_mb * 1e6), args.val_fraction)
+        def open_documents():
+            return sources.from_python(int(args.max_mb * 1e6), args.val_fraction)
     elif args.dataset:
         source = f"dataset {args.dataset}"
-        def open_documents(): return sources.from_dataset(args.dataset, args.val_fraction, args.field, args.dataset_split)
+        def open_documents():
+            return sources.from_dataset(args.dataset, args.val_fraction, args.field, args.dataset_split)
     else:
         source = ", ".join(args.paths)
-        def open_documents(): return sources.from_files(args.paths, args.val_fraction, args.field)
+        def open_documents():
+            return sources.from_files(args.paths, args.val_fraction, args.field)
     index = prepare(
         open_documents, args.out, source=source, tokenizer=args.tokenizer, vocab_size=args.vocab_size,
         tokenizer_bytes=int(args.tokenizer_mb * 1e6), shard_tokens=args.shard_tokens, overwrite=args.overwrite,
@@ -125,6 +131,8 @@ def run_train(args) -> None:
 
         path = run_config_path(args.resume)
     config = load_config(path, args.overrides)
+    if args.resume and not args.config and not any(o.startswith("run_dir=") for o in args.overrides):
+        config.run_dir = os.path.dirname(path)  # the folder may have been moved since
     from celo2_pretrain.train.loop import train
 
     train(config, resume=args.resume or (config.run_dir if args.resume == "" else None), overwrite=args.overwrite)
@@ -141,10 +149,12 @@ def run_eval(args) -> None:
     model, _, config = load_trained(args.path)
     if args.sequences is not None and args.sequences < 1:
         raise UserError(f"--sequences {args.sequences}: must be at least 1")
-    loader = ValLoader(config.data.path, config.model.context, config.train.micro_batch_size, args.sequences or sys.maxsize, 0, 1)
+    loader = ValLoader(
+        config.data.path, config.model.context, config.train.micro_batch_size, args.sequences or sys.maxsize, 0, 1)
     loss = validation_loss(model, loader, "cpu")
     part = read_index(config.data.path)["splits"]["val"]
-    print(f"validation loss {loss:.4f} nats a token, {loss * part['tokens'] / part['bytes'] / math.log(2):.4f} bits per byte, "
+    bits = loss * part["tokens"] / part["bytes"] / math.log(2)
+    print(f"validation loss {loss:.4f} nats a token, {bits:.4f} bits per byte, "
           f"perplexity {math.exp(loss):.2f}, over {loader.sequences} windows of {config.model.context} tokens")
 
 

@@ -38,7 +38,7 @@ export TOKENIZERS_PARALLELISM=false
 
 if [ ! -f data/python/index.json ]; then
     echo "== collecting a corpus: the sources of the installed Python"
-    celo2-pretrain prepare --python --out data/python --vocab-size 2048 --tokenizer-mb 2
+    celo2-pretrain prepare --stdlib --out data/python --vocab-size 2048 --tokenizer-mb 2
 fi
 
 pretrain() {  # name of the run, then key=value arguments

@@ -1,6 +1,7 @@
-"""Corpus to tokens to batches: nothing is lost, the split and the order are fixed, and every batch is a function of its position."""
+"""Corpus to tokens to batches: nothing is lost, the split is fixed, every batch is a function of its position."""
 import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,7 +65,6 @@ def test_wide_vocabularies_get_wide_tokens(tmp_path):
 
 def test_preparing_twice_gives_the_same_bytes(folder, documents, tmp_path):
     prepare(lambda: iter(documents), str(tmp_path / "again"), source="test", vocab_size=512, shard_tokens=10_007)
-    from pathlib import Path
     for path in Path(folder).iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
@@ -154,7 +154,7 @@ def test_datasets_on_disk_are_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": ["one", "two", "three"]}).save_to_disk(tmp_path / "set")
     assert [text for _, text in sources.from_dataset(str(tmp_path / "set"), 0.1)] == ["one", "two", "three"]
-    with pytest.raises(UserError, match="no text column 'body'; its columns are"):
+    with pytest.raises(UserError, match="no text column 'body'; its columns are text: name it"):
         list(sources.from_dataset(str(tmp_path / "set"), 0.1, "body"))
 
 

@@ -26,7 +26,7 @@ SMALL = [*MODEL, "train.micro_batch_size=2", "train.global_batch_size=4", "train
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
     out = str(tmp_path_factory.mktemp("data") / "tokens")
-    assert main(["prepare", "--python", "--max-mb", "0.3", "--vocab-size", "512", "--out", out]) == 0
+    assert main(["prepare", "--stdlib", "--max-mb", "0.3", "--vocab-size", "512", "--out", out]) == 0
     return out
 
 
@@ -67,7 +67,8 @@ def write_corpus(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind, message", [
     ("empty.txt", "the corpus is empty"), ("blank.jsonl", "the corpus is empty"), ("one.jsonl", "single document"),
     ("small.jsonl", "cannot train a vocabulary of 4096 pieces: the text supports at most"),
-    ("broken.jsonl", "broken.jsonl, line 501: not valid JSON"), ("other-field.jsonl", "no text field 'text' (found ['body'])"),
+    ("broken.jsonl", "broken.jsonl, line 501: not valid JSON"),
+    ("other-field.jsonl", "no text field 'text' (found ['body'])"),
     ("binary.txt", "binary.txt is not UTF-8 text"),
 ])
 def test_unusable_corpus_is_refused_and_nothing_is_left(tmp_path, capsys, kind, message):
@@ -78,16 +79,17 @@ def test_unusable_corpus_is_refused_and_nothing_is_left(tmp_path, capsys, kind, 
 
 def test_failure_after_the_tokenizer_leaves_nothing(data, tmp_path, capsys):
     path = write_corpus(tmp_path, "broken.jsonl")
-    message = refused(capsys, "prepare", str(path), "--tokenizer", f"{data}/tokenizer.model", "--out", str(tmp_path / "tokens"))
+    out, tokenizer = str(tmp_path / "tokens"), f"{data}/tokenizer.model"
+    message = refused(capsys, "prepare", str(path), "--tokenizer", tokenizer, "--out", out)
     assert "line 501" in message and [p.name for p in tmp_path.iterdir()] == ["broken.jsonl"]
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["prepare", "/no/such/corpus", "--out", "x"], "corpus path '/no/such/corpus' does not exist"),
     (["prepare", "--out", "x"], "give one corpus"),
-    (["prepare", "--python", "--val-fraction", "2", "--out", "x"], "--val-fraction 2.0"),
-    (["prepare", "--python", "--vocab-size", "10", "--out", "x"], "vocabulary of 10 is too small"),
-    (["prepare", "--python", "--tokenizer", "/no/such.model", "--out", "x"], "tokenizer '/no/such.model' does not exist"),
+    (["prepare", "--stdlib", "--val-fraction", "2", "--out", "x"], "--val-fraction 2.0"),
+    (["prepare", "--stdlib", "--vocab-size", "10", "--out", "x"], "vocabulary of 10 is too small"),
+    (["prepare", "--stdlib", "--tokenizer", "/no/such.model", "--out", "x"], "'/no/such.model' does not exist"),
     (["train", "--config", "none.yaml"], "config 'none.yaml' does not exist"),
     (["train", "optimizer.lrr=1"], "did you mean 'optimizer.lr'?"),
     (["train", "data.path=/no/such/data"], "data folder '/no/such/data' does not exist: make it with"),
@@ -103,7 +105,7 @@ def test_wrong_arguments_are_refused_in_one_line(arguments, message, capsys, tmp
 
 
 def test_existing_output_is_not_overwritten_unasked(data, capsys):
-    assert "exists: choose another --out" in refused(capsys, "prepare", "--python", "--out", data)
+    assert "exists: choose another --out" in refused(capsys, "prepare", "--stdlib", "--out", data)
 
 
 @pytest.mark.parametrize("world_size, arguments, message", [
@@ -112,7 +114,8 @@ def test_existing_output_is_not_overwritten_unasked(data, capsys):
     (4096, ["train.global_batch_size=8192"], "not enough data"),
     (1, ["optimizer.weights=/no/such/weights.safetensors"], "optimizer.weights='/no/such/weights.safetensors'"),
 ])
-def test_config_that_does_not_fit_data_or_ranks_is_refused(data, tmp_path, capsys, monkeypatch, world_size, arguments, message):
+def test_config_that_does_not_fit_data_or_ranks_is_refused(
+        data, tmp_path, capsys, monkeypatch, world_size, arguments, message):
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     assert message in refused(capsys, "train", *SMALL, f"data.path={data}", f"run_dir={tmp_path / 'run'}", *arguments)
     assert not (tmp_path / "run").exists()

@@ -22,7 +22,7 @@ CONFIG = ["model.layers=2", "model.width=48", "model.heads=4", "model.context=64
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
     out = str(tmp_path_factory.mktemp("data") / "tokens")
-    assert main(["prepare", "--python", "--max-mb", "0.3", "--vocab-size", "512", "--out", out]) == 0
+    assert main(["prepare", "--stdlib", "--max-mb", "0.3", "--vocab-size", "512", "--out", out]) == 0
     return out
 
 
@@ -64,13 +64,15 @@ def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(data, tmp_path):
     assert trajectory(whole) == trajectory(halves)
     losses = [loss for _, loss, _, _ in trajectory(whole) if loss is not None]
     assert len(losses) == 8 and len(set(losses)) == 8 and losses[-1] < losses[0]
-    for name in ("mp_rank_00_model_states.pt", *(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1))):
+    optimizer = [f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)]
+    for name in ("mp_rank_00_model_states.pt", *optimizer):
         a, b = (tensors(torch.load(next((run / "checkpoints/step_00000008").glob(name)), weights_only=False))
                 for run in (whole, halves))
         assert len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b)), name
     # The comparison must be able to fail: training did change the weights.
-    early, late = (tensors(torch.load(run / f"checkpoints/{step}/mp_rank_00_model_states.pt", weights_only=False)["module"])
-                   for run, step in ((halves, "step_00000004"), (whole, "step_00000008")))
+    files = [halves / "checkpoints/step_00000004", whole / "checkpoints/step_00000008"]
+    early, late = (tensors(torch.load(file / "mp_rank_00_model_states.pt", weights_only=False)["module"])
+                   for file in files)
     assert not all(torch.equal(x, y) for x, y in zip(early, late))
 
 

@@ -94,7 +94,7 @@ class ValLoader:
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         if self.sequences == 0:
             raise UserError(
-                f"not enough data: the validation part of {folder} has {len(self.windows.tokens)} tokens, one window needs "
+                f"not enough data: validation in {folder} has {len(self.windows.tokens)} tokens, one window needs "
                 f"{context + 1}: prepare more text, raise --val-fraction, or lower model.context"
             )
 

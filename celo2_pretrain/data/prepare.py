@@ -16,6 +16,7 @@ from celo2_pretrain.data.tokenizer import load_tokenizer, train_tokenizer
 from celo2_pretrain.train.errors import UserError
 
 BATCH_DOCUMENTS = 64
+SINGLE = "the corpus is a single document: at least two are needed, for training and for validation"
 
 
 def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -33,8 +34,8 @@ def prepare(
         open_documents: starts the stream of (split, text) from its beginning; called twice when a tokenizer is trained.
         out: the folder to make. It appears whole, by a rename, or not at all.
         source: a line on where the text is from, kept in the index.
-        tokenizer: a sentencepiece `.model` file or a transformers tokenizer; None trains one of `vocab_size` pieces on the
-            first `tokenizer_bytes` bytes of training text.
+        tokenizer: a sentencepiece `.model` file or a transformers tokenizer; None trains one of `vocab_size` pieces on
+            the first `tokenizer_bytes` bytes of training text.
         shard_tokens: tokens per shard.
         overwrite: replace `out` where it exists.
 
@@ -54,7 +55,7 @@ def prepare(
         texts = (text for split, text in open_documents() if split == "train")
         first = next(texts, None)
         if first is None:
-            raise UserError("the corpus is a single document: at least two are needed, one for training and one for validation")
+            raise UserError(SINGLE)
         tok = train_tokenizer(itertools.chain([first], texts), vocab_size, tokenizer_bytes)
         print(f"trained a tokenizer of {vocab_size} pieces in {time.time() - started:.0f} s", flush=True)
     else:
@@ -75,7 +76,7 @@ def prepare(
         for writer in writers.values():
             writer.close()
         if not writers["train"].tokens or not writers["val"].tokens:
-            raise UserError("the corpus is a single document: at least two are needed, one for training and one for validation")
+            raise UserError(SINGLE)
         tok.save(unfinished)
         index = {
             "format": FORMAT, "dtype": dtype, "vocab_size": tok.vocab_size, "eos_id": tok.eos_id, "source": source,
@@ -93,10 +94,12 @@ def prepare(
 
 def statistics(index: dict, out: str) -> str:
     """A few lines for people about prepared data."""
-    lines = [f"{out}: vocabulary {index['vocab_size']:,} ({index['tokenizer']['kind']}), {index['dtype']}, from {index['source']}"]
+    kind = index["tokenizer"]["kind"]
+    lines = [f"{out}: vocabulary {index['vocab_size']:,} ({kind}), {index['dtype']}, from {index['source']}"]
     for split, part in index["splits"].items():
+        ratio = part["bytes"] / part["tokens"]
         lines.append(
-            f"  {split:5}  {part['documents']:>9,} documents  {part['bytes'] / 1e6:>9,.1f} MB  {part['tokens']:>13,} tokens"
-            f"  {part['bytes'] / part['tokens']:.2f} bytes a token  {len(part['shards'])} shard(s)"
+            f"  {split:5}  {part['documents']:>9,} documents  {part['bytes'] / 1e6:>9,.1f} MB"
+            f"  {part['tokens']:>13,} tokens  {ratio:.2f} bytes a token  {len(part['shards'])} file(s)"
         )
     return "\n".join(lines)

@@ -51,7 +51,8 @@ def read_index(folder: str | Path) -> dict:
     """The index of a folder of prepared data. Raises UserError when it is not one, or is incomplete."""
     folder = Path(folder)
     if not folder.exists():
-        raise UserError(f"data folder {str(folder)!r} does not exist: make it with `celo2-pretrain prepare --out {folder} …`")
+        make = f"celo2-pretrain prepare --out {folder} …"
+        raise UserError(f"data folder {str(folder)!r} does not exist: make it with `{make}`")
     path = folder / "index.json"
     if not path.is_file():
         raise UserError(f"{str(folder)!r} has no index.json: it is not a folder written by `celo2-pretrain prepare`")

@@ -53,7 +53,7 @@ def list_files(paths: list[str]) -> list[tuple[str, Path]]:
                         relative = str(path.relative_to(root))
                         found[relative if len(paths) == 1 else f"{root}/{relative}"] = path
         else:
-            raise UserError(f"corpus path {given!r} does not exist: give a text or JSON Lines file, or a folder of them")
+            raise UserError(f"corpus path {given!r} does not exist: give a file or folder of text or JSON Lines")
     if not found:
         raise UserError(
             f"no text in {', '.join(map(str, paths))}: expected files ending in "
@@ -81,7 +81,7 @@ def read_json_lines(path: Path, field: str) -> Iterator[str]:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}); one JSON object a line is expected")
+                raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}); one object a line") from None
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
                 keys = sorted(record)[:8] if isinstance(record, dict) else type(record).__name__
                 raise UserError(f"{path}, line {number}: no text field {field!r} (found {keys}); name it with --field")
@@ -123,7 +123,8 @@ def from_python(max_bytes: int, val_fraction: float) -> Iterator[Document]:
         for folder, folders, files in os.walk(root):
             # Installed packages may lie inside the library's folder; hidden tests of broken syntax are not UTF-8.
             folders[:] = [f for f in folders if f not in ("site-packages", "dist-packages", "__pycache__", "bad_data")]
-            names += [os.path.relpath(os.path.join(folder, f), root) for f in files if f.endswith((".py", ".rst", ".txt"))]
+            texts = [f for f in files if f.endswith((".py", ".rst", ".txt"))]
+            names += [os.path.relpath(os.path.join(folder, f), root) for f in texts]
         for name in sorted(names, key=lambda name: (hash_unit(name, "order"), name)):
             path = root / name
             try:
@@ -153,8 +154,10 @@ def from_dataset(name: str, val_fraction: float, field: str = "text", split: str
         rows = iter(rows)
         first = next(rows, None)
     except Exception as error:  # whatever the hub, the network or the dataset's own code raises
-        raise UserError(f"cannot load dataset {name!r}, split {split!r}: {type(error).__name__}: {str(error).splitlines()[0]}")
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"cannot load dataset {name!r}, split {split!r}: {type(error).__name__}: {reason}") from None
     if first is not None and not isinstance(first.get(field), str):
-        raise UserError(f"dataset {name!r} has no text column {field!r}; its columns are {sorted(first)}: name one with --field")
+        columns = ", ".join(sorted(first))
+        raise UserError(f"dataset {name!r} has no text column {field!r}; its columns are {columns}: name it with --field")
     for index, row in enumerate(itertools.chain([] if first is None else [first], rows)):
         yield split_of(index, f"{name}:{index}", val_fraction), row[field]

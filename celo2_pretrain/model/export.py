@@ -53,13 +53,14 @@ def load_trained(path: str):
     if config.model.tied:
         missing = [name for name in missing if name != "lm_head.weight"]
     if missing or unexpected:
-        raise UserError(f"{folder} holds another model than config.yaml says: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        raise UserError(
+            f"{folder} holds another model than config.yaml says: missing {missing[:3]}, unexpected {unexpected[:3]}")
     model.tie_weights()
     return model.eval(), load_tokenizer(config.data.path), config
 
 
 def export(path: str, out: str, dtype: str = "float32", overwrite: bool = False) -> None:
-    """Write model and tokenizer as a folder for `transformers.AutoModelForCausalLM.from_pretrained`; whole or not at all.
+    """Write model and tokenizer as a folder for transformers' `from_pretrained`; whole or not at all.
 
     Raises UserError when `out` exists (unless `overwrite`), or `path` is not a run with a checkpoint.
     """

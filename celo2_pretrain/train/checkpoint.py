@@ -42,8 +42,8 @@ def set_random_states(states: dict) -> None:
 def describe(config: Config, index: dict, world_size: int) -> dict:
     """What a checkpoint and the run that resumes it must have in common, each with the key it is set by."""
     return {
-        **{f"model.{k}": v for k, v in asdict(config.model).items() if k not in ("activation_checkpointing", "vocab_size")},
-        "model.vocab_size": config.model.vocab_size or index["vocab_size"],
+        **{f"model.{k}": v for k, v in asdict(config.model).items() if k != "activation_checkpointing"},
+        "model.vocab_size": config.model.vocab_size or index["vocab_size"],  # null is the data's
         "data.path's tokenizer": index["tokenizer"]["sha256"][:12],
         "optimizer.name": config.optimizer.name, "optimizer.weights": config.optimizer.weights,
         "train.seed": config.train.seed, "train.precision": config.train.precision,
@@ -56,13 +56,14 @@ def save(engine, config: Config, description: dict, step: int, samples: int) -> 
     folder = Path(config.run_dir, "checkpoints")
     tag = f"step_{step:08d}"
     state = {"step": step, "samples": samples, "description": description}
+    if dist.get_rank() == 0 and (folder / tag).exists():
+        shutil.rmtree(folder / tag)  # left by a trajectory that this one replaces; `latest` names an older one
     engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
     torch.save(random_states(), folder / tag / f"random_state_rank_{dist.get_rank()}.pt")
     dist.barrier()
     if dist.get_rank() == 0:
         write_atomically(folder / tag / "state.json", json.dumps(state, indent=1) + "\n")
         write_atomically(folder / "latest", tag)
-        # Only whole checkpoints up to this one count; others may be a newer trajectory's that this one replaces.
         old = sorted(p for p in folder.glob("step_*") if p.name < tag)
         for path in old[: max(0, len(old) - config.checkpoint.keep + 1)]:
             shutil.rmtree(path)
@@ -74,7 +75,7 @@ def find(path: str) -> Path:
     """The checkpoint folder that `path` (a run, its checkpoints folder, or one checkpoint) stands for."""
     given = Path(path)
     if not given.exists():
-        raise UserError(f"no run or checkpoint at {path!r}: give a run folder, or one of its checkpoints/step_… folders")
+        raise UserError(f"no run or checkpoint at {path!r}: give a run folder or checkpoints/step_… of one")
     if (given / "state.json").is_file():
         return given
     folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
@@ -82,7 +83,7 @@ def find(path: str) -> Path:
         raise UserError(f"{path!r} has no whole checkpoint: start the run without --resume")
     found = folder / (folder / "latest").read_text().strip()
     if not (found / "state.json").is_file():
-        raise UserError(f"{folder / 'latest'} names {found.name}, which is missing or incomplete: choose a checkpoint by name")
+        raise UserError(f"{folder / 'latest'} names {found.name}, which is incomplete: name a checkpoint")
     return found
 
 

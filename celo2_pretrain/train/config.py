@@ -4,6 +4,7 @@ Unknown keys, wrong types and impossible values raise UserError naming the key, 
 """
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -30,14 +31,14 @@ class Data:
 
 @dataclass
 class Model:
-    family: Literal["gpt2", "llama"] = key("gpt2", "architecture: gpt2 (learned positions, GELU) or llama (rotary, SwiGLU)")
+    family: Literal["gpt2", "llama"] = key("gpt2", "gpt2 (learned positions, GELU) or llama (rotary, SwiGLU)")
     layers: int = key(12, "transformer blocks", 1)
     width: int = key(768, "width of the residual stream; a multiple of heads", 8)
     heads: int = key(12, "attention heads", 1)
     kv_heads: int | None = key(None, "key/value heads (llama only); null: as many as heads", 1)
     mlp_width: int | None = key(None, "width of the MLP's hidden layer; null: 4 × width (gpt2), 8/3 × width (llama)", 1)
     context: int = key(1024, "tokens in a training window", 2)
-    vocab_size: int | None = key(None, "rows of the embedding, at least the data's vocabulary; null: exactly the data's", 2)
+    vocab_size: int | None = key(None, "rows of the embedding; null: as many as the data's vocabulary", 2)
     tied: bool = key(True, "share the embedding's weights with the output head")
     activation_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time")
 
@@ -62,11 +63,11 @@ class Schedule:
 class Train:
     max_steps: int = key(1000, "optimizer steps in all (resumed ones included)", 1)
     micro_batch_size: int = key(8, "windows per rank in one forward pass", 1)
-    global_batch_size: int = key(32, "windows per optimizer step over all ranks; a multiple of micro_batch_size × ranks", 1)
+    global_batch_size: int = key(32, "windows per step over all ranks; a multiple of micro_batch_size × ranks", 1)
     grad_clip: float = key(1.0, "largest norm of the gradient; 0 turns clipping off", 0)
     seed: int = key(0, "seed of the initial weights and of the data order", 0)
     precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "arithmetic of the model; master weights are fp32 in each")
-    zero_stage: Literal[0, 1, 2, 3] = key(2, "what DeepSpeed shards: 1 optimizer state, 2 also gradients, 3 also parameters")
+    zero_stage: Literal[0, 1, 2, 3] = key(2, "shards: 1 optimizer state, 2 also gradients, 3 also parameters")
     log_every: int = key(10, "steps between lines of metrics.jsonl", 1)
 
 
@@ -189,7 +190,8 @@ def parse_overrides(arguments: list[str]) -> dict:
             *parents, last = name.split(".")[1:]
             for parent in parents:
                 raw = raw.setdefault(parent, {})
-            raw[last] = float(value) if isinstance(value, str) and value.replace("e-", "").replace(".", "").isdigit() else value
+            # YAML reads 2e-3 as text.
+            raw[last] = float(value) if isinstance(value, str) and re.fullmatch(r"[\d.]+e[+-]?\d+", value) else value
         else:
             out |= flatten({name: value}, "command line")
     return out
@@ -235,7 +237,7 @@ def check(config: Config) -> None:
     if model.kv_heads and (model.family != "llama" or model.heads % model.kv_heads):
         raise UserError(f"model.kv_heads={model.kv_heads}: for llama only, and must divide model.heads={model.heads}")
     if model.family == "llama" and (model.width // model.heads) % 2:
-        raise UserError(f"model.width / model.heads = {model.width // model.heads}: llama's rotary embedding needs an even number")
+        raise UserError(f"model.width / model.heads = {model.width // model.heads}: llama needs an even number")
     if optimizer.lr == 0:
         raise UserError("optimizer.lr=0: nothing would be learned; give a rate such as 1e-3")
     if config.train.global_batch_size % config.train.micro_batch_size:
@@ -251,7 +253,7 @@ def accumulation_steps(config: Config, world_size: int) -> int:
     if total % (micro * world_size):
         raise UserError(
             f"train.global_batch_size={total} is not a multiple of train.micro_batch_size={micro} × {world_size} ranks: "
-            f"try train.global_batch_size={micro * world_size * max(1, round(total / (micro * world_size)))}"
+            f"try  train.global_batch_size={micro * world_size * max(1, round(total / (micro * world_size)))}"
         )
     return total // (micro * world_size)
 
@@ -263,4 +265,5 @@ def dump_config(config: Config) -> str:
 def list_keys() -> str:
     """One line a key: name, default, meaning."""
     default = {name: value for name, value in flatten(dataclasses.asdict(Config()), "defaults").items()}
-    return "\n".join(f"  {name:<32} {str(default[name]):<14} {field.metadata['doc']}" for name, (_, field) in KEYS.items())
+    docs = {name: field.metadata["doc"] for name, (_, field) in KEYS.items()}
+    return "\n".join(f"  {name:<32} {str(default[name]):<14} {doc}" for name, doc in docs.items())

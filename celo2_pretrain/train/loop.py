@@ -46,40 +46,42 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     index = read_index(config.data.path)
     vocab_rows(config.model, index["vocab_size"])
     size, context = config.train, config.model.context
-    loader = TrainLoader(config.data.path, context, size.micro_batch_size, size.global_batch_size, size.seed, rank, world_size)
+    loader = TrainLoader(
+        config.data.path, context, size.micro_batch_size, size.global_batch_size, size.seed, rank, world_size)
     val_loader = ValLoader(config.data.path, context, size.micro_batch_size, config.eval.sequences, rank, world_size)
     description = checkpoint.describe(config, index, world_size)
     start = {"step": 0, "samples": 0}
-    if resume:
-        resume_from = checkpoint.find(resume)
+    resume_from = checkpoint.find(resume) if resume else None
+    own = resume_from is not None and resume_from.parent.resolve() == Path(config.run_dir, "checkpoints").resolve()
+    if resume_from:
         start = checkpoint.read_state(resume_from, description)
         if start["step"] >= size.max_steps:
             raise UserError(
                 f"{resume_from} is already at step {start['step']}, train.max_steps is {size.max_steps}: to train on, "
                 f"give a larger one, for example train.max_steps={2 * start['step']}"
             )
-    elif Path(config.run_dir, "checkpoints").exists() and not overwrite:
+    if Path(config.run_dir, "checkpoints").exists() and not own and not overwrite:
         raise UserError(f"run_dir {config.run_dir!r} already holds a run: pass --resume to continue it, --overwrite to "
                         f"replace it, or choose another run_dir=…")
     model = build_seeded(config, index)
+    parameters = sum(p.numel() for p in model.parameters())
     optimizer = build_optimizer(model, config.optimizer)  # reads the weights file, so it may refuse too
 
     join_ranks()
     if rank == 0:
-        start_run_dir(config, ds_config, world_size, new=not resume)
+        start_run_dir(config, ds_config, world_size, resume_from if own else None)
     dist.barrier()
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     rates = Rates(engine.optimizer)
     set_seeds(size.seed, rank)
-    if resume:
+    if resume_from:
         checkpoint.load(engine, resume_from)
 
     metrics = Metrics(config.run_dir, start["step"], size.max_steps, active=rank == 0)
     metrics.say(
         f"{'resuming at step ' + str(start['step']) if resume else 'training'}: {config.model.family} with "
-        f"{sum(getattr(p, 'ds_numel', p.numel()) for p in model.parameters()) / 1e6:.1f} M parameters, {config.optimizer.name}, "
-        f"ZeRO-{size.zero_stage}, {size.precision}, {world_size} rank(s), "
-        f"{size.global_batch_size * context:,} tokens a step, {loader.windows.count * context:,} training tokens"
+        f"{parameters / 1e6:.1f} M parameters, {config.optimizer.name}, ZeRO-{size.zero_stage}, {size.precision}, "
+        f"{world_size} rank(s), {size.global_batch_size * context:,} tokens a step, {loader.windows.count * context:,} in all"
     )
     try:
         run_steps(engine, rates, config, loader, val_loader, metrics, description, start, index)
@@ -90,9 +92,9 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
 
 
 def run_steps(engine, rates, config, loader, val_loader, metrics, description, start, index) -> None:
-    """The loop: warm-up and cosine, gradient accumulation, clipping (inside DeepSpeed), metrics, validation, checkpoints."""
+    """The loop. DeepSpeed accumulates and clips the gradients, and steps after the last micro-batch."""
     size, accumulation = config.train, engine.gradient_accumulation_steps()
-    validation = index["splits"]["val"]
+    validation, peak = index["splits"]["val"], config.optimizer.lr
     bits_per_byte = validation["tokens"] / validation["bytes"] / math.log(2)
 
     def validate(step: int) -> None:
@@ -123,7 +125,7 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
             dist.all_reduce(mean)
             mean = float(mean) / loader.world_size
             if not math.isfinite(mean):
-                raise UserError(f"the loss is {mean} at step {step}: training diverged; lower optimizer.lr={config.optimizer.lr:g}")
+                raise UserError(f"training diverged: loss {mean} at step {step}; lower optimizer.lr={peak:g}")
             seconds, norm = time.time() - since, engine.get_global_grad_norm()
             tokens = steps_since * size.global_batch_size * config.model.context
             metrics.log({
@@ -152,12 +154,16 @@ def set_seeds(seed: int, rank: int) -> None:
     torch.manual_seed(seed + rank)
 
 
-def start_run_dir(config: Config, ds_config: dict, world_size: int, new: bool) -> None:
-    """Record what is about to run. The old run goes only now, when the new one is known to be able to start."""
+def start_run_dir(config: Config, ds_config: dict, world_size: int, resume_from: Path | None) -> None:
+    """Record what is about to run: a new run, or this folder's own from checkpoint `resume_from` on.
+
+    An old run goes only now, when the new one is known to be able to start.
+    """
     folder = Path(config.run_dir)
-    if new and (folder / "checkpoints").exists():
-        shutil.rmtree(folder / "checkpoints")
-    if new:
+    if resume_from:
+        checkpoint.write_atomically(resume_from.parent / "latest", resume_from.name)
+    else:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         (folder / "origin.jsonl").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)

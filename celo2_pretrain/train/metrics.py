@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl for programs, a progress bar or plain lines for people, and a record of its origin."""
+"""What a run tells: metrics.jsonl for programs, a bar or plain lines for people, and a record of its origin."""
 import importlib.metadata
 import json
 import os

@@ -30,7 +30,8 @@ def plot_runs(runs: list[str], out: str, title: str = "") -> None:
         if train:
             axes.plot(*zip(*train), color=f"C{color}", linewidth=0.8, alpha=0.5, label=None if val else label)
         if val:
-            axes.plot(*zip(*val), color=f"C{color}", marker="o", markersize=3, label=f"{label} (validation {val[-1][1]:.3f})")
+            label = f"{label} (validation {val[-1][1]:.3f})"
+            axes.plot(*zip(*val), color=f"C{color}", marker="o", markersize=3, label=label)
         # The first few steps would squeeze the rest of the curve.
         losses = sorted(loss for _, loss in train or val)
         highest = max(highest, losses[int(0.97 * (len(losses) - 1))])
