@@ -154,7 +154,7 @@ def test_datasets_on_disk_are_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": ["one", "two", "three"]}).save_to_disk(tmp_path / "set")
     assert [text for _, text in sources.from_dataset(str(tmp_path / "set"), 0.1)] == ["one", "two", "three"]
-    with pytest.raises(UserError, match="no text column 'body'; its columns are text: name it"):
+    with pytest.raises(UserError, match="no text column 'body', it has text: name it"):
         list(sources.from_dataset(str(tmp_path / "set"), 0.1, "body"))
 
 

@@ -158,6 +158,6 @@ def from_dataset(name: str, val_fraction: float, field: str = "text", split: str
         raise UserError(f"cannot load dataset {name!r}, split {split!r}: {type(error).__name__}: {reason}") from None
     if first is not None and not isinstance(first.get(field), str):
         columns = ", ".join(sorted(first))
-        raise UserError(f"dataset {name!r} has no text column {field!r}; its columns are {columns}: name it with --field")
+        raise UserError(f"dataset {name!r} has no text column {field!r}, it has {columns}: name it with --field")
     for index, row in enumerate(itertools.chain([] if first is None else [first], rows)):
         yield split_of(index, f"{name}:{index}", val_fraction), row[field]
