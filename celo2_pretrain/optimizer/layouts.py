@@ -77,15 +77,13 @@ class Layout:
     kind: str
     slices: list[Slice]
     process_group: Any = None
+    rank: int = 0  # in the process group
+    world: int = 1
     ranges: Tensor | None = None  # (ranks, tensors, 2) int64: start and stop of everyone's slices
 
-    @property
-    def rank(self) -> int:
-        return dist.get_rank(self.process_group) if self.process_group is not None else 0
-
-    @property
-    def world(self) -> int:
-        return dist.get_world_size(self.process_group) if self.process_group is not None else 1
+    def __post_init__(self) -> None:
+        if self.process_group is not None:
+            self.rank, self.world = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
 
 
 def local(x: Tensor) -> Tensor:
@@ -224,7 +222,7 @@ def _zero3(originals: list[Original], params: Sequence[Tensor], zero3: Any) -> L
 def _check_cover(layout: Layout) -> None:
     """Exchange everyone's ranges, and insist that each tensor is held exactly once."""
     mine = torch.tensor([[s.start, s.stop] for s in layout.slices], dtype=torch.int64).view(-1, 2)
-    if layout.process_group is None or layout.world == 1:
+    if layout.world == 1:
         layout.ranges = mine[None]
     else:
         device = collective_device(layout.process_group, torch.device("cpu"))
