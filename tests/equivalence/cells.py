@@ -33,6 +33,16 @@ class Cell:
         return ",".join(words)
 
     @property
+    def may_be_stale(self) -> bool:
+        """Whether DeepSpeed 0.19 hands a parameter without gradient the one of the step before, instead of zeros."""
+        return self.stage == "zero3" or self.offload
+
+    @property
+    def gradients_from_plain(self) -> bool:
+        """Whether the reference is fed the gradients of the plain single process."""
+        return self.extra == "round_robin"
+
+    @property
     def flipped(self) -> bool:
         """Whether orthogonalised and plain param groups change roles: a checkerboard over the cells."""
         return (STAGES.index(self.stage) + PRECISIONS.index(self.precision) + (self.accumulation > 1)
@@ -55,6 +65,8 @@ class Cell:
                 return "FSDP2 always reduce-scatters"
             if self.offload:
                 return "FSDP2 offloads parameters with the optimizer, which on CPU changes nothing"
+        if self.extra == "round_robin" and self.precision != "fp32":
+            return "DeepSpeed's safe_get_full_grad fails with round_robin_gradients; only fp32 has another source"
         if self.extra in ("round_robin", "alignment") and zero not in (1, 2):
             return "an option of ZeRO 1 and 2"
         return ""
@@ -69,7 +81,7 @@ def product_cells() -> list[Cell]:
 def extra_cells() -> list[Cell]:
     """Options outside the product that change the flat layout, or the way the optimizer is made."""
     cells = [Cell(stage, precision, 1, True, offload, False, extra)
-             for stage in ("zero1", "zero2") for precision, offload in (("fp32", False), ("bf16", True))
+             for stage in ("zero1", "zero2") for precision in ("fp32", "bf16") for offload in (False, True)
              for extra in ("round_robin", "alignment")]
     cells += [Cell(stage, "fp32", 1, stage != "zero0", False, False, "buckets") for stage in STAGES]
     cells += [Cell(stage, "bf16", 1, stage != "zero0", False, stage == "zero3", "config") for stage in STAGES[:4]]
