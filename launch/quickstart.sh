@@ -54,7 +54,7 @@ pretrain() {  # name of the run, then key=value arguments
 pretrain runs/quickstart ${overrides[@]+"${overrides[@]}"}
 if [ "$compare" = yes ]; then
     pretrain runs/quickstart_adamw ${overrides[@]+"${overrides[@]}"} optimizer.name=adamw \
-        optimizer.lr=2e-3 optimizer.adamw_lr_multiplier=3
+        optimizer.lr=2e-3 optimizer.adamw_lr_multiplier=6
     celo2-pretrain plot runs/quickstart runs/quickstart_adamw --out runs/quickstart_compare.png \
         --title "Celo2 and AdamW, the same model, data and steps"
 fi

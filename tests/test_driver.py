@@ -110,7 +110,7 @@ def test_existing_output_is_not_overwritten_unasked(data, capsys):
 
 @pytest.mark.parametrize("world_size, arguments, message", [
     (1, ["model.vocab_size=300"], "model.vocab_size=300 is smaller than the data's vocabulary of 512"),
-    (3, [], "train.global_batch_size=4 must be a multiple of train.micro_batch_size=2 × 3 ranks"),
+    (3, [], "train.global_batch_size=4 is no multiple of train.micro_batch_size=2 × 3 ranks"),
     (4096, ["train.global_batch_size=8192"], "not enough data"),
     (1, ["optimizer.weights=/no/such/weights.safetensors"], "optimizer.weights='/no/such/weights.safetensors'"),
 ])

@@ -80,5 +80,5 @@ def test_error_is_told_once_and_without_a_traceback(data, tmp_path):
     result = launch(*CONFIG, f"data.path={data}", f"run_dir={tmp_path / 'run'}", "train.micro_batch_size=8")
     assert result.returncode != 0
     output = result.stdout + result.stderr
-    assert output.count("train.global_batch_size=8 must be a multiple of train.micro_batch_size=8 × 2 ranks") == 1
+    assert output.count("train.global_batch_size=8 is no multiple of train.micro_batch_size=8 × 2 ranks") == 1
     assert "Traceback" not in output and not (tmp_path / "run").exists()

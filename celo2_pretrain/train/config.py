@@ -252,8 +252,8 @@ def accumulation_steps(config: Config, world_size: int) -> int:
     micro, total = config.train.micro_batch_size, config.train.global_batch_size
     if total % (micro * world_size):
         raise UserError(
-            f"train.global_batch_size={total} must be a multiple of train.micro_batch_size={micro} × {world_size} ranks: "
-            f"try  train.global_batch_size={micro * world_size * max(1, round(total / (micro * world_size)))}"
+            f"train.global_batch_size={total} is no multiple of train.micro_batch_size={micro} × {world_size} ranks: "
+            f"try train.global_batch_size={micro * world_size * max(1, round(total / (micro * world_size)))}"
         )
     return total // (micro * world_size)
 
