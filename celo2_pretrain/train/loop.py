@@ -81,7 +81,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     metrics.say(
         f"{'resuming at step ' + str(start['step']) if resume else 'training'}: {config.model.family} with "
         f"{parameters / 1e6:.1f} M parameters, {config.optimizer.name}, ZeRO-{size.zero_stage}, {size.precision}, "
-        f"{world_size} rank(s), {size.global_batch_size * context:,} tokens a step of {loader.windows.count * context:,}"
+        f"{world_size} rank(s), {size.global_batch_size * context:,} tokens a step, {loader.windows.count:,} windows"
     )
     try:
         run_steps(engine, rates, config, loader, val_loader, metrics, description, start, index)
