@@ -19,7 +19,7 @@ from celo2_pretrain.train.errors import UserError
 def run_config_path(path: str) -> str:
     """The config.yaml of the run that `path` (a run folder or one of its checkpoints) belongs to."""
     checkpoint.find(path)
-    for folder in (Path(path), *Path(path).resolve().parents[:2]):
+    for folder in (Path(path), *Path(path).parents[:2], *Path(path).resolve().parents[:2]):
         if (folder / "config.yaml").is_file():
             return str(folder / "config.yaml")
     raise UserError(f"{path!r} is not a run: no config.yaml there; give the run_dir of a training run")
