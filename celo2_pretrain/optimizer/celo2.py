@@ -18,6 +18,7 @@ from .layouts import Layout, Original, Slice, called_to_initialize, collective_d
 from .orthogonalize import Exchange, Unit, choose_owners, units_of
 from .passes import Shape, Tensors
 from .reference import MLP, NORM_EPS
+from .replicas import check_replicas
 from .rules import tag_of
 from .views import MatrixView, Piece, pieces
 
@@ -72,6 +73,8 @@ class Celo2(torch.optim.Optimizer):
         adamw_betas, adamw_eps: of the AdamW rule (group).
         nonfinite: what a NaN or Inf in a gradient does: `"error"` raises FloatingPointError naming the tensors before
             anything is changed, `"skip"` leaves the step out (all ranks alike) with a warning, `"ignore"` doesn't look.
+        check_replicas_every: compare checksums of all replicated values over the ranks after every so many steps, and
+            raise DriftError where they differ; 0: never.
         bucket_size: matrix elements whose directions are in memory or under way at the same time (4 bytes each).
 
     Raises:
@@ -82,7 +85,7 @@ class Celo2(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weights: Any = "default", weight_decay: float = 0.0,
                  orthogonalize: bool = True, adamw_lr_multiplier: float = 20.0, *,
                  adamw_betas: tuple[float, float] = (0.9, 0.95), adamw_eps: float = 1e-8, nonfinite: str = "error",
-                 bucket_size: int = 1 << 25) -> None:
+                 check_replicas_every: int = 0, bucket_size: int = 1 << 25) -> None:
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {NONFINITE}, got {nonfinite!r}")
         if bucket_size < 1:
@@ -91,7 +94,9 @@ class Celo2(torch.optim.Optimizer):
             weights = "default-base"
         self.mlp: MLP = load_weights(weights)
         self.nonfinite, self.bucket_size = nonfinite, bucket_size
+        self.check_replicas_every = int(check_replicas_every)
         self.skipped_steps = 0
+        self._steps: dict[int, int] = {}  # of each group: DeepSpeed steps them one by one
         self._originals: dict[int, list[Original]] = {}
         self._plans: dict[tuple, tuple[list[Tensor], list[Plan]]] = {}
         self._mlps: dict[torch.device, MLP] = {}
@@ -104,7 +109,8 @@ class Celo2(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps nothing but groups and states."""
-        kept = ("mlp", "nonfinite", "bucket_size", "skipped_steps", "_originals", "_stepped")
+        kept = ("mlp", "nonfinite", "check_replicas_every", "bucket_size", "skipped_steps", "_steps", "_originals",
+                "_stepped")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in kept}, "_plans": {}, "_mlps": {}}
 
     # ---- parameter groups -------------------------------------------------------------------------------------
@@ -168,6 +174,11 @@ class Celo2(torch.optim.Optimizer):
             else:
                 for plan in plans:
                     self._learned_step(group, plan)
+            number = self._group_number(group)
+            self._steps[number] = self._steps.get(number, 0) + 1
+            if self.check_replicas_every and self._steps[number] % self.check_replicas_every == 0:
+                for plan in plans:
+                    check_replicas(plan.layout, self.state)
         return loss
 
     def _found_nonfinite(self, ready: list) -> bool:

@@ -1,0 +1,55 @@
+"""Ranks that drift apart are found, and named alike on every rank."""
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from celo2_pretrain import Celo2
+from celo2_pretrain.optimizer.replicas import DriftError, checksum
+
+
+def test_the_checksum_sees_one_bit():
+    x = torch.randn(1000)
+    y = x.clone()
+    assert checksum(x) == checksum(y)
+    y.view(torch.int32)[17] ^= 1
+    assert checksum(x) != checksum(y)
+    z = x.to(torch.bfloat16)
+    assert checksum(z) == checksum(z.clone()) != checksum(-z)
+
+
+def _rank(rank: int, port: int, world: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+    optimizer = Celo2(net.named_parameters(), check_replicas_every=2)
+    messages = []
+    for step in range(6):
+        for p in net.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+        if step == 3 and rank == 1:
+            optimizer.state[net[1].weight]["rms"][0, 0] += 1e-3  # a rank goes wrong
+        try:
+            optimizer.step()
+            messages.append("")
+        except DriftError as error:
+            messages.append(str(error))
+    torch.save(messages, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.multiprocess
+def test_drift_is_found_at_the_next_check_by_all_ranks(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, args=(port, 3, str(tmp_path)), nprocs=3)
+    messages = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
+    assert messages[0] == messages[1] == messages[2]
+    assert [bool(m) for m in messages[0]] == [False, False, False, True, False, True]
+    assert "1.weight: rms" in messages[0][3] and "go back to the last checkpoint" in messages[0][3]
