@@ -24,8 +24,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from celo2_pretrain import Celo2, param_groups
-from celo2_pretrain.optimizer.celo2 import Plan
 from celo2_pretrain.optimizer.layouts import Layout, Original, Slice
+from celo2_pretrain.optimizer.learned import LearnedStep, Plan, make_plan
 from celo2_pretrain.optimizer.orthogonalize import Exchange
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,9 +57,9 @@ def ranges(shapes: list[tuple[int, ...]], ranks: int, stage: int) -> torch.Tenso
     return held
 
 
-def plan_for(optimizer: Celo2, group: dict, originals: list[Original], held: torch.Tensor, rank: int) -> Plan:
+def plan_for(originals: list[Original], held: torch.Tensor, rank: int, bucket_size: int) -> Plan:
     slices = [Slice(original, *held[rank, k].tolist(), 0, original.param) for k, original in enumerate(originals)]
-    return optimizer._make_plan(group, Layout("planned", slices, None, rank, held.shape[0], held))
+    return make_plan(Layout("planned", slices, None, rank, held.shape[0], held), True, bucket_size)
 
 
 def celo2_bytes(plan: Plan) -> dict[str, float]:
@@ -78,14 +78,14 @@ def celo2_bytes(plan: Plan) -> dict[str, float]:
 
 def count(ranks: int, stage: int, bucket_size: int) -> list[dict]:
     model = gpt3_xl()
-    optimizer = Celo2(param_groups(model), bucket_size=bucket_size)
+    optimizer = Celo2(param_groups(model))
     group, = [g for g in optimizer.param_groups if g["rule"] == "celo2"]
     originals = optimizer._originals[group["group"]]
     held = ranges([original.shape for original in originals], ranks, stage)
     busiest, peak = Counter(), 0.0
     # The plan's owners are the same on every rank; what a rank sends differs, so look at several.
     for rank in sorted({0, 1, ranks // 2, ranks - 1}):
-        sent = celo2_bytes(plan_for(optimizer, group, originals, held, rank))
+        sent = celo2_bytes(plan_for(originals, held, rank, bucket_size))
         peak = max(peak, sum(sent.values()))
         for key, value in sent.items():
             busiest[key] = max(busiest[key], value)
@@ -126,7 +126,7 @@ def _check_rank(rank: int) -> None:
         start, stop = held[rank, k].tolist()
         slices.append(Slice(original, start, stop, offset, flat))
         offset += stop - start
-    plan = optimizer._make_plan(group, Layout("planned", slices, dist.group.WORLD, ranges=held))
+    plan = make_plan(Layout("planned", slices, dist.group.WORLD, ranges=held), True, 1 << 25)
     real = Counter()
     all_reduce, all_to_all = dist.all_reduce, dist.all_to_all_single
 
@@ -141,7 +141,7 @@ def _check_rank(rank: int) -> None:
     dist.all_reduce, dist.all_to_all_single = counted_reduce, counted_exchange
     with torch.no_grad():
         optimizer._init_state(group, flat, [plan])
-        optimizer._learned_step(group, plan)
+        LearnedStep(plan, optimizer.state, optimizer.mlp, 1e-3, 0.0).run()
     planned = celo2_bytes(plan)
     planned = {"all-reduce": planned["pass A all-reduce"] + planned["pass B all-reduce"],
                "all-to-all": planned["to owners"] + planned["back"]}

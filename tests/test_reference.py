@@ -102,5 +102,5 @@ def test_one_to_five_dims_and_the_optimizer_agrees_with_the_reference(shape, ort
         step, state = reference.step(before, p.grad, state, mlp, orthogonalize)
         optimizer.step()
         expected = before - 1e-2 * (step + 0.1 * before)
-        torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=2e-7)
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-6)  # 1e-4 of a step
     assert torch.isfinite(p).all()

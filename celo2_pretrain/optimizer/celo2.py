@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from math import prod
 from typing import Any, Callable, Iterable, Mapping
 
 import torch
@@ -12,45 +10,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..weights import load_weights
-from . import passes
 from .adamw import adamw_step
-from .layouts import Layout, Original, Slice, called_to_initialize, collective_device, local, locate
-from .orthogonalize import Exchange, Unit, choose_owners, units_of
-from .passes import Shape, Tensors
-from .reference import MLP, NORM_EPS
+from .layouts import Layout, Original, called_to_initialize, local, locate
+from .learned import LearnedStep, Plan, init_state, make_plan, reduce
+from .reference import MLP
 from .replicas import check_replicas
 from .rules import tag_of
-from .views import MatrixView, Piece, pieces
+from .views import MatrixView
 
 logger = logging.getLogger(__name__)
 
 RULES = ("celo2", "adamw")
 NONFINITE = ("error", "skip", "ignore")
-
-
-@dataclass
-class Part:
-    """One block of a slice with what the passes need of it."""
-
-    held: int  # which slice of the layout
-    shape: Shape
-    pieces: list[Piece]
-    row_at: int  # where its v_row and v_col begin in the storage's
-    col_at: int
-
-
-@dataclass
-class Plan:
-    """A layout made ready for the passes."""
-
-    layout: Layout
-    parts: list[Part]
-    buckets: list[list[int]]  # slices whose directions exist at the same time
-    units: list[list[Unit]]  # of each bucket; empty without orthogonalisation
-
-    def parts_of(self, bucket: list[int]) -> list[Part]:
-        chosen = set(bucket)
-        return [part for part in self.parts if part.held in chosen]
 
 
 class Celo2(torch.optim.Optimizer):
@@ -173,7 +144,8 @@ class Celo2(torch.optim.Optimizer):
                 adamw_step(group, params, self.state)
             else:
                 for plan in plans:
-                    self._learned_step(group, plan)
+                    mlp = self._mlp_on(local(plan.layout.slices[0].storage).device)
+                    LearnedStep(plan, self.state, mlp, group["lr"], group["weight_decay"]).run()
             number = self._group_number(group)
             self._steps[number] = self._steps.get(number, 0) + 1
             if self.check_replicas_every and self._steps[number] % self.check_replicas_every == 0:
@@ -188,7 +160,7 @@ class Celo2(torch.optim.Optimizer):
             for plan in plans:
                 flags = torch.stack([~torch.isfinite(held.of(local(held.storage.grad).reshape(-1))).all()
                                      for held in plan.layout.slices]).to(torch.int32)
-                _reduce(flags, plan.layout, dist.ReduceOp.MAX)
+                reduce(flags, plan.layout, dist.ReduceOp.MAX)
                 names += [held.name for held, flag in zip(plan.layout.slices, flags.tolist()) if flag]
         if not names:
             return False
@@ -201,140 +173,16 @@ class Celo2(torch.optim.Optimizer):
         logger.warning("%s: step skipped (%d so far)", what, self.skipped_steps)
         return True
 
-    def _learned_step(self, group: dict[str, Any], plan: Plan) -> None:
-        layout = plan.layout
-        device = local(layout.slices[0].storage).device
-        mlp = self._mlp_on(device)
-        tensors = [self._tensors(held) for held in layout.slices]
-        self._accumulate(plan, tensors, device)
-        factor = [passes.factors(*self._row_col(plan, part), part.shape) if part.shape.matrix else None
-                  for part in plan.parts]
-        squares = self._norms(plan, tensors, factor, device)
-        layers = [passes.first_layer(square, *self._row_col(plan, part), part.shape, mlp)
-                  for part, square in zip(plan.parts, squares)]
-        number = {id(part): k for k, part in enumerate(plan.parts)}
-
-        def directions(bucket: list[int]) -> dict[int, Tensor]:
-            out = {held: torch.empty(layout.slices[held].stop - layout.slices[held].start, device=device)
-                   for held in bucket}
-            for part in plan.parts_of(bucket):
-                k = number[id(part)]
-                for piece in part.pieces:
-                    piece.of(out[part.held]).copy_(passes.direction(
-                        tensors[part.held], piece, part.shape, factor[k], layers[k], mlp))
-            return out
-
-        def apply(out: dict[int, Tensor]) -> None:
-            for held, step in out.items():
-                _apply(layout.slices[held], tensors[held].p, step, group["lr"], group["weight_decay"])
-
-        if plan.units:
-            self._orthogonalized(plan, directions, apply)
-        else:
-            self._normalized(plan, directions, apply, device)
-
-    def _accumulate(self, plan: Plan, tensors: list[Tensors], device: torch.device) -> None:
-        """Pass A and its all-reduce: row and column sums of all tensors in one flat buffer."""
-        sizes = [size for part in plan.parts for size in (prod(part.shape.row), prod(part.shape.col))]
-        sums = torch.zeros(sum(sizes), device=device)
-        chunks = list(sums.split(sizes))
-        for k, part in enumerate(plan.parts):
-            row, col = chunks[2 * k].view(part.shape.row), chunks[2 * k + 1].view(part.shape.col)
-            for piece in part.pieces:
-                passes.accumulate(tensors[part.held], piece, part.shape, row, col)
-        _reduce(sums, plan.layout)
-        for k, part in enumerate(plan.parts):
-            if part.shape.matrix:
-                d1, d0 = part.shape.block.factored
-                v_row, v_col = self._row_col(plan, part)
-                passes.update_factored(v_row, chunks[2 * k].view(part.shape.row), part.shape.full[d0])
-                passes.update_factored(v_col, chunks[2 * k + 1].view(part.shape.col), part.shape.full[d1])
-
-    def _norms(self, plan: Plan, tensors: list[Tensors], factor: list, device: torch.device) -> list[Tensor]:
-        """Pass B and its all-reduce: a few numbers a matrix, of all tensors in one flat buffer."""
-        sizes = [len(part.shape.elementwise) * prod(part.shape.lead) for part in plan.parts]
-        flat = torch.zeros(sum(sizes), device=device)
-        squares = [chunk.view(-1, *part.shape.lead) for chunk, part in zip(flat.split(sizes), plan.parts)]
-        for k, part in enumerate(plan.parts):
-            for piece in part.pieces:
-                passes.norms(tensors[part.held], piece, part.shape, factor[k], squares[k])
-        _reduce(flat, plan.layout)
-        return squares
-
-    def _orthogonalized(self, plan: Plan, directions: Callable, apply: Callable) -> None:
-        """Pass C, Newton–Schulz and the update, in a pipeline: while bucket k travels, k − 1 is orthogonalised."""
-        under_way: list[tuple[dict[int, Tensor], Exchange]] = []
-        for bucket, units in zip(plan.buckets, plan.units):
-            out = directions(bucket)
-            exchange = Exchange(units, plan.layout, [out[held] for held in bucket])
-            exchange.start()
-            under_way.append((out, exchange))
-            if len(under_way) > 1:
-                under_way[-2][1].turn()
-            if len(under_way) > 2:
-                out, exchange = under_way.pop(0)
-                exchange.finish()
-                apply(out)
-        under_way[-1][1].turn()
-        for out, exchange in under_way:
-            exchange.finish()
-            apply(out)
-
-    def _normalized(self, plan: Plan, directions: Callable, apply: Callable, device: torch.device) -> None:
-        """Pass C and the update of Celo2-base and of vectors: step 8 needs each matrix's sum of squares."""
-        for bucket in plan.buckets:
-            out, parts = directions(bucket), plan.parts_of(bucket)
-            sizes = [prod(part.shape.lead) for part in parts]
-            flat = torch.zeros(sum(sizes), device=device)
-            squares = [chunk.view(part.shape.lead) for chunk, part in zip(flat.split(sizes), parts)]
-            for part, square in zip(parts, squares):
-                for piece in part.pieces:
-                    piece.within(square).add_(
-                        piece.of(out[part.held]).square().sum(part.shape.norm_axes, keepdim=True))
-            _reduce(flat, plan.layout)
-            for part, square in zip(parts, squares):
-                scale = (square / part.shape.per_matrix + NORM_EPS).rsqrt()
-                for piece in part.pieces:
-                    piece.of(out[part.held]).mul_(piece.within(scale))
-            apply(out)
-
     # ---- states -----------------------------------------------------------------------------------------------
 
     def _init_state(self, group: dict[str, Any], param: Tensor, plans: list[Plan]) -> None:
-        if group["rule"] == "adamw":
-            if not self.state[param]:
-                self.state[param].update(step=torch.zeros((), dtype=torch.float32, device=local(param).device),
-                                         exp_avg=_zeros_like(param), exp_avg_sq=_zeros_like(param))
-            return
         if self.state[param]:
             return
-        state = self.state[param]
-        parts = [part for plan in plans for part in plan.parts if plan.layout.slices[part.held].storage is param]
-        for k in range(3):
-            state[f"momentum_{k}"] = _zeros_like(param)
-        state["rms"] = _zeros_like(param)
-        if any(not part.shape.matrix for part in parts):
-            for k in range(3):
-                state[f"v_full_{k}"] = _zeros_like(param)
+        if group["rule"] == "adamw":
+            self.state[param].update(step=torch.zeros((), dtype=torch.float32, device=local(param).device),
+                                     exp_avg=_zeros_like(param), exp_avg_sq=_zeros_like(param))
         else:
-            device = local(param).device
-            state["v_row"] = torch.zeros(3, sum(prod(part.shape.row) for part in parts), device=device)
-            state["v_col"] = torch.zeros(3, sum(prod(part.shape.col) for part in parts), device=device)
-
-    def _tensors(self, held: Slice) -> Tensors:
-        state, storage = self.state[held.storage], held.storage
-        flat = lambda x: held.of(local(x).detach().reshape(-1))  # noqa: E731  (a view where the tensor is contiguous)
-        return Tensors(flat(storage), flat(storage.grad), [flat(state[f"momentum_{k}"]) for k in range(3)],
-                       flat(state["rms"]), [flat(state[f"v_full_{k}"]) for k in range(3)] if "v_full_0" in state else [])
-
-    def _row_col(self, plan: Plan, part: Part) -> tuple[Tensor, Tensor]:
-        """v_row (3, *row) and v_col (3, *col) of a block, as views of the storage's state; empty for a vector."""
-        shape = part.shape
-        if not shape.matrix:
-            return torch.empty(0), torch.empty(0)
-        state = self.state[plan.layout.slices[part.held].storage]
-        return (state["v_row"][:, part.row_at:part.row_at + prod(shape.row)].unflatten(1, shape.row),
-                state["v_col"][:, part.col_at:part.col_at + prod(shape.col)].unflatten(1, shape.col))
+            self.state[param].update(init_state(param, [p for plan in plans for p in plan.parts_in(param)], _zeros_like))
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, and theta: a run goes on with the weights it began with."""
@@ -377,32 +225,9 @@ class Celo2(torch.optim.Optimizer):
         return self._plans[key][1]
 
     def _make_plan(self, group: dict[str, Any], layout: Layout) -> Plan:
-        plan = Plan(layout, [], [], [])
         if group["rule"] == "adamw":
-            return plan
-        rows: dict[int, int] = {}
-        cols: dict[int, int] = {}
-        for number, held in enumerate(layout.slices):
-            for block in held.original.view.blocks(held.shape):
-                shape, storage = Shape(block), id(held.storage)
-                plan.parts.append(Part(number, shape, pieces(block, held.start, held.stop),
-                                       rows.get(storage, 0), cols.get(storage, 0)))
-                rows[storage] = rows.get(storage, 0) + prod(shape.row)
-                cols[storage] = cols.get(storage, 0) + prod(shape.col)
-        bucket, size = [], 0
-        for number, held in enumerate(layout.slices):
-            if bucket and size + prod(held.shape) > self.bucket_size:
-                plan.buckets.append(bucket)
-                bucket, size = [], 0
-            bucket.append(number)
-            size += prod(held.shape)
-        plan.buckets.append(bucket)
-        if group["orthogonalize"] and any(part.shape.matrix for part in plan.parts):
-            for bucket in plan.buckets:
-                plan.units.append([unit for part in plan.parts_of(bucket)
-                                   for unit in units_of(bucket.index(part.held), part.shape, part.held, layout)])
-            choose_owners(plan.units, layout.world)
-        return plan
+            return Plan(layout, [], [], [])
+        return make_plan(layout, group["orthogonalize"], self.bucket_size)
 
     def _mlp_on(self, device: torch.device) -> MLP:
         if device not in self._mlps:
@@ -438,29 +263,6 @@ def _check_options(options: Mapping[str, Any]) -> None:
     betas = options["adamw_betas"]
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"adamw_betas must be two numbers in [0, 1), got {betas!r}")
-
-
-def _apply(held: Slice, p: Tensor, step: Tensor, lr: float, weight_decay: float) -> None:
-    """`p ← p − lr · (step + weight_decay · p)` (step 9); `step` is used up."""
-    p32 = p.float()
-    if weight_decay:
-        step.add_(p32, alpha=weight_decay)
-    p32 = p32.sub_(step.mul_(lr)) if p32 is p else p32 - step.mul_(lr)
-    if p32 is not p:
-        p.copy_(p32)
-    storage = local(held.storage).detach()
-    if not storage.is_contiguous():  # `p` is a copy then
-        storage.copy_(p.view(storage.shape))
-
-
-def _reduce(x: Tensor, layout: Layout, op: Any = dist.ReduceOp.SUM) -> None:
-    """All-reduce in place over the ranks that share the layout's tensors."""
-    if layout.world == 1 or x.numel() == 0:
-        return
-    moved = x.to(collective_device(layout.process_group, x.device))
-    dist.all_reduce(moved, op=op, group=layout.process_group)
-    if moved is not x:
-        x.copy_(moved)
 
 
 def _zeros_like(param: Tensor) -> Tensor:

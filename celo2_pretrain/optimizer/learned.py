@@ -1,0 +1,230 @@
+"""One learned step for a layout's tensors: the three passes, the collectives between them, and the update.
+
+`make_plan` works out, once for a layout, which pieces a rank holds, which slices form a bucket and who owns which
+matrix; `LearnedStep` carries the plan out. Neither knows what a wrapper or a parameter group is.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import passes
+from .layouts import Layout, Slice, collective_device, local
+from .orthogonalize import Exchange, Unit, choose_owners, units_of
+from .passes import Shape, Tensors
+from .reference import MLP, NORM_EPS
+from .views import Piece, pieces
+
+
+@dataclass
+class Part:
+    """One block of a slice with what the passes need of it."""
+
+    held: int  # which slice of the layout
+    shape: Shape
+    pieces: list[Piece]
+    row_at: int  # where its v_row and v_col begin in the storage's
+    col_at: int
+
+
+@dataclass
+class Plan:
+    """A layout made ready for the passes."""
+
+    layout: Layout
+    parts: list[Part]
+    buckets: list[list[int]]  # slices whose directions exist at the same time
+    units: list[list[Unit]]  # of each bucket; empty without orthogonalisation
+
+    def parts_of(self, bucket: list[int]) -> list[int]:
+        """Numbers of the parts that a bucket's slices consist of."""
+        chosen = set(bucket)
+        return [number for number, part in enumerate(self.parts) if part.held in chosen]
+
+    def parts_in(self, storage: Tensor) -> list[Part]:
+        return [part for part in self.parts if self.layout.slices[part.held].storage is storage]
+
+
+def make_plan(layout: Layout, orthogonalize: bool, bucket_size: int) -> Plan:
+    """Plan the learned step of a layout; the same buckets and owners on every rank."""
+    plan = Plan(layout, [], [[]], [])
+    rows: dict[int, int] = {}
+    cols: dict[int, int] = {}
+    for number, held in enumerate(layout.slices):
+        for block in held.original.view.blocks(held.shape):
+            shape, storage = Shape(block), id(held.storage)
+            plan.parts.append(Part(number, shape, pieces(block, held.start, held.stop),
+                                   rows.get(storage, 0), cols.get(storage, 0)))
+            rows[storage] = rows.get(storage, 0) + prod(shape.row)
+            cols[storage] = cols.get(storage, 0) + prod(shape.col)
+    size = 0
+    for number, held in enumerate(layout.slices):
+        if plan.buckets[-1] and size + prod(held.shape) > bucket_size:
+            plan.buckets.append([])
+            size = 0
+        plan.buckets[-1].append(number)
+        size += prod(held.shape)
+    if orthogonalize and any(part.shape.matrix for part in plan.parts):
+        for bucket in plan.buckets:
+            plan.units.append([unit for part in map(plan.parts.__getitem__, plan.parts_of(bucket))
+                               for unit in units_of(bucket.index(part.held), part.shape, part.held, layout)])
+        choose_owners(plan.units, layout.world)
+    return plan
+
+
+def init_state(param: Tensor, parts: list[Part], zeros_like: Any) -> dict[str, Tensor]:
+    """Zero accumulators for a storage (a tensor, or a flat partition of several) that consists of `parts`, float32.
+
+    momentum_0, _1, _2 (decays 0.9, 0.99, 0.999) and rms are of the storage's shape and lie like it. v_row and v_col are
+    (3, n): the factored second moments of all its matrices, replicated over the ranks; vectors have v_full_0, _1, _2.
+    """
+    state = {key: zeros_like(param) for key in ("momentum_0", "momentum_1", "momentum_2", "rms")}
+    if any(not part.shape.matrix for part in parts):
+        return {**state, **{f"v_full_{k}": zeros_like(param) for k in range(3)}}
+    device = local(param).device
+    return {**state, "v_row": torch.zeros(3, sum(prod(part.shape.row) for part in parts), device=device),
+            "v_col": torch.zeros(3, sum(prod(part.shape.col) for part in parts), device=device)}
+
+
+class LearnedStep:
+    """The step of one plan, with its tensors at hand. Call `run` once."""
+
+    def __init__(self, plan: Plan, state: Mapping[Tensor, dict[str, Any]], mlp: MLP, lr: float, weight_decay: float
+                 ) -> None:
+        self.plan, self.state, self.mlp, self.lr, self.weight_decay = plan, state, mlp, lr, weight_decay
+        self.layout = plan.layout
+        self.device = local(self.layout.slices[0].storage).device
+        self.tensors = [_tensors(held, state[held.storage]) for held in self.layout.slices]
+
+    def run(self) -> None:
+        self._accumulate()
+        self.factor = [passes.factors(*self._row_col(part), part.shape) if part.shape.matrix else None
+                       for part in self.plan.parts]
+        squares = self._norms()
+        self.layers = [passes.first_layer(square, *self._row_col(part), part.shape, self.mlp)
+                       for part, square in zip(self.plan.parts, squares)]
+        if self.plan.units:
+            self._orthogonalized()
+        else:
+            self._normalized()
+
+    def _zeros(self, sizes: list[int]) -> tuple[Tensor, list[Tensor]]:
+        flat = torch.zeros(sum(sizes), device=self.device)
+        return flat, list(flat.split(sizes))
+
+    def _accumulate(self) -> None:
+        """Pass A and its all-reduce: row and column sums of all tensors in one flat buffer."""
+        parts = self.plan.parts
+        sums, chunks = self._zeros([size for part in parts for size in (prod(part.shape.row), prod(part.shape.col))])
+        totals = [(chunks[2 * k].view(part.shape.row), chunks[2 * k + 1].view(part.shape.col))
+                  for k, part in enumerate(parts)]
+        for part, (row, col) in zip(parts, totals):
+            for piece in part.pieces:
+                passes.accumulate(self.tensors[part.held], piece, part.shape, row, col)
+        reduce(sums, self.layout)
+        for part, (row, col) in zip(parts, totals):
+            if part.shape.matrix:
+                d1, d0 = part.shape.block.factored
+                v_row, v_col = self._row_col(part)
+                passes.update_factored(v_row, row, part.shape.full[d0])
+                passes.update_factored(v_col, col, part.shape.full[d1])
+
+    def _norms(self) -> list[Tensor]:
+        """Pass B and its all-reduce: a few numbers a matrix, of all tensors in one flat buffer."""
+        parts = self.plan.parts
+        flat, chunks = self._zeros([len(part.shape.elementwise) * prod(part.shape.lead) for part in parts])
+        squares = [chunk.view(-1, *part.shape.lead) for chunk, part in zip(chunks, parts)]
+        for k, part in enumerate(parts):
+            for piece in part.pieces:
+                passes.norms(self.tensors[part.held], piece, part.shape, self.factor[k], squares[k])
+        reduce(flat, self.layout)
+        return squares
+
+    def _directions(self, bucket: list[int]) -> dict[int, Tensor]:
+        """Pass C: this rank's part of the direction for each slice of a bucket, flat, float32."""
+        slices = self.layout.slices
+        out = {held: torch.empty(slices[held].stop - slices[held].start, device=self.device) for held in bucket}
+        for k in self.plan.parts_of(bucket):
+            part = self.plan.parts[k]
+            for piece in part.pieces:
+                piece.of(out[part.held]).copy_(passes.direction(
+                    self.tensors[part.held], piece, part.shape, self.factor[k], self.layers[k], self.mlp))
+        return out
+
+    def _orthogonalized(self) -> None:
+        """Pass C, Newton–Schulz and the update, in a pipeline: while bucket k travels, k − 1 is orthogonalised."""
+        under_way: list[tuple[dict[int, Tensor], Exchange]] = []
+        for bucket, units in zip(self.plan.buckets, self.plan.units):
+            out = self._directions(bucket)
+            exchange = Exchange(units, self.layout, [out[held] for held in bucket])
+            exchange.start()
+            under_way.append((out, exchange))
+            if len(under_way) > 1:
+                under_way[-2][1].turn()
+            if len(under_way) > 2:
+                out, exchange = under_way.pop(0)
+                exchange.finish()
+                self._apply(out)
+        under_way[-1][1].turn()
+        for out, exchange in under_way:
+            exchange.finish()
+            self._apply(out)
+
+    def _normalized(self) -> None:
+        """Pass C and the update of Celo2-base and of vectors: step 8 needs each matrix's sum of squares."""
+        for bucket in self.plan.buckets:
+            out, parts = self._directions(bucket), [self.plan.parts[k] for k in self.plan.parts_of(bucket)]
+            flat, chunks = self._zeros([prod(part.shape.lead) for part in parts])
+            squares = [chunk.view(part.shape.lead) for chunk, part in zip(chunks, parts)]
+            for part, square in zip(parts, squares):
+                for piece in part.pieces:
+                    piece.within(square).add_(
+                        piece.of(out[part.held]).square().sum(part.shape.norm_axes, keepdim=True))
+            reduce(flat, self.layout)
+            for part, square in zip(parts, squares):
+                scale = (square / part.shape.per_matrix + NORM_EPS).rsqrt()
+                for piece in part.pieces:
+                    piece.of(out[part.held]).mul_(piece.within(scale))
+            self._apply(out)
+
+    def _apply(self, out: dict[int, Tensor]) -> None:
+        """`p ← p − lr · (step + weight_decay · p)` (step 9) for the slices of a bucket; `out` is used up."""
+        for held, step in out.items():
+            p, storage = self.tensors[held].p, local(self.layout.slices[held].storage).detach()
+            p32 = p.float()  # p itself where it is float32
+            if self.weight_decay:
+                step.add_(p32, alpha=self.weight_decay)
+            p.copy_(p32 - step.mul_(self.lr))
+            if not storage.is_contiguous():  # p is a copy then
+                storage.copy_(p.view(storage.shape))
+
+    def _row_col(self, part: Part) -> tuple[Tensor, Tensor]:
+        """v_row (3, *row) and v_col (3, *col) of a block, as views of the storage's state; empty for a vector."""
+        shape = part.shape
+        if not shape.matrix:
+            return torch.empty(0), torch.empty(0)
+        state = self.state[self.layout.slices[part.held].storage]
+        return (state["v_row"][:, part.row_at:part.row_at + prod(shape.row)].unflatten(1, shape.row),
+                state["v_col"][:, part.col_at:part.col_at + prod(shape.col)].unflatten(1, shape.col))
+
+
+def _tensors(held: Slice, state: Mapping[str, Tensor]) -> Tensors:
+    """A slice's flat tensors: views, but for a parameter or gradient that is not contiguous."""
+    flat = lambda x: held.of(local(x).detach().reshape(-1))  # noqa: E731
+    several = lambda key: [flat(state[f"{key}_{k}"]) for k in range(3)] if f"{key}_0" in state else []  # noqa: E731
+    return Tensors(flat(held.storage), flat(held.storage.grad), several("momentum"), flat(state["rms"]), several("v_full"))
+
+
+def reduce(x: Tensor, layout: Layout, op: Any = dist.ReduceOp.SUM) -> None:
+    """All-reduce in place over the ranks that share the layout's tensors."""
+    if layout.world == 1 or x.numel() == 0:
+        return
+    moved = x.to(collective_device(layout.process_group, x.device))
+    dist.all_reduce(moved, op=op, group=layout.process_group)
+    if moved is not x:
+        x.copy_(moved)
