@@ -166,7 +166,9 @@ def main():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(1)
     jobs = json.loads(sys.argv[1])
-    if any(job["kind"] != "plain" for job in jobs):
+    if any(job["kind"] == "fsdp" for job in jobs) and not any(job["kind"] == "ds" for job in jobs):
+        dist.init_process_group("gloo")
+    elif any(job["kind"] == "ds" for job in jobs):
         import deepspeed
 
         deepspeed.logger.setLevel("ERROR")

@@ -413,10 +413,10 @@ def _together(work: Callable[[], T]) -> T:
         value = work()
     except Exception as error:
         failed = error
-    known = isinstance(failed, (StateError, LayoutError))
-    messages = _gather(None if failed is None else str(failed) if known else f"{type(failed).__name__}: {failed}")
-    if any(messages):
-        rank = next(rank for rank, message in enumerate(messages) if message)
-        on = "" if known or _world() == 1 else f" (on rank {rank})"
-        raise StateError(messages[rank] + on) from failed
+    message = None if failed is None else str(failed)
+    if failed is not None and not isinstance(failed, (StateError, LayoutError)):
+        message = f"{type(failed).__name__}: {failed} (on rank {_rank()})"
+    first = next((text for text in _gather(message) if text), None)
+    if first:
+        raise StateError(first) from failed
     return value
