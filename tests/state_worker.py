@@ -145,7 +145,7 @@ def run(job):
         return
     if "load" in job:
         extra = load_state(optimizer, job["load"])
-        assert extra == job.get("extra"), extra
+        assert extra == job.get("extra", extra), extra
     if "first" in job:
         train(model, step, job["first"], job["first"] + job["steps"])
     if "save" in job:

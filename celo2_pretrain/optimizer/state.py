@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, TypeVar
@@ -22,7 +22,7 @@ from . import state_files
 from ..weights import load_weights
 from .celo2 import Celo2
 from .layouts import LayoutError, Original, Slice, collective_device, local, locate
-from .state_files import SHARED, StateError, StateReader, element_keys
+from .state_files import SHARED, StateError, StateReader, element_keys, tensor_entry
 from .views import MatrixView
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,7 @@ class Held:
         return None if value is None else local(value).detach()
 
     def describe(self) -> dict[str, Any]:
-        return {"shape": list(self.slice.shape), "rule": self.rule, "vector": self.vector,
-                "view": json.loads(json.dumps(asdict(self.slice.original.view)))}
+        return tensor_entry(self.slice.shape, self.rule, self.slice.original.view)
 
 
 def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:

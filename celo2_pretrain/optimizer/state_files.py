@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import asdict
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -21,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .views import MatrixView
 
 FORMAT, VERSION = "celo2-optimizer-state", 1
 INDEX, SHARED = "index.json", "shared.safetensors"
@@ -38,6 +41,12 @@ def element_keys(rule: str, vector: bool) -> tuple[str, ...]:
     if rule == "adamw":
         return ("param", "exp_avg", "exp_avg_sq")
     return ("param", *MOMENTA, "rms", *(V_FULL if vector else ()))
+
+
+def tensor_entry(shape: Iterable[int], rule: str, view: MatrixView) -> dict[str, Any]:
+    """What the index says of a tensor."""
+    vector = rule == "celo2" and len(view.blocks(tuple(shape))[0].shape) < 2
+    return {"shape": list(shape), "rule": rule, "vector": vector, "view": json.loads(json.dumps(asdict(view)))}
 
 
 def building(folder: Path) -> Path:

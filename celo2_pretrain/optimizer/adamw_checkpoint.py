@@ -1,0 +1,215 @@
+"""Read the AdamW state in a DeepSpeed checkpoint of any ZeRO stage, parameter by parameter.
+
+Files are opened memory-mapped and with torch's `weights_only` unpickler, which builds nothing but tensors, containers
+and the four DeepSpeed classes below.
+"""
+from __future__ import annotations
+
+import pickle
+import re
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Container, Sequence
+
+import torch
+from torch import Tensor
+
+from .state_files import StateError, StateReader
+from .views import whole
+
+KEYS = ("param", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Fragment:
+    """Consecutive elements of a parameter: `count` from `start` of three flat tensors of one file."""
+
+    tensors: dict[str, Tensor]  # by key
+    start: int
+    count: int
+
+
+class AdamWCheckpoint:
+    """AdamW's masters and moments by parameter name.
+
+    Args:
+        folder: what `engine.save_checkpoint` was given.
+        tag: the checkpoint in it; by default the one that `latest` names.
+        names: the optimizer's parameters in its order. Only checkpoints without ZeRO need it, since they don't record
+            the names; default: the model's own order, where there is one param group.
+        trained: for that default: the names of the parameters that were not frozen.
+
+    Raises StateError for what is no such checkpoint, lacks files, or holds the state of another optimizer.
+    """
+
+    def __init__(self, folder: str | Path, tag: str | None = None, names: Sequence[str] | None = None,
+                 trained: Container[str] | None = None) -> None:
+        self.folder = _find(Path(folder), tag)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._fragments: dict[str, list[Fragment]] = {}
+        self._facts: dict[str, tuple[float, dict[str, Any]]] = {}  # step and options of the param group
+        if any(re.search(r"mp_rank_0*[1-9]", path.name) for path in self.folder.iterdir()):
+            raise StateError(f"{str(self.folder)!r} is of a run with tensor or pipeline parallelism, which is not supported")
+        files = sorted(self.folder.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
+        models = sorted(self.folder.glob("*mp_rank_00_model_states.pt"), key=_rank_of)
+        if not models:
+            raise StateError(f"{str(self.folder)!r} is no DeepSpeed checkpoint: it has no *_model_states.pt")
+        model = _load(models[0])
+        if not files:
+            self._without_zero(model, names, trained)
+            return
+        missing = set(range(model["dp_world_size"])) - {_rank_of(path) for path in files}
+        if missing:
+            raise StateError(f"{str(self.folder)!r} lacks the optim_states file of rank {min(missing)}: copy the "
+                             "checkpoint again, with all ranks' files")
+        ranks = [_load(path)["optimizer_state_dict"] for path in files]
+        self.shapes = {name: whole(tuple(shape)) for group in model["param_shapes"] for name, shape in group.items()}
+        self._fragments = {name: [] for name in self.shapes}
+        for rank, state in enumerate(ranks):
+            if "fp32_flat_groups" in state:
+                self._zero3(state, model["param_shapes"], rank, len(ranks))
+            else:
+                self._zero12(state)
+        for name, parts in self._fragments.items():
+            held = sum(part.count for part in parts)
+            if held != prod(self.shapes[name]):
+                raise StateError(f"{str(self.folder)!r} holds {held} elements of {name!r} of shape {self.shapes[name]}: "
+                                 "files of different checkpoints seem mixed")
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """`param`, `exp_avg` and `exp_avg_sq` of one parameter, float32, in its full shape."""
+        return {key: torch.cat([part.tensors[key].reshape(-1)[part.start:part.start + part.count].float()
+                                for part in self._fragments[name]]).view(self.shapes[name]) for key in KEYS}
+
+    def step(self, name: str) -> float:
+        return self._facts[name][0]
+
+    def options(self, name: str) -> dict[str, Any]:
+        """lr, betas, eps and weight_decay of the parameter's group."""
+        return self._facts[name][1]
+
+    def _zero12(self, state: dict[str, Any]) -> None:
+        base = state["base_optimizer_state"]
+        if not isinstance(base, dict):
+            raise StateError(f"{str(self.folder)!r} is an elastic checkpoint; save it without \"elastic_checkpoint\"")
+        for number, mapping in enumerate(state["param_slice_mappings"]):
+            tensors, fact = self._group(base, number, state["single_partition_of_fp32_groups"][number],
+                                        base["param_groups"][number])
+            for name, place in mapping.items():
+                self._fragments[name].append(Fragment(tensors, place.start, place.numel))
+                self._facts[name] = fact
+
+    def _zero3(self, state: dict[str, Any], shapes: list[dict[str, Any]], rank: int, world: int) -> None:
+        base = state["optimizer_state_dict"]
+        owner = [number for number, group in enumerate(base["param_groups"]) for _ in group["params"]]
+        for number, group in enumerate(shapes):  # one for each sub-group
+            tensors, fact = self._group(base, number, state["fp32_flat_groups"][number], base["param_groups"][owner[number]])
+            offset = 0
+            for name, shape in group.items():
+                total = prod(shape)
+                size = -(-total // world)  # every tensor is sliced evenly, the last ranks' slices are padded
+                self._fragments[name].append(Fragment(tensors, offset, max(0, min(size, total - rank * size))))
+                self._facts[name] = fact
+                offset += size
+
+    def _without_zero(self, model: dict[str, Any], names: Sequence[str] | None,
+                      trained: Container[str] | None) -> None:
+        saved = model["optimizer"]
+        if not saved:
+            raise StateError(f"{str(self.folder)!r} holds no optimizer state")
+        masters = saved.get("fp32_groups")  # in 16 bits; else the model's parameters are float32 themselves
+        base = saved.get("optimizer_state_dict", saved)
+        groups = base["param_groups"]
+        count = sum(len(group["params"]) for group in groups)
+        if names is None:
+            names = [name for name in model["module"] if name not in model["buffer_names"]
+                     and (trained is None or name in trained)]
+            if len(groups) > 1 or len(names) != count:
+                raise StateError(f"{str(self.folder)!r} was saved without ZeRO, so it doesn't say which of its {count} "
+                                 f"optimizer states ({len(groups)} param groups) is whose: pass names=[…], the "
+                                 "parameters' names in the order in which the optimizer was given them")
+        if len(names) != count:
+            raise StateError(f"{len(names)} names were passed, the checkpoint's optimizer has {count} parameters")
+        flat = [x for group in masters for x in group] if masters else [model["module"][name] for name in names]
+        owner = [group for group in groups for _ in group["params"]]
+        for number, name in enumerate(names):
+            tensors, self._facts[name] = self._group(base, number, flat[number], owner[number])
+            shape = tuple(model["module"][name].shape)
+            if any(tuple(x.shape) != shape for x in tensors.values()):
+                raise StateError(f"optimizer state {number} has shape {tuple(tensors['exp_avg'].shape)}, but {name!r} has "
+                                 f"{shape}: pass names=[…] in the order in which the optimizer was given its parameters")
+            self.shapes[name] = whole(shape)
+            self._fragments[name] = [Fragment(tensors, 0, prod(shape))]
+
+    def _group(self, base: dict[str, Any], number: int, master: Tensor, group: dict[str, Any]
+               ) -> tuple[dict[str, Tensor], tuple[float, dict[str, Any]]]:
+        state = base["state"].get(number, {})
+        if not {"exp_avg", "exp_avg_sq"} <= state.keys():
+            raise StateError(f"{str(self.folder)!r} was not saved by AdamW: its optimizer state has {sorted(state)[:6]} "
+                             "instead of exp_avg and exp_avg_sq" + (
+                                 "; a Celo2 state is converted by save_state and to_adamw" if "momentum_0" in state else ""))
+        step = float(state.get("step", group.get("step", 0)))
+        options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        return {"param": master, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}, (step, options)
+
+
+class SavedAdamW:
+    """The same of a state that `save_state` wrote for an engine with AdamW."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.reader = StateReader(folder)
+        self.folder = self.reader.folder
+        other = next((name for name, entry in self.reader.tensors.items() if entry["rule"] != "adamw"), None)
+        if other is not None:
+            raise StateError(f"{str(folder)!r} is a Celo2 state already ({other!r} has the learned rule): load_state takes it")
+        self.reader.verify()
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in self.reader.tensors.items()}
+        self._options = {name: group["options"] for group in self.reader.groups for name in group["names"]}
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        return {key: self.reader.whole(name, key) for key in KEYS}
+
+    def step(self, name: str) -> float:
+        return float(self.reader.shared(f"{name}|step"))
+
+    def options(self, name: str) -> dict[str, Any]:
+        if "betas" not in self._options.get(name, {}):
+            raise StateError(f"{str(self.folder)!r} doesn't say with which betas AdamW ran; save it from an engine with AdamW")
+        return self._options[name]
+
+
+def _find(folder: Path, tag: str | None) -> Path:
+    if tag is None and not (folder / "latest").is_file() and list(folder.glob("*_model_states.pt")):
+        return folder  # the tagged folder itself
+    if tag is None:
+        if not (folder / "latest").is_file():
+            raise StateError(f"no DeepSpeed checkpoint in {str(folder)!r}: it has no file 'latest'; give the folder that "
+                             "engine.save_checkpoint was given, or a tag")
+        tag = (folder / "latest").read_text().strip()
+    if not (folder / tag).is_dir():
+        raise StateError(f"{str(folder)!r} has no checkpoint {tag!r}")
+    return folder / tag
+
+
+def _rank_of(path: Path) -> int:
+    found = re.search(r"zero_pp_rank_(\d+)_", path.name)
+    return int(found[1]) if found else 0
+
+
+def _load(path: Path) -> dict[str, Any]:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    try:
+        with torch.serialization.safe_globals([fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"the class {found[1]}" if found else "something that is not plain data"
+        raise StateError(f"{path} holds {what}, which is not unpickled for safety; take such client state out of the "
+                         "checkpoint, or load it in DeepSpeed and call save_state(engine, …)") from None
+    except (OSError, RuntimeError) as error:
+        raise StateError(f"{path} is damaged ({str(error).splitlines()[0]}); copy it again, or use another "
+                         "checkpoint") from None
