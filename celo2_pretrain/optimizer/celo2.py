@@ -158,7 +158,7 @@ class Celo2(torch.optim.Optimizer):
         names = []
         for _, _, plans in ready:
             for plan in plans:
-                flags = torch.stack([~torch.isfinite(held.of(local(held.storage.grad).reshape(-1))).all()
+                flags = torch.stack([_nonfinite(held.of(local(held.storage.grad).reshape(-1)))
                                      for held in plan.layout.slices]).to(torch.int32)
                 reduce(flags, plan.layout, dist.ReduceOp.MAX)
                 names += [held.name for held, flag in zip(plan.layout.slices, flags.tolist()) if flag]
@@ -263,6 +263,13 @@ def _check_options(options: Mapping[str, Any]) -> None:
     betas = options["adamw_betas"]
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"adamw_betas must be two numbers in [0, 1), got {betas!r}")
+
+
+def _nonfinite(x: Tensor) -> Tensor:
+    """Whether a flat tensor has a NaN or Inf: () bool, in one pass over it."""
+    if x.numel() == 0:
+        return torch.zeros((), dtype=torch.bool, device=x.device)
+    return ~torch.isfinite(torch.stack(torch.aminmax(x))).all()
 
 
 def _zeros_like(param: Tensor) -> Tensor:

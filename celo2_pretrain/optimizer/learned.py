@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import passes
+from .backends import backend_for
 from .layouts import Layout, Slice, collective_device, local
 from .orthogonalize import Exchange, Unit, choose_owners, units_of
-from .passes import Shape, Tensors
+from .passes import Shape, Tensors, update_factored
 from .reference import MLP, NORM_EPS
 from .views import Piece, pieces
 
@@ -99,14 +99,14 @@ class LearnedStep:
         self.plan, self.state, self.mlp, self.lr, self.weight_decay = plan, state, mlp, lr, weight_decay
         self.layout = plan.layout
         self.device = local(self.layout.slices[0].storage).device
+        self.backend = backend_for(self.device)
         self.tensors = [_tensors(held, state[held.storage]) for held in self.layout.slices]
 
     def run(self) -> None:
         self._accumulate()
-        self.factor = [passes.factors(*self._row_col(part), part.shape) if part.shape.matrix else None
-                       for part in self.plan.parts]
+        self.factor = [self.backend.factor(part.shape, *self._row_col(part)) for part in self.plan.parts]
         squares = self._norms()
-        self.layers = [passes.first_layer(square, *self._row_col(part), part.shape, self.mlp)
+        self.layers = [self.backend.first_layer(square, *self._row_col(part), part.shape, self.mlp)
                        for part, square in zip(self.plan.parts, squares)]
         if self.plan.units:
             self._orthogonalized()
@@ -125,14 +125,15 @@ class LearnedStep:
                   for k, part in enumerate(parts)]
         for part, (row, col) in zip(parts, totals):
             for piece in part.pieces:
-                passes.accumulate(self.tensors[part.held], piece, part.shape, row, col)
+                self.backend.accumulate(self.tensors[part.held], piece, part.shape, row, col)
+        self.backend.wait()
         reduce(sums, self.layout)
         for part, (row, col) in zip(parts, totals):
             if part.shape.matrix:
                 d1, d0 = part.shape.block.factored
                 v_row, v_col = self._row_col(part)
-                passes.update_factored(v_row, row, part.shape.full[d0])
-                passes.update_factored(v_col, col, part.shape.full[d1])
+                update_factored(v_row, row, part.shape.full[d0])
+                update_factored(v_col, col, part.shape.full[d1])
 
     def _norms(self) -> list[Tensor]:
         """Pass B and its all-reduce: a few numbers a matrix, of all tensors in one flat buffer."""
@@ -141,7 +142,8 @@ class LearnedStep:
         squares = [chunk.view(-1, *part.shape.lead) for chunk, part in zip(chunks, parts)]
         for k, part in enumerate(parts):
             for piece in part.pieces:
-                passes.norms(self.tensors[part.held], piece, part.shape, self.factor[k], squares[k])
+                self.backend.norms(self.tensors[part.held], piece, part.shape, self.factor[k], squares[k])
+        self.backend.wait()
         reduce(flat, self.layout)
         return squares
 
@@ -152,8 +154,9 @@ class LearnedStep:
         for k in self.plan.parts_of(bucket):
             part = self.plan.parts[k]
             for piece in part.pieces:
-                piece.of(out[part.held]).copy_(passes.direction(
-                    self.tensors[part.held], piece, part.shape, self.factor[k], self.layers[k], self.mlp))
+                self.backend.direction(self.tensors[part.held], piece, part.shape, self.factor[k], self.layers[k],
+                                       self.mlp, out[part.held])
+        self.backend.wait()
         return out
 
     def _orthogonalized(self) -> None:
@@ -199,7 +202,9 @@ class LearnedStep:
             p32 = p.float()  # p itself where it is float32
             if self.weight_decay:
                 step.add_(p32, alpha=self.weight_decay)
-            p.copy_(p32 - step.mul_(self.lr))
+            p32.add_(step, alpha=-self.lr)
+            if p32 is not p:
+                p.copy_(p32)
             if not storage.is_contiguous():  # p is a copy then
                 storage.copy_(p.view(storage.shape))
 

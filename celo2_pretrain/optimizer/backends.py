@@ -1,0 +1,265 @@
+"""What computes the passes: plain torch anywhere, or compiled kernels. Chosen by CELO2_BACKEND, and said once.
+
+    reference   plain torch (`passes.py`), every device and shape
+    compile     C++ kernels on CPU tensors (kernels/cpu.cpp); what they don't cover goes to plain torch
+    auto        compile on the CPU where a compiler is found, else reference
+
+A backend's pass methods may return before the work is done; `wait` ends a pass.
+"""
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from ..kernels import cpu
+from . import passes
+from .passes import FirstLayer, Shape, Tensors
+from .reference import MLP
+from .views import Piece
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "compile", "reference")
+JOB = 1 << 18  # elements of one call; fixed, so that sums don't depend on the number of threads
+
+
+def backend_for(device: torch.device) -> Reference:
+    """The backend for tensors of this device, by CELO2_BACKEND. Raises ValueError for an unknown name."""
+    wanted = os.environ.get("CELO2_BACKEND", "auto")
+    if wanted not in BACKENDS:
+        raise ValueError(f"CELO2_BACKEND={wanted!r} is none of {', '.join(BACKENDS)}")
+    return _choose(wanted, device.type)
+
+
+@functools.cache
+def _choose(wanted: str, device: str) -> Reference:
+    if wanted == "reference":
+        chosen, why = Reference(), "CELO2_BACKEND asks for it"
+    elif device != "cpu":
+        chosen, why = Reference(), f"there are no kernels for {device} yet"
+    else:
+        try:
+            chosen, why = Compiled(), "compiled CPU kernels"
+        except cpu.Unavailable as error:
+            if wanted == "compile":
+                raise RuntimeError(f"CELO2_BACKEND=compile, but {error}") from None
+            chosen, why = Reference(), f"{error}; the plain-torch passes are some 40 times slower"
+            logger.warning("Celo2 backend on %s: reference (%s)", device, why)
+            return chosen
+    logger.info("Celo2 backend on %s: %s (%s)", device, chosen.name, why)
+    return chosen
+
+
+class Reference:
+    """Plain torch."""
+
+    name = "reference"
+
+    def factor(self, shape: Shape, v_row: Tensor, v_col: Tensor) -> Any:
+        return passes.factors(v_row, v_col, shape) if shape.matrix else None
+
+    def first_layer(self, squares: Tensor, v_row: Tensor, v_col: Tensor, shape: Shape, mlp: MLP) -> Any:
+        return passes.first_layer(squares, v_row, v_col, shape, mlp)
+
+    def accumulate(self, t: Tensors, piece: Piece, shape: Shape, row_sum: Tensor, col_sum: Tensor) -> None:
+        passes.accumulate(t, piece, shape, row_sum, col_sum)
+
+    def norms(self, t: Tensors, piece: Piece, shape: Shape, factor: Any, squares: Tensor) -> None:
+        passes.norms(t, piece, shape, factor, squares)
+
+    def direction(self, t: Tensors, piece: Piece, shape: Shape, factor: Any, layer: Any, mlp: MLP, out: Tensor) -> None:
+        """`out`: the slice's flat direction, float32."""
+        piece.of(out).copy_(passes.direction(t, piece, shape, factor, layer, mlp))
+
+    def wait(self) -> None:
+        """Until all of a pass is done."""
+
+
+@dataclass
+class Factor:
+    """Row and column factor, for plain torch and for the kernels."""
+
+    plain: tuple[Tensor, Tensor] | None
+    outer: Tensor | None = None  # (matrices, outer, 3)
+    inner: Tensor | None = None  # (matrices, 3, inner)
+
+
+@dataclass
+class Layer:
+    """The folded first layer, for plain torch and for the kernels."""
+
+    plain: FirstLayer
+    weight: Tensor | None = None  # (matrices, 18, 8)
+    outer: Tensor | None = None  # (matrices, outer, 8), b0 inside
+    inner: Tensor | None = None  # (matrices, 8, inner)
+    second: tuple[Tensor, Tensor, Tensor, float] | None = None
+
+
+def inner_axis(shape: Shape) -> int | None:
+    """-1 or -2: the matrix axis whose elements lie together in storage; None where the kernels can't be used."""
+    block, dims = shape.block, len(shape.full)
+    if dims < 2 or set(block.factored) != {dims - 2, dims - 1} or prod(shape.full[:-2]) > 64:
+        return None
+    last = len(block.expand) - 1
+    return next((axis for axis in (-1, -2) if block.order[axis] == last), None)
+
+
+@dataclass
+class Box:
+    """One call's part of a matrix: where it begins in the slice, and its rows and columns in storage order."""
+
+    matrix: int
+    offset: int
+    row: int
+    rows: int
+    col: int
+    cols: int
+    stride: int
+
+
+def boxes_of(piece: Piece, shape: Shape, inner: int) -> list[Box]:
+    """Cut a piece into calls: matrix by matrix, and by rows."""
+    outer = -3 - inner  # the other of -1 and -2
+    (row, row_stop), (col, col_stop) = piece.box[outer], piece.box[inner]
+    cols, step = col_stop - col, max(1, JOB // (col_stop - col))
+    found = []
+    for index in _product([range(*axis) for axis in piece.box[:-2]]):
+        matrix, offset = 0, piece.offset
+        for axis, i in enumerate(index):
+            matrix = matrix * shape.full[axis] + i
+            offset += (i - piece.box[axis][0]) * piece.stride[axis]
+        for start in range(row, row_stop, step):
+            found.append(Box(matrix, offset + (start - row) * piece.stride[outer], start, min(step, row_stop - start),
+                             col, cols, piece.stride[outer]))
+    return found
+
+
+def _product(ranges: list[range]) -> list[tuple[int, ...]]:
+    found: list[tuple[int, ...]] = [()]
+    for some in ranges:
+        found = [(*index, i) for index in found for i in some]
+    return found
+
+
+class Compiled(Reference):
+    """The C++ kernels, on as many threads as torch uses. Raises cpu.Unavailable where they can't be built."""
+
+    name = "compile"
+
+    def __init__(self) -> None:
+        self.kernels = cpu.library()
+        self.pool = ThreadPoolExecutor(max(1, torch.get_num_threads()), "celo2")
+        self.pending: list[tuple[Future, Callable[[], None] | None]] = []
+
+    def factor(self, shape: Shape, v_row: Tensor, v_col: Tensor) -> Factor:
+        plain = super().factor(shape, v_row, v_col)
+        inner = inner_axis(shape)
+        if inner is None:
+            return Factor(plain)
+        # The row factor varies along d1, the column factor along d0.
+        by_axis = {axis - len(shape.full): x.reshape(3, -1, shape.full[axis])
+                   for axis, x in zip(shape.block.factored, plain)}  # (3, matrices, size)
+        return Factor(plain, by_axis[-3 - inner].permute(1, 2, 0).contiguous(), by_axis[inner].movedim(0, 1).contiguous())
+
+    def first_layer(self, squares: Tensor, v_row: Tensor, v_col: Tensor, shape: Shape, mlp: MLP) -> Layer:
+        plain = super().first_layer(squares, v_row, v_col, shape, mlp)
+        inner = inner_axis(shape)
+        if inner is None:
+            return Layer(plain)
+        by_axis = {axis - len(shape.full): x.reshape(-1, shape.full[axis], 8)
+                   for axis, x in zip(shape.block.factored, plain.bias[1:])}  # (matrices, size, 8)
+        return Layer(plain, plain.weight.reshape(-1, 18, 8).contiguous(),
+                     (by_axis[-3 - inner] + plain.bias[0]).contiguous(), by_axis[inner].mT.contiguous(),
+                     (mlp.w1.contiguous(), mlp.b1.contiguous(), mlp.w2[:, 0].contiguous(), mlp.b2[0].item()))
+
+    def accumulate(self, t: Tensors, piece: Piece, shape: Shape, row_sum: Tensor, col_sum: Tensor) -> None:
+        inner = inner_axis(shape)
+        if inner is None:
+            super().accumulate(t, piece, shape, row_sum, col_sum)
+            return
+        # v_row's sum is over d0: along d1 it is the storage's row or column sum.
+        d1_is_inner = shape.block.factored[0] == len(shape.full) + inner
+        outer_total, inner_total = (col_sum, row_sum) if d1_is_inner else (row_sum, col_sum)
+        outer_total = outer_total.view(-1, shape.full[-3 - inner])
+        inner_total = inner_total.view(-1, shape.full[inner])
+        for box in boxes_of(piece, shape, inner):
+            rows, cols = torch.zeros(box.rows), torch.zeros(box.cols)
+
+            def call(box: Box = box, rows: Tensor = rows, cols: Tensor = cols) -> None:
+                g, = _float32(box, t.g)
+                self.kernels.celo2_accumulate(
+                    g.data_ptr(), *(_at(x, box) for x in (*t.momentum, t.rms)), box.rows, box.cols, box.stride,
+                    rows.data_ptr(), cols.data_ptr())
+
+            def add(box: Box = box, rows: Tensor = rows, cols: Tensor = cols) -> None:
+                outer_total[box.matrix, box.row:box.row + box.rows].add_(rows)
+                inner_total[box.matrix, box.col:box.col + box.cols].add_(cols)
+
+            self._submit(call, add)
+
+    def norms(self, t: Tensors, piece: Piece, shape: Shape, factor: Factor, squares: Tensor) -> None:
+        inner = inner_axis(shape)
+        if inner is None:
+            super().norms(t, piece, shape, factor.plain, squares)
+            return
+        flat = squares.view(18, -1)
+        for box in boxes_of(piece, shape, inner):
+            total = torch.zeros(18, dtype=torch.float64)
+            columns = factor.inner[box.matrix, :, box.col:box.col + box.cols].contiguous()
+
+            def call(box: Box = box, total: Tensor = total, columns: Tensor = columns) -> None:
+                g, p = _float32(box, t.g, t.p)
+                self.kernels.celo2_norms(
+                    g.data_ptr(), p.data_ptr(), *(_at(x, box) for x in (*t.momentum, t.rms)), box.rows, box.cols,
+                    box.stride, factor.outer[box.matrix, box.row].data_ptr(), columns.data_ptr(), total.data_ptr())
+
+            self._submit(call, lambda box=box, total=total: flat[:, box.matrix].add_(total))
+
+    def direction(self, t: Tensors, piece: Piece, shape: Shape, factor: Factor, layer: Layer, mlp: MLP, out: Tensor
+                  ) -> None:
+        inner = inner_axis(shape)
+        if inner is None:
+            super().direction(t, piece, shape, factor.plain, layer.plain, mlp, out)
+            return
+        w1, b1, w2, b2 = layer.second
+        for box in boxes_of(piece, shape, inner):
+            columns = factor.inner[box.matrix, :, box.col:box.col + box.cols].contiguous()
+            bias = layer.inner[box.matrix, :, box.col:box.col + box.cols].contiguous()
+
+            def call(box: Box = box, columns: Tensor = columns, bias: Tensor = bias) -> None:
+                g, p = _float32(box, t.g, t.p)
+                self.kernels.celo2_direction(
+                    g.data_ptr(), p.data_ptr(), *(_at(x, box) for x in (*t.momentum, t.rms, out)), box.rows, box.cols,
+                    box.stride, factor.outer[box.matrix, box.row].data_ptr(), columns.data_ptr(),
+                    layer.weight[box.matrix].data_ptr(), layer.outer[box.matrix, box.row].data_ptr(), bias.data_ptr(),
+                    w1.data_ptr(), b1.data_ptr(), w2.data_ptr(), b2)
+
+            self._submit(call, None)
+
+    def wait(self) -> None:
+        pending, self.pending = self.pending, []
+        for future, then in pending:  # in order: sums don't depend on which thread was first
+            future.result()
+            if then is not None:
+                then()
+
+    def _submit(self, call: Callable[[], None], then: Callable[[], None] | None) -> None:
+        self.pending.append((self.pool.submit(call), then))
+
+
+def _at(x: Tensor, box: Box) -> int:
+    return x.data_ptr() + 4 * box.offset
+
+
+def _float32(box: Box, *tensors: Tensor) -> list[Tensor]:
+    """The range of the flat tensors that a box lies in, in float32: views where they are already."""
+    stop = box.offset + (box.rows - 1) * box.stride + box.cols
+    return [x[box.offset:stop].to(torch.float32) for x in tensors]

@@ -1,0 +1,134 @@
+"""The compiled CPU kernels do what their plain-torch twins do: any shape, view, slice and dtype."""
+import logging
+
+import pytest
+import torch
+
+from celo2_pretrain.kernels import cpu
+from celo2_pretrain.optimizer import backends
+from celo2_pretrain.optimizer.backends import Compiled, Reference, backend_for, inner_axis
+from celo2_pretrain.optimizer.passes import Shape, Tensors
+from celo2_pretrain.optimizer.reference import DIMS, MLP
+from celo2_pretrain.optimizer.views import MatrixView, pieces
+
+CASES = [
+    ((1, 1), MatrixView()), ((1, 9), MatrixView()), ((9, 1), MatrixView()), ((7, 13), MatrixView()),
+    ((16, 16), MatrixView()), ((16, 16), MatrixView(transpose=True)), ((37, 31), MatrixView(transpose=True)),
+    ((5, 100), MatrixView()), ((130, 17), MatrixView(transpose=True)), ((12, 36), MatrixView(split=(12, 12, 12))),
+    ((36, 12), MatrixView(transpose=True, split=(12, 12, 12))), ((11, 23), MatrixView(split=(16, 4, 3))),
+    ((24, 10), MatrixView(transpose=True, head_dim=4)), ((3, 17, 19), MatrixView(batch=1)), ((13,), MatrixView()),
+    ((6, 5, 3, 3), MatrixView()), ((2, 3, 10, 6), MatrixView()),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    return Compiled()
+
+
+def step(backend: Reference, t: Tensors, shape: Shape, cut: list, mlp: MLP) -> list[torch.Tensor]:
+    """All three passes over the pieces of a slice; returns everything they make."""
+    row, col = torch.zeros(shape.row), torch.zeros(shape.col)
+    for piece in cut:
+        backend.accumulate(t, piece, shape, row, col)
+    backend.wait()
+    generator = torch.Generator().manual_seed(1)
+    v_row, v_col = (torch.rand(3, *size, generator=generator) for size in (shape.row, shape.col))
+    factor = backend.factor(shape, v_row, v_col)
+    squares = torch.zeros(len(shape.elementwise), *shape.lead)
+    for piece in cut:
+        backend.norms(t, piece, shape, factor, squares)
+    backend.wait()
+    layer = backend.first_layer(squares + 1e-3, v_row, v_col, shape, mlp)
+    out = torch.zeros(t.rms.shape)
+    for piece in cut:
+        backend.direction(t, piece, shape, factor, layer, mlp, out)
+    backend.wait()
+    return [row, col, squares, out, *t.momentum, t.rms, *t.v_full]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape,view", CASES)
+def test_the_kernels_are_their_twins(compiled, shape, view, dtype, monkeypatch):
+    monkeypatch.setattr(backends, "JOB", 64)  # so that small matrices are cut into several calls as well
+    torch.manual_seed(len(shape) + shape[0])
+    total = torch.Size(shape).numel()
+    mlp = MLP(*(torch.randn(s) / 3 for s in [DIMS[:2], DIMS[1:2], DIMS[1:3], DIMS[2:3], DIMS[2:], DIMS[3:]]))
+    for start, stop in {(0, total), (0, total // 3), (total // 3, total), (total // 2, total // 2)}:
+        n = stop - start
+        for block in view.blocks(shape):
+            cut = pieces(block, start, stop, most=50)
+            made = []
+            for backend in (compiled, Reference()):
+                generator = torch.Generator().manual_seed(n)
+                draw = lambda scale=1.0: torch.randn(n, generator=generator) * scale  # noqa: E731
+                t = Tensors(draw().to(dtype), (draw() * 10.0 ** torch.randint(-4, 4, (n,), generator=generator)).to(dtype),
+                            [draw() for _ in range(3)], draw().square(),
+                            [draw().square() for _ in range(3)] if len(shape) == 1 else [])
+                made.append(step(backend, t, Shape(block), cut, mlp))
+            for ours, twin in zip(*made):
+                scale = twin.abs().max().item() if twin.numel() else 0.0
+                # Sums in another order: round-off relative to the largest, the MLP's amplified by cancelling terms.
+                torch.testing.assert_close(ours, twin, rtol=2e-5, atol=2e-5 * scale + 1e-30)
+
+
+def test_the_kernels_cover_every_matrix_of_a_transformer():
+    assert all(inner_axis(Shape(block)) is not None for shape, view in CASES[:14] for block in view.blocks(shape))
+    assert inner_axis(Shape(MatrixView().blocks((6, 5, 3, 3))[0])) is None  # plain torch
+
+
+def test_a_nan_passes_through_a_kernel_as_through_its_twin(compiled):
+    shape = Shape(MatrixView().blocks((4, 20))[0])
+    for backend in (compiled, Reference()):
+        t = Tensors(torch.ones(80), torch.ones(80), [torch.zeros(80) for _ in range(3)], torch.zeros(80), [])
+        t.g[33] = float("nan")
+        row, col = torch.zeros(shape.row), torch.zeros(shape.col)
+        for piece in pieces(shape.block, 0, 80):
+            backend.accumulate(t, piece, shape, row, col)
+        backend.wait()
+        assert row.isnan().flatten().tolist() == [False, True, False, False]
+        assert col.isnan().flatten().nonzero().item() == 13
+        assert t.rms.isnan().sum() == t.momentum[0].isnan().sum() == 1
+
+
+def test_the_backend_is_chosen_by_name_and_said(monkeypatch, caplog):
+    cpu_device = torch.device("cpu")
+    backends._choose.cache_clear()
+    with caplog.at_level(logging.INFO):
+        monkeypatch.setenv("CELO2_BACKEND", "auto")
+        assert backend_for(cpu_device).name == "compile"
+        monkeypatch.setenv("CELO2_BACKEND", "reference")
+        assert backend_for(cpu_device).name == "reference"
+    assert caplog.text.count("Celo2 backend on cpu") == 2
+    monkeypatch.setenv("CELO2_BACKEND", "fast")
+    with pytest.raises(ValueError, match="'fast' is none of auto"):
+        backend_for(cpu_device)
+
+
+def test_without_a_compiler_plain_torch_takes_over_and_says_so(monkeypatch, caplog):
+    def missing():
+        raise cpu.Unavailable("no C++ compiler found")
+
+    monkeypatch.setattr(cpu, "library", missing)
+    backends._choose.cache_clear()
+    monkeypatch.setenv("CELO2_BACKEND", "auto")
+    with caplog.at_level(logging.WARNING):
+        assert backend_for(torch.device("cpu")).name == backend_for(torch.device("cpu")).name == "reference"
+    assert caplog.text.count("no C++ compiler found") == 1
+    monkeypatch.setenv("CELO2_BACKEND", "compile")
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+        backend_for(torch.device("cpu"))
+    backends._choose.cache_clear()
+
+
+def test_a_compiler_that_fails_is_reported(monkeypatch, tmp_path):
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho nonsense in line 3 >&2; exit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cpu.library.cache_clear()
+    with pytest.raises(cpu.Unavailable, match="nonsense in line 3"):
+        cpu.library()
+    assert not list((tmp_path / "cache").rglob("*.so"))
+    cpu.library.cache_clear()
