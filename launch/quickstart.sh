@@ -58,4 +58,4 @@ if [ "$compare" = yes ]; then
     celo2-pretrain plot runs/quickstart runs/quickstart_adamw --out runs/quickstart_compare.png \
         --title "Celo2 and AdamW, the same model, data and steps"
 fi
-echo "== done in $((SECONDS - began)) s"
+echo "== done in $((SECONDS - began)) s; before the command above, in this shell: source ${VIRTUAL_ENV#"$PWD/"}/bin/activate"
