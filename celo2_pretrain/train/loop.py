@@ -193,6 +193,7 @@ def resume_command(config: Config) -> str:
     arguments = f"--resume {shlex.quote(config.run_dir)} train.max_steps={2 * config.train.max_steps}"
     if world_size == 1:
         return f"celo2-pretrain train {arguments}"
-    on_cpu = "DS_ACCELERATOR=cpu " if os.environ.get("DS_ACCELERATOR") == "cpu" else ""
+    names = [name for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS") if name in os.environ]
+    prefix = "".join(f"{name}={shlex.quote(os.environ[name])} " for name in names)
     script = os.path.relpath(sys.argv[0])
-    return f"{on_cpu}deepspeed --no_local_rank --quiet --num_gpus {world_size} {shlex.quote(script)} {arguments}"
+    return f"{prefix}deepspeed --no_local_rank --quiet --num_gpus {world_size} {shlex.quote(script)} {arguments}"
