@@ -39,7 +39,10 @@ class Cell:
 
     @property
     def gradients_from_plain(self) -> bool:
-        """Whether the reference is fed the gradients of the plain single process."""
+        """Whether the reference is fed the gradients of the plain single process, and momenta aren't compared.
+
+        With round_robin_gradients DeepSpeed 0.19 flattens in another order than its `safe_get_full_*` read.
+        """
         return self.extra == "round_robin"
 
     @property
@@ -66,7 +69,7 @@ class Cell:
             if self.offload:
                 return "FSDP2 offloads parameters with the optimizer, which on CPU changes nothing"
         if self.extra == "round_robin" and self.precision != "fp32":
-            return "DeepSpeed's safe_get_full_grad fails with round_robin_gradients; only fp32 has another source"
+            return "with round_robin_gradients safe_get_full_* read wrong elements; only fp32 has another source"
         if self.extra in ("round_robin", "alignment") and zero not in (1, 2):
             return "an option of ZeRO 1 and 2"
         return ""

@@ -96,6 +96,8 @@ class DeepSpeedRun:
     def parameter(self, name: str) -> Tensor:
         """The float32 master, whole."""
         p = self.params[name]
+        if self.cell.gradients_from_plain:
+            return p.detach().clone()  # float32 cells: the model's parameter is the master
         if self.stage:
             return safe_get_full_fp32_param(p).detach().clone()
         return self.copies.get(id(p), p).detach().clone()

@@ -1,7 +1,8 @@
 """How large an error the matrix allows, by kind.
 
-Each is a maximum norm. `update`: |parameter − expected| over the largest |expected − parameter before|, tensor by
-tensor and step by step, so that a wrong update can't hide behind a large parameter. `gradient`, `state`: |difference|
+Each is a maximum norm. `update`: |parameter − expected|, beyond one float32 rounding of the stored parameter (1.2e-7 of
+the largest), over the largest |expected − parameter before|, tensor by tensor and step by step, so that a wrong update
+can't hide behind a large parameter. `gradient`, `state`: |difference|
 over the largest |expected| of the tensor. The last three are exact: what the forward pass sees is the rounded master,
 ranks agree bit for bit, a skipped step changes nothing.
 """

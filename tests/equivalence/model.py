@@ -47,7 +47,7 @@ class Awkward(nn.Module):
         image = h[..., :12].unflatten(-1, (2, 6)).movedim(-2, 1)  # (batch, 2, length, 6)
         h = h + F.pad(self.conv(image).movedim(1, 2).flatten(2)[..., :24].unflatten(-1, (2, 12)).sum(-2), (0, 1))
         h = h + torch.einsum("btd,edf->btef", h, self.experts).flatten(2)[..., :D].tanh()
-        h = h * (1 + self.tiny[0, 0]) + self.tiny[0, 1].sin()
+        h = h + (h * self.tiny[0, 0] + self.tiny[0, 1]).tanh()
         if use_sometimes:
             h = h + F.pad(h[..., :7] @ self.sometimes, (0, D - 5))
         logits = self.head(self.ln(h)) * self.gain
@@ -70,7 +70,7 @@ GROUPS = (
     ("celo2", True, 0.05, 0.1, 1.0, ("qkv.weight", "square.weight", "fc.weight", "heads.weight", "experts")),
     ("celo2", False, 0.04, 0.0, 1.0, ("proj.weight", "conv.weight", "uneven.weight", "vector", "gain")),
     ("adamw", True, 0.005, 0.3, 8.0, ("emb.weight", "qkv.bias", "fc.bias", "uneven.bias", "ln.weight")),
-    ("celo2", True, 0.02, 1.0, 1.0, ("tiny",)),
+    ("celo2", True, 0.05, 1.0, 1.0, ("tiny",)),
     ("celo2", False, 0.03, 0.2, 1.0, ("sometimes", "ln.bias")),
 )
 

@@ -1,5 +1,129 @@
-"""Ways to break the sharded step on purpose."""
+"""Ways to break the sharded step on purpose, in the worker before its cells run. The matrix must notice each one."""
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from celo2_pretrain.optimizer import celo2, learned
+from celo2_pretrain.optimizer.layouts import Layout, Original, Slice
+from celo2_pretrain.optimizer.orthogonalize import Exchange
+from celo2_pretrain.optimizer.views import MatrixView
+
+from .engines import DeepSpeedRun
+
+
+def drop_all_reduce_a() -> None:
+    """Pass A: every rank keeps the row and column sums of its own elements."""
+    _without_reduce("_accumulate")
+
+
+def drop_all_reduce_b() -> None:
+    """Pass B: every rank normalises the features by its own elements."""
+    _without_reduce("_norms")
+
+
+def flat_slice_as_vector() -> None:
+    """What a rank holds of a matrix is taken for a 1-D tensor of its own."""
+    def wrong(held: Slice) -> Slice:
+        size = held.stop - held.start
+        return replace(held, original=_other(held.original, shape=(max(size, 1),), view=MatrixView()),
+                       start=0, stop=size)
+
+    _after_locate(wrong)
+
+
+def shift_offset() -> None:
+    """A slice is looked for one element further on in the flat partition than it is."""
+    def wrong(held: Slice) -> Slice:
+        room = held.offset + held.stop - held.start < held.storage.numel()
+        return replace(held, offset=held.offset + 1) if room else held
+
+    _after_locate(wrong)
+
+
+def ignore_transpose() -> None:
+    """A square `nn.Linear` is read as (in, out), which it isn't: only the tie of step 3 tells the difference."""
+    def wrong(held: Slice) -> Slice:
+        square = len(held.shape) == 2 and held.shape[0] == held.shape[1]
+        view = replace(held.original.view, transpose=False) if square else held.original.view
+        return replace(held, original=_other(held.original, shape=held.shape, view=view))
+
+    _after_locate(wrong)
+
+
+def swap_ranks() -> None:
+    """Owners take the pieces that two other ranks sent the wrong way round. Shows from 3 ranks on."""
+    turn, wait = Exchange.turn, Exchange._wait
+
+    def wrong_turn(self: Exchange) -> None:
+        self.turning = True
+        turn(self)
+        self.turning = False
+
+    def wrong_wait(self: Exchange, device: torch.device) -> Tensor:
+        received = wait(self, device)
+        if getattr(self, "turning", False):
+            received = torch.cat(received.split(self._plan()[1])[::-1])
+        return received
+
+    Exchange.turn, Exchange._wait = wrong_turn, wrong_wait
+
+
+def step_per_micro_batch() -> None:
+    """The optimizer steps after every micro-batch instead of after all of them."""
+    backward = DeepSpeedRun.backward
+
+    def wrong(self: DeepSpeedRun, *args: Any) -> None:
+        self.engine.set_gradient_accumulation_boundary(True)
+        backward(self, *args)
+
+    DeepSpeedRun.backward = wrong
+
+
+MUTATIONS: dict[str, Callable[[], None]] = {mutation.__name__: mutation for mutation in (
+    drop_all_reduce_a, drop_all_reduce_b, flat_slice_as_vector, shift_offset, step_per_micro_batch, swap_ranks,
+    ignore_transpose)}
 
 
 def apply_mutation(name: str) -> None:
-    raise ValueError(f"unknown mutation {name!r}")
+    """Break the optimizer in this process. Raises ValueError for a name that isn't in MUTATIONS."""
+    if name not in MUTATIONS:
+        raise ValueError(f"unknown mutation {name!r}; there are {', '.join(MUTATIONS)}")
+    MUTATIONS[name]()
+
+
+def _without_reduce(method: str) -> None:
+    original = getattr(learned.LearnedStep, method)
+    reduce = learned.reduce
+
+    def wrong(self: learned.LearnedStep, *args: Any) -> Any:
+        learned.reduce = lambda *ignored: None
+        try:
+            return original(self, *args)
+        finally:
+            learned.reduce = reduce
+
+    setattr(learned.LearnedStep, method, wrong)
+
+
+def _after_locate(wrong: Callable[[Slice], Slice]) -> None:
+    """Change every slice that the optimizer finds."""
+    locate = celo2.locate
+
+    def mutated(*args: Any) -> list[Layout]:
+        layouts = locate(*args)
+        for layout in layouts:
+            layout.slices = [wrong(held) for held in layout.slices]
+        return layouts
+
+    celo2.locate = mutated
+
+
+def _other(original: Original, shape: tuple[int, ...], view: MatrixView) -> Original:
+    changed = copy.copy(original)
+    changed.shape, changed.view = shape, view
+    return changed
