@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels.newton_schulz import newton_schulz
 from .layouts import Layout, collective_device
 from .passes import Shape
-from .reference import newton_schulz, normalize
+from .reference import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, normalize
 from .views import Piece, cut_first_axis, pieces
 
 
@@ -152,7 +153,7 @@ class Exchange:
             by_shape[unit.shape[-2:]].append(number)
         for shape, numbers in by_shape.items():
             stack = torch.cat([matrices[number].reshape(-1, *shape) for number in numbers])
-            stack = normalize(newton_schulz(stack), (-2, -1))
+            stack = normalize(newton_schulz(stack, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS), (-2, -1))
             sizes = [prod(self.mine[number].shape[:-2]) for number in numbers]
             for number, x in zip(numbers, stack.split(sizes)):
                 matrices[number] = x.view(self.mine[number].shape)
