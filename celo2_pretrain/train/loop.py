@@ -189,7 +189,7 @@ def finish(engine, config: Config, index: dict, metrics: Metrics) -> None:
 
 
 def resume_command(config: Config) -> str:
-    rank, world_size = world_from_environment()
+    _, world_size = world_from_environment()
     arguments = f"--resume {shlex.quote(config.run_dir)} train.max_steps={2 * config.train.max_steps}"
     if world_size == 1:
         return f"celo2-pretrain train {arguments}"
