@@ -25,7 +25,7 @@ def test_error_against_float64(shape, decades):
     x = matrix(*shape, decades)
     exact = reference.newton_schulz(x.double())
     error = ((ours(x) - exact).norm() / exact.norm()).item()
-    assert error < (2e-4 if use_gram(shape) else 1e-5), error
+    assert error < (5e-4 if use_gram(shape) else 1e-5), error
 
 
 def test_the_gram_form_is_used_where_it_pays_and_for_batches():
