@@ -89,7 +89,8 @@ def start(job):
     precision = job.get("precision", "fp32")
     config = {"train_batch_size": 12, "gradient_clipping": 0.0, "zero_optimization": zero, "steps_per_print": 10**9,
               "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-              "bf16": {"enabled": precision.startswith("bf16")}, "fp16": {"enabled": precision == "fp16", "loss_scale": 1}}
+              "bf16": {"enabled": precision.startswith("bf16")},
+              "fp16": {"enabled": precision == "fp16", "initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 1}}
     if precision == "bf16-fp32acc":  # DeepSpeed's BF16_Optimizer
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     engine, *_ = deepspeed.initialize(model=model, optimizer=make(model, lr), config=config)

@@ -104,23 +104,28 @@ def test_states_of_low_precision_runs_go_on_at_another_stage(tmp_path):
     """bf16 under ZeRO, the BF16 optimizer, fp16 without ZeRO: the float32 masters travel, the model is rounded from them."""
     kinds = {"zero1": dict(kind="ds", stage=1, precision="bf16"), "zero3": dict(kind="ds", stage=3, precision="bf16"),
              "bf16 optimizer": dict(kind="ds", stage=1, precision="bf16-fp32acc"),
-             "unfused": dict(kind="ds", stage=0, precision="bf16")}
+             "unfused": dict(kind="ds", stage=0, precision="bf16"),
+             "fp16 unfused": dict(kind="ds", stage=0, precision="fp16"),
+             "fp16 zero3": dict(kind="ds", stage=3, precision="fp16")}
+    pairs = (("zero1", "bf16 optimizer"), ("bf16 optimizer", "zero3"), ("zero3", "unfused"), ("unfused", "zero1"),
+             ("fp16 unfused", "fp16 zero3"), ("fp16 zero3", "fp16 unfused"))
     jobs = []
     for name, job in kinds.items():
-        jobs.append({**job, "first": 0, "steps": 2, "save": str(tmp_path / f"{name} state"), "more": 2,
-                     "out": str(tmp_path / f"{name}.pt")})
-    for source, target in (("zero1", "bf16 optimizer"), ("bf16 optimizer", "zero3"), ("zero3", "unfused"), ("unfused", "zero1")):
-        jobs.append({**kinds[target], "first": 2, "steps": 2, "seed": 5, "lr": 0.3, "load": str(tmp_path / f"{source} state"),
-                     "out": str(tmp_path / f"{source} to {target}.pt")})
-        # What the model holds right after loading is what the run that saved it held.
-        jobs.append({**kinds[source], "first": 0, "steps": 2, "out": str(tmp_path / f"{source} at save.pt")})
-        jobs.append({**kinds[target], "seed": 5, "load": str(tmp_path / f"{source} state"),
-                     "out": str(tmp_path / f"{source} loaded.pt")})
+        jobs.append({**job, "first": 0, "steps": 3, "save": str(tmp_path / f"{name} state"), "out": str(tmp_path / f"{name} at save.pt")})
+        jobs.append({**job, "first": 0, "steps": 5, "out": str(tmp_path / f"{name}.pt")})
+    for source, target in pairs:
+        common = {**kinds[target], "seed": 5, "lr": 0.3, "load": str(tmp_path / f"{source} state")}
+        jobs.append({**common, "out": str(tmp_path / f"{source} loaded.pt"), "save": str(tmp_path / f"{source} loaded")})
+        jobs.append({**common, "first": 3, "steps": 2, "out": str(tmp_path / f"{source} continued.pt")})
     launch(2, jobs)
-    for source, target in (("zero1", "bf16 optimizer"), ("bf16 optimizer", "zero3"), ("zero3", "unfused"), ("unfused", "zero1")):
+    for source, target in pairs:
+        # What the model holds right after loading is what the run that saved it held.
         assert difference(tmp_path / f"{source} at save.pt", tmp_path / f"{source} loaded.pt") == 0
-        # The gradients themselves are rounded to bf16 (2^-8), differently by each engine.
-        assert difference(tmp_path / f"{source}.pt", tmp_path / f"{source} to {target}.pt") < 2e-2
+        # Afterwards the gradients themselves are rounded (bf16: 2^-8), differently by each engine.
+        assert difference(tmp_path / f"{source}.pt", tmp_path / f"{source} continued.pt") < 2e-2
+        scales = [StateReader(tmp_path / f"{source} {kind}").loss_scale for kind in ("state", "loaded")]
+        assert scales[0] == scales[1]
+        assert (scales[0] is not None) == source.startswith("fp16") and scales[0] != 2.0**8  # it has moved from its start
 
 
 @pytest.mark.slow
@@ -135,6 +140,14 @@ def test_deepspeeds_own_checkpoint_resumes_bit_for_bit(tmp_path):
     launch(2, jobs)
     different = {job["out"]: d for job in jobs if (d := difference(job["out"] + ".uninterrupted", job["out"]))}
     assert not different
+    # DeepSpeed's universal checkpoint knows AdamW's states only; it says no rather than dropping Celo2's.
+    for name in ("stage 2 fp32 False", "stage 3 fp32 False"):
+        converted = subprocess.run(
+            [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "1", "--input_folder",
+             str(tmp_path / name / "here"), "--output_folder", str(tmp_path / "universal")], capture_output=True, text=True,
+            env={**os.environ, "DS_ACCELERATOR": "cpu"})
+        assert converted.returncode != 0 and "Error" in converted.stderr
+        assert not (tmp_path / "universal").exists()
 
 
 @pytest.mark.slow

@@ -118,29 +118,48 @@ class AdamWCheckpoint:
         saved = model["optimizer"]
         if not saved:
             raise StateError(f"{str(self.folder)!r} holds no optimizer state")
-        masters = saved.get("fp32_groups")  # in 16 bits; else the model's parameters are float32 themselves
         base = saved.get("optimizer_state_dict", saved)
         groups = base["param_groups"]
-        count = sum(len(group["params"]) for group in groups)
+        fused = saved.get("fp32_groups_flat")  # FusedAdam in 16 bits: one flat tensor a group
         if names is None:
             names = [name for name in model["module"] if name not in model["buffer_names"]
                      and (trained is None or name in trained)]
+            count = len(names) if fused else sum(len(group["params"]) for group in groups)
             if len(groups) > 1 or len(names) != count:
                 raise StateError(f"{str(self.folder)!r} was saved without ZeRO, so it doesn't say which of its {count} "
                                  f"optimizer states ({len(groups)} param groups) is whose: pass names=[…], the "
                                  "parameters' names in the order in which the optimizer was given them")
-        if len(names) != count:
-            raise StateError(f"{len(names)} names were passed, the checkpoint's optimizer has {count} parameters")
-        flat = [x for group in masters for x in group] if masters else [model["module"][name] for name in names]
-        owner = [group for group in groups for _ in group["params"]]
-        for number, name in enumerate(names):
-            tensors, self._facts[name] = self._group(base, number, flat[number], owner[number])
-            shape = tuple(model["module"][name].shape)
-            if any(tuple(x.shape) != shape for x in tensors.values()):
-                raise StateError(f"optimizer state {number} has shape {tuple(tensors['exp_avg'].shape)}, but {name!r} has "
-                                 f"{shape}: pass names=[…] in the order in which the optimizer was given its parameters")
-            self.shapes[name] = whole(shape)
-            self._fragments[name] = [Fragment(tensors, 0, prod(shape))]
+        unknown = [name for name in names if name not in model["module"]]
+        if unknown:
+            raise StateError(f"names has {unknown[0]!r}, but the checkpoint's model has names like {list(model['module'])[:2]}")
+        self.shapes = {name: whole(tuple(model["module"][name].shape)) for name in names}
+        if fused:
+            held = [(number, flat.numel()) for number, flat in enumerate(fused)]
+            masters, owner = fused, groups
+        else:
+            owner = [group for group in groups for _ in group["params"]]
+            if len(names) != len(owner):
+                raise StateError(f"{len(names)} names were passed, but {str(self.folder)!r} has the optimizer state of "
+                                 f"{len(owner)} parameters")
+            masters = saved.get("fp32_groups")  # in 16 bits; else the model's parameters are float32 themselves
+            masters = [x for group in masters for x in group] if masters else [model["module"][name] for name in names]
+            held = [(number, master.numel()) for number, master in enumerate(masters)]
+        left = list(names)
+        for number, size in held:
+            tensors, fact = self._group(base, number, masters[number], owner[number])
+            offset = 0
+            while offset < size and left:
+                name = left.pop(0)
+                self._fragments[name] = [Fragment(tensors, offset, prod(self.shapes[name]))]
+                self._facts[name] = fact
+                offset += prod(self.shapes[name])
+            if offset != size or (not fused and whole(tuple(tensors["exp_avg"].shape)) != self.shapes[name]):
+                raise StateError(f"optimizer state {number} of {str(self.folder)!r} has shape "
+                                 f"{tuple(tensors['exp_avg'].shape)}, which the parameters at its place don't have: pass "
+                                 "names=[…] in the order in which the optimizer was given its parameters")
+        if left:
+            raise StateError(f"{str(self.folder)!r} has no optimizer state for {left[0]!r}: pass names=[…] as the optimizer "
+                             "was given its parameters")
 
     def _group(self, base: dict[str, Any], number: int, master: Tensor, group: dict[str, Any]
                ) -> tuple[dict[str, Tensor], tuple[float, dict[str, Any]]]:

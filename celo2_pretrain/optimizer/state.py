@@ -76,7 +76,7 @@ def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:
     Raises StateError, the same on every rank, and leaves no folder behind: it exists already, or a rank could not write.
     """
     folder = Path(folder).absolute()
-    inner, _, held = _examine(optimizer)
+    inner, wrapper, held = _examine(optimizer)
     by_name = {h.name: h for h in held}
 
     def fetch(name: str, start: int, stop: int) -> dict[str, Tensor]:
@@ -98,11 +98,17 @@ def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:
             files[SHARED] = {"sha256": state_files.write_tensors(unfinished / SHARED, _shared(inner, held)), "ranges": {}}
         return files
 
+    def begin() -> None:
+        json.dumps(extra)  # refuse what JSON doesn't take before anything is written
+        if _rank() == 0:
+            state_files.begin(folder)
+
     shares = _shares(held)
-    _together(lambda: state_files.begin(folder) if _rank() == 0 else None)
+    _together(begin)
     try:
         files = _gather(_together(write))
         index = {"tensors": {h.name: h.describe() for h in held}, "groups": _options(held), "extra": extra,
+                 "loss_scale": getattr(_scaler(wrapper), "cur_scale", None),
                  "files": {name: entry for some in files for name, entry in some.items()}}
         _together(lambda: state_files.finish(folder, index) if _rank() == 0 else None)
     except BaseException:
@@ -142,6 +148,8 @@ def load_state(optimizer: Any, folder: str | Path, verify: bool = True) -> Any:
             _restore(h, reader)
         _restore_steps(held, reader)
         _restore_options(reader, held)
+        if _scaler(wrapper) is not None and reader.loss_scale is not None:
+            _scaler(wrapper).cur_scale = reader.loss_scale
         theta = reader.theta()
         if theta is not None and isinstance(inner, Celo2):
             inner.mlp, old, inner._mlps = load_weights(theta), inner.mlp, {}
@@ -288,6 +296,15 @@ def _options(held: list[Held]) -> list[dict[str, Any]]:
                    for key, value in h.group.items() if key in OPTIONS}
         groups.setdefault(id(h.group), {"options": options, "names": []})["names"].append(h.name)
     return list(groups.values())
+
+
+def _scaler(wrapper: Any) -> Any:
+    """What holds the dynamic loss scale of an fp16 run; None for other runs."""
+    for name, dynamic in (("loss_scaler", "dynamic"), ("loss_scale_config", "dynamic_loss_scale")):
+        scaler = getattr(wrapper, name, None)
+        if getattr(scaler, dynamic, False):
+            return scaler
+    return None
 
 
 # ---- restoring --------------------------------------------------------------------------------------------------
