@@ -7,6 +7,7 @@ import torch
 from celo2_pretrain.kernels import cpu
 from celo2_pretrain.optimizer import backends
 from celo2_pretrain.optimizer.backends import Compiled, Reference, backend_for, inner_axis
+from celo2_pretrain.optimizer.learned import Part
 from celo2_pretrain.optimizer.passes import Shape, Tensors
 from celo2_pretrain.optimizer.reference import DIMS, MLP
 from celo2_pretrain.optimizer.views import MatrixView, pieces
@@ -28,22 +29,17 @@ def compiled() -> Compiled:
 
 def step(backend: Reference, t: Tensors, shape: Shape, cut: list, mlp: MLP) -> list[torch.Tensor]:
     """All three passes over the pieces of a slice; returns everything they make."""
+    parts = [Part(0, shape, cut, 0, 0)]
     row, col = torch.zeros(shape.row), torch.zeros(shape.col)
-    for piece in cut:
-        backend.accumulate(t, piece, shape, row, col)
-    backend.wait()
+    backend.accumulate(parts, [t], [(row, col)])
     generator = torch.Generator().manual_seed(1)
     v_row, v_col = (torch.rand(3, *size, generator=generator) for size in (shape.row, shape.col))
     factor = backend.factor(shape, v_row, v_col)
     squares = torch.zeros(len(shape.elementwise), *shape.lead)
-    for piece in cut:
-        backend.norms(t, piece, shape, factor, squares)
-    backend.wait()
+    backend.norms(parts, [t], [factor], [squares])
     layer = backend.first_layer(squares + 1e-3, v_row, v_col, shape, mlp)
     out = torch.zeros(t.rms.shape)
-    for piece in cut:
-        backend.direction(t, piece, shape, factor, layer, mlp, out)
-    backend.wait()
+    backend.direction(parts, [t], [factor], [layer], mlp, [out])
     return [row, col, squares, out, *t.momentum, t.rms, *t.v_full]
 
 
@@ -83,9 +79,7 @@ def test_a_nan_passes_through_a_kernel_as_through_its_twin(compiled):
         t = Tensors(torch.ones(80), torch.ones(80), [torch.zeros(80) for _ in range(3)], torch.zeros(80), [])
         t.g[33] = float("nan")
         row, col = torch.zeros(shape.row), torch.zeros(shape.col)
-        for piece in pieces(shape.block, 0, 80):
-            backend.accumulate(t, piece, shape, row, col)
-        backend.wait()
+        backend.accumulate([Part(0, shape, pieces(shape.block, 0, 80), 0, 0)], [t], [(row, col)])
         assert row.isnan().flatten().tolist() == [False, True, False, False]
         assert col.isnan().flatten().nonzero().item() == 13
         assert t.rms.isnan().sum() == t.momentum[0].isnan().sum() == 1

@@ -3,8 +3,6 @@
     reference   plain torch (`passes.py`), every device and shape
     compile     C++ kernels on CPU tensors (kernels/cpu.cpp); what they don't cover goes to plain torch
     auto        compile on the CPU where a compiler is found, else reference
-
-A backend's pass methods may return before the work is done; `wait` ends a pass.
 """
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +22,9 @@ from . import passes
 from .passes import FirstLayer, Shape, Tensors
 from .reference import MLP
 from .views import Piece
+
+if TYPE_CHECKING:
+    from .learned import Part
 
 logger = logging.getLogger(__name__)
 
@@ -59,28 +60,38 @@ def _choose(wanted: str, device: str) -> Reference:
 
 
 class Reference:
-    """Plain torch."""
+    """Plain torch. A pass is given all parts of a plan (or of a bucket) at once, each with its slice's tensors."""
 
     name = "reference"
 
     def factor(self, shape: Shape, v_row: Tensor, v_col: Tensor) -> Any:
+        """What passes B and C need of a block's factored second moments."""
         return passes.factors(v_row, v_col, shape) if shape.matrix else None
 
     def first_layer(self, squares: Tensor, v_row: Tensor, v_col: Tensor, shape: Shape, mlp: MLP) -> Any:
+        """What pass C needs of the MLP's first layer, from pass B's sums."""
         return passes.first_layer(squares, v_row, v_col, shape, mlp)
 
-    def accumulate(self, t: Tensors, piece: Piece, shape: Shape, row_sum: Tensor, col_sum: Tensor) -> None:
-        passes.accumulate(t, piece, shape, row_sum, col_sum)
+    def accumulate(self, parts: Sequence[Part], tensors: Sequence[Tensors], totals: Sequence[tuple[Tensor, Tensor]]
+                   ) -> None:
+        """Pass A: `totals` (row sums, column sums) of each part gain what this rank holds."""
+        for part, t, (row_sum, col_sum) in zip(parts, tensors, totals):
+            for piece in part.pieces:
+                passes.accumulate(t, piece, part.shape, row_sum, col_sum)
 
-    def norms(self, t: Tensors, piece: Piece, shape: Shape, factor: Any, squares: Tensor) -> None:
-        passes.norms(t, piece, shape, factor, squares)
+    def norms(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Any], squares: Sequence[Tensor]
+              ) -> None:
+        """Pass B: `squares` (features, *lead) of each part gain what this rank holds."""
+        for part, t, factor, total in zip(parts, tensors, factors, squares):
+            for piece in part.pieces:
+                passes.norms(t, piece, part.shape, factor, total)
 
-    def direction(self, t: Tensors, piece: Piece, shape: Shape, factor: Any, layer: Any, mlp: MLP, out: Tensor) -> None:
-        """`out`: the slice's flat direction, float32."""
-        piece.of(out).copy_(passes.direction(t, piece, shape, factor, layer, mlp))
-
-    def wait(self) -> None:
-        """Until all of a pass is done."""
+    def direction(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Any], layers: Sequence[Any],
+                  mlp: MLP, out: Sequence[Tensor]) -> None:
+        """Pass C: into `out`, for each part the flat direction (float32) of the slice it belongs to."""
+        for part, t, factor, layer, direction in zip(parts, tensors, factors, layers, out):
+            for piece in part.pieces:
+                piece.of(direction).copy_(passes.direction(t, piece, part.shape, factor, layer, mlp))
 
 
 @dataclass
@@ -180,11 +191,40 @@ class Compiled(Reference):
                      (by_axis[-3 - inner] + plain.bias[0]).contiguous(), by_axis[inner].mT.contiguous(),
                      (mlp.w1.contiguous(), mlp.b1.contiguous(), mlp.w2[:, 0].contiguous(), mlp.b2[0].item()))
 
-    def accumulate(self, t: Tensors, piece: Piece, shape: Shape, row_sum: Tensor, col_sum: Tensor) -> None:
-        inner = inner_axis(shape)
-        if inner is None:
-            super().accumulate(t, piece, shape, row_sum, col_sum)
-            return
+    def accumulate(self, parts: Sequence[Part], tensors: Sequence[Tensors], totals: Sequence[tuple[Tensor, Tensor]]
+                   ) -> None:
+        for part, t, total in zip(parts, tensors, totals):
+            inner = inner_axis(part.shape)
+            if inner is None:
+                super().accumulate([part], [t], [total])
+            else:
+                for piece in part.pieces:
+                    self._accumulate(t, piece, part.shape, inner, *total)
+        self._wait()
+
+    def norms(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Factor],
+              squares: Sequence[Tensor]) -> None:
+        for part, t, factor, total in zip(parts, tensors, factors, squares):
+            inner = inner_axis(part.shape)
+            if inner is None:
+                super().norms([part], [t], [factor.plain], [total])
+            else:
+                for piece in part.pieces:
+                    self._norms(t, piece, part.shape, inner, factor, total)
+        self._wait()
+
+    def direction(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Factor],
+                  layers: Sequence[Layer], mlp: MLP, out: Sequence[Tensor]) -> None:
+        for part, t, factor, layer, direction in zip(parts, tensors, factors, layers, out):
+            inner = inner_axis(part.shape)
+            if inner is None:
+                super().direction([part], [t], [factor.plain], [layer.plain], mlp, [direction])
+            else:
+                for piece in part.pieces:
+                    self._direction(t, piece, part.shape, inner, factor, layer, direction)
+        self._wait()
+
+    def _accumulate(self, t: Tensors, piece: Piece, shape: Shape, inner: int, row_sum: Tensor, col_sum: Tensor) -> None:
         # v_row's sum is over d0: along d1 it is the storage's row or column sum.
         d1_is_inner = shape.block.factored[0] == len(shape.full) + inner
         outer_total, inner_total = (col_sum, row_sum) if d1_is_inner else (row_sum, col_sum)
@@ -205,11 +245,7 @@ class Compiled(Reference):
 
             self._submit(call, add)
 
-    def norms(self, t: Tensors, piece: Piece, shape: Shape, factor: Factor, squares: Tensor) -> None:
-        inner = inner_axis(shape)
-        if inner is None:
-            super().norms(t, piece, shape, factor.plain, squares)
-            return
+    def _norms(self, t: Tensors, piece: Piece, shape: Shape, inner: int, factor: Factor, squares: Tensor) -> None:
         flat = squares.view(18, -1)
         for box in boxes_of(piece, shape, inner):
             total = torch.zeros(18, dtype=torch.float64)
@@ -223,12 +259,8 @@ class Compiled(Reference):
 
             self._submit(call, lambda box=box, total=total: flat[:, box.matrix].add_(total))
 
-    def direction(self, t: Tensors, piece: Piece, shape: Shape, factor: Factor, layer: Layer, mlp: MLP, out: Tensor
-                  ) -> None:
-        inner = inner_axis(shape)
-        if inner is None:
-            super().direction(t, piece, shape, factor.plain, layer.plain, mlp, out)
-            return
+    def _direction(self, t: Tensors, piece: Piece, shape: Shape, inner: int, factor: Factor, layer: Layer, out: Tensor
+                   ) -> None:
         w1, b1, w2, b2 = layer.second
         for box in boxes_of(piece, shape, inner):
             columns = factor.inner[box.matrix, :, box.col:box.col + box.cols].contiguous()
@@ -244,15 +276,16 @@ class Compiled(Reference):
 
             self._submit(call, None)
 
-    def wait(self) -> None:
+    def _submit(self, call: Callable[[], None], then: Callable[[], None] | None) -> None:
+        self.pending.append((self.pool.submit(call), then))
+
+    def _wait(self) -> None:
+        """Until all calls of a pass are done; sums are added in order, whichever thread was first."""
         pending, self.pending = self.pending, []
-        for future, then in pending:  # in order: sums don't depend on which thread was first
+        for future, then in pending:
             future.result()
             if then is not None:
                 then()
-
-    def _submit(self, call: Callable[[], None], then: Callable[[], None] | None) -> None:
-        self.pending.append((self.pool.submit(call), then))
 
 
 def _at(x: Tensor, box: Box) -> int:

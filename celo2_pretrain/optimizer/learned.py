@@ -104,7 +104,7 @@ class LearnedStep:
 
     def run(self) -> None:
         self._accumulate()
-        self.factor = [self.backend.factor(part.shape, *self._row_col(part)) for part in self.plan.parts]
+        self.factors = [self.backend.factor(part.shape, *self._row_col(part)) for part in self.plan.parts]
         squares = self._norms()
         self.layers = [self.backend.first_layer(square, *self._row_col(part), part.shape, self.mlp)
                        for part, square in zip(self.plan.parts, squares)]
@@ -112,6 +112,9 @@ class LearnedStep:
             self._orthogonalized()
         else:
             self._normalized()
+
+    def _tensors_of(self, parts: list[Part]) -> list[Tensors]:
+        return [self.tensors[part.held] for part in parts]
 
     def _zeros(self, sizes: list[int]) -> tuple[Tensor, list[Tensor]]:
         flat = torch.zeros(sum(sizes), device=self.device)
@@ -123,10 +126,7 @@ class LearnedStep:
         sums, chunks = self._zeros([size for part in parts for size in (prod(part.shape.row), prod(part.shape.col))])
         totals = [(chunks[2 * k].view(part.shape.row), chunks[2 * k + 1].view(part.shape.col))
                   for k, part in enumerate(parts)]
-        for part, (row, col) in zip(parts, totals):
-            for piece in part.pieces:
-                self.backend.accumulate(self.tensors[part.held], piece, part.shape, row, col)
-        self.backend.wait()
+        self.backend.accumulate(parts, self._tensors_of(parts), totals)
         reduce(sums, self.layout)
         for part, (row, col) in zip(parts, totals):
             if part.shape.matrix:
@@ -140,10 +140,7 @@ class LearnedStep:
         parts = self.plan.parts
         flat, chunks = self._zeros([len(part.shape.elementwise) * prod(part.shape.lead) for part in parts])
         squares = [chunk.view(-1, *part.shape.lead) for chunk, part in zip(chunks, parts)]
-        for k, part in enumerate(parts):
-            for piece in part.pieces:
-                self.backend.norms(self.tensors[part.held], piece, part.shape, self.factor[k], squares[k])
-        self.backend.wait()
+        self.backend.norms(parts, self._tensors_of(parts), self.factors, squares)
         reduce(flat, self.layout)
         return squares
 
@@ -151,12 +148,10 @@ class LearnedStep:
         """Pass C: this rank's part of the direction for each slice of a bucket, flat, float32."""
         slices = self.layout.slices
         out = {held: torch.empty(slices[held].stop - slices[held].start, device=self.device) for held in bucket}
-        for k in self.plan.parts_of(bucket):
-            part = self.plan.parts[k]
-            for piece in part.pieces:
-                self.backend.direction(self.tensors[part.held], piece, part.shape, self.factor[k], self.layers[k],
-                                       self.mlp, out[part.held])
-        self.backend.wait()
+        numbers = self.plan.parts_of(bucket)
+        parts = [self.plan.parts[k] for k in numbers]
+        self.backend.direction(parts, self._tensors_of(parts), [self.factors[k] for k in numbers],
+                               [self.layers[k] for k in numbers], self.mlp, [out[part.held] for part in parts])
         return out
 
     def _orthogonalized(self) -> None:
