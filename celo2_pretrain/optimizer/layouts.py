@@ -184,6 +184,8 @@ def _zero12(originals: list[Original], params: Sequence[Tensor]) -> Layout:
     if len(params) != 1:
         raise LayoutError(f"expected one flat partition a group from ZeRO-1/2, got {len(params)} tensors")
     flat, slices = params[0], []
+    if _reordered(originals, flat):
+        return _by_storage(originals, flat)
     for original in originals:
         mapping = original.param._hp_mapping  # None on a rank that holds nothing of it
         if mapping is None:
@@ -192,6 +194,37 @@ def _zero12(originals: list[Original], params: Sequence[Tensor]) -> Layout:
         inside, partition = mapping.lp_fragment_address, mapping.hp_fragment_address
         slices.append(Slice(original, inside.start, inside.start + inside.numel, partition.start, flat))
     return Layout("ZeRO-1/2", slices, originals[0].param._dp_group)
+
+
+def _begins(originals: list[Original]) -> list[int]:
+    """Where each parameter begins in the group's flat 16-bit (or fp32) buffer, whose views the parameters are."""
+    offsets = [original.param.storage_offset() for original in originals]
+    return [offset - min(offsets) for offset in offsets]
+
+
+def _reordered(originals: list[Original], flat: Tensor) -> bool:
+    """Whether `_hp_mapping` contradicts where the parameters lie.
+
+    With `round_robin_gradients` DeepSpeed 0.19 flattens a group in another order than it links. A rank whose mapping
+    names no parameter holds none in either order, only the padding at the end.
+    """
+    if len({original.param.untyped_storage().data_ptr() for original in originals}) > 1:
+        return False
+    low = dist.get_rank(originals[0].param._dp_group) * flat.numel()
+    return any(low + mapping.hp_fragment_address.start - mapping.lp_fragment_address.start != begin
+               for original, begin in zip(originals, _begins(originals))
+               if (mapping := original.param._hp_mapping) is not None)
+
+
+def _by_storage(originals: list[Original], flat: Tensor) -> Layout:
+    process_group, slices = originals[0].param._dp_group, []
+    low = dist.get_rank(process_group) * flat.numel()
+    for original, begin in zip(originals, _begins(originals)):
+        end = begin + prod(original.shape)
+        start = min(max(low, begin), end)
+        stop = max(start, min(low + flat.numel(), end))
+        slices.append(Slice(original, start - begin, stop - begin, max(start - low, 0), flat))
+    return Layout("ZeRO-1/2, round robin", slices, process_group)
 
 
 def _zero3(originals: list[Original], params: Sequence[Tensor], zero3: Any) -> Layout:
