@@ -34,7 +34,7 @@ def plot_runs(runs: list[str], out: str, title: str = "") -> None:
             axes.plot(*zip(*val), color=f"C{color}", marker="o", markersize=3, label=label)
         # The first few steps would squeeze the rest of the curve.
         losses = sorted(loss for _, loss in train or val)
-        highest = max(highest, losses[int(0.97 * (len(losses) - 1))])
+        highest = max(highest, losses[-1 - len(losses) // 30])
     axes.set_ylim(top=highest * 1.02)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
