@@ -27,14 +27,17 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     failed = 0
+    everything: dict[int, list[Result]] = {}
     print(f"{'ranks':5}  {'cell':42}  " + "  ".join(f"{kind:8}" for kind in TOLERANCE))
     for world in worlds:
         began = time.monotonic()
         results = run_cells(world, cells, mutation=args.mutation, progress=lambda result: show(world, result))
+        everything[world] = results
         bad = sum(bool(result.failures()) for result in results)
         failed += bad
         print(f"{world} ranks: {len(results) - bad} of {len(results)} cells hold ({time.monotonic() - began:.0f} s)",
               flush=True)
+    print("\n" + summary(everything))
     if not args.filter and not args.part:
         reasons: dict[str, int] = {}
         for cell in product_cells() + extra_cells():
@@ -43,6 +46,26 @@ def main(argv: list[str] | None = None) -> int:
         for reason, count in reasons.items():
             print(f"invalid: {count:3} cells  {reason}")
     return 1 if failed else 0
+
+
+def summary(everything: dict[int, list[Result]]) -> str:
+    """A Markdown table by stage and precision: cells that hold, and the largest errors over cells and worlds."""
+    kinds = ("update", "gradient", "state")
+    lines = ["| stage | precision | " + " | ".join(f"{world} ranks" for world in everything) + " | "
+             + " | ".join(kinds) + " |", "| --- " * (2 + len(everything) + len(kinds)) + "|"]
+    rows = dict.fromkeys((result.cell.stage, result.cell.precision) for results in everything.values()
+                         for result in results)
+    for stage, precision in rows:
+        found = {world: [result for result in results if (result.cell.stage, result.cell.precision)
+                         == (stage, precision)] for world, results in everything.items()}
+        counts = [f"{sum(not result.failures() for result in results)}/{len(results)}" for results in found.values()]
+        numbers = [max((result.errors[kind][0] for results in found.values() for result in results
+                        if kind in result.errors and not result.cell.gradients_from_plain), default=float("nan"))
+                   for kind in kinds]
+        shown = [f"{number:.1e}" if kind != "gradient" or precision == "fp32" else "–"
+                 for kind, number in zip(kinds, numbers)]
+        lines.append(" | ".join([f"| {stage}", precision, *counts, *shown]) + " |")
+    return "\n".join(lines)
 
 
 def show(world: int, result: Result) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from .cells import Cell
-from .limits import TOLERANCE
+from .limits import allowed
 
 STALL = 60.0  # seconds that a cell may take on an otherwise busy machine
 START = 240.0  # seconds until the first result: imports, and DeepSpeed's JIT-built communication op
@@ -36,8 +36,8 @@ class Result:
         """One line for each thing that is wrong; empty where the cell holds."""
         if self.broke:
             return [self.broke]
-        return [f"{kind} {value:.1e} (allowed {TOLERANCE[kind]:.0e}): {where}"
-                for kind, (value, where) in self.errors.items() if not value <= TOLERANCE[kind]]
+        return [f"{kind} {value:.1e} (allowed {allowed(self.cell, kind):.0e}): {where}"
+                for kind, (value, where) in self.errors.items() if not value <= allowed(self.cell, kind)]
 
 
 def run_cells(world: int, cells: list[Cell], *, mutation: str = "", stop_at_failure: bool = False,
