@@ -61,7 +61,7 @@ def test_accumulators_are_what_celo2_would_have_made_of_a_constant_gradient(tmp_
     save_state(own, tmp_path / "own")
     from_adamw(tmp_path / "adamw", tmp_path / "seeded", celo2(build()))
     # Tensors that stay under AdamW keep its own moments, so only equal betas make them equal.
-    same_states(tmp_path / "own", tmp_path / "seeded", 1e-5,
+    same_states(tmp_path / "own", tmp_path / "seeded", 1e-4,  # decays are float32 in the step
                 but=("param", *(("exp_avg", "exp_avg_sq") if betas != (0.9, 0.95) else ())))
 
 
