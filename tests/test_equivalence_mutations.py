@@ -1,4 +1,6 @@
 """Does the equivalence matrix notice a broken optimizer? Each mutation must turn the cells red that it concerns."""
+import time
+
 import pytest
 from equivalence.cells import from_name
 from equivalence.launch import run_cells
@@ -29,3 +31,10 @@ def test_matrix_goes_red_when_broken_by(mutation):
     assert not result.broke, f"the mutation should give wrong numbers, not end the run: {result.broke}"
     red = {failure.split()[0] for failure in result.failures()}
     assert red & kinds, f"{mutation} went unnoticed in {cell}: {result.errors}"
+
+
+def test_a_hang_fails_instead_of_blocking():
+    began = time.monotonic()
+    (result,) = run_cells(1, [from_name("zero1,fp32,acc1,rs")], mutation="hang", start=30)
+    assert "hangs" in result.broke and result.failures()
+    assert time.monotonic() - began < 100

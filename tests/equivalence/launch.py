@@ -40,24 +40,23 @@ class Result:
                 for kind, (value, where) in self.errors.items() if not value <= allowed(self.cell, kind)]
 
 
-def run_cells(world: int, cells: list[Cell], *, mutation: str = "", stop_at_failure: bool = False,
+def run_cells(world: int, cells: list[Cell], *, mutation: str = "", start: float = START, stall: float = STALL,
               progress: Callable[[Result], None] = lambda result: None) -> list[Result]:
     """Run `cells` on `world` ranks, each in a process of its own that lives for all of them.
 
-    After a crash or a hang the rest goes on in new processes. `mutation` breaks the optimizer (`mutations.py`).
+    After a crash or a hang the rest goes on in new processes; a hang is nothing for `start` (the first cell) or `stall`
+    seconds. `mutation` breaks the optimizer (`mutations.py`).
     """
     results: list[Result] = []
     left = list(cells)
     for _ in range(MOST_RESTARTS + 1):
         if not left:
             break
-        ranks = Ranks(world, left, mutation)
+        ranks = Ranks(world, left, mutation, start, stall)
         try:
             for result in ranks.results():
                 results.append(result)
                 progress(result)
-                if stop_at_failure and result.failures():
-                    return results
         finally:
             ranks.end()
         done = {result.cell for result in results}
@@ -71,9 +70,9 @@ def run_cells(world: int, cells: list[Cell], *, mutation: str = "", stop_at_fail
 class Ranks:
     """The processes of one world."""
 
-    def __init__(self, world: int, cells: list[Cell], mutation: str) -> None:
-        self.cells, self.lines = cells, queue.Queue()
-        order = json.dumps({"cells": [cell.name for cell in cells], "mutation": mutation, "timeout": STALL})
+    def __init__(self, world: int, cells: list[Cell], mutation: str, start: float, stall: float) -> None:
+        self.cells, self.lines, self.start, self.stall = cells, queue.Queue(), start, stall
+        order = json.dumps({"cells": [cell.name for cell in cells], "mutation": mutation, "timeout": stall})
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -99,7 +98,7 @@ class Ranks:
 
     def results(self) -> Any:
         """Yield the result of each cell that comes to an end, and one for the cell that breaks the ranks."""
-        running, limit = self.cells[0], START
+        running, limit = self.cells[0], self.start
         number, talking = 0, len(self.processes)
         while number < len(self.cells):
             try:
@@ -120,7 +119,7 @@ class Ranks:
             if record["event"] == "start":
                 running = self.cells[number]
                 continue
-            limit = STALL
+            limit = self.stall
             number += 1
             yield Result(running, {kind: tuple(pair) for kind, pair in record["errors"].items()},
                          seconds=record["seconds"])

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import replace
 from typing import Any, Callable
 
@@ -84,6 +85,14 @@ def step_per_micro_batch() -> None:
     DeepSpeedRun.backward = wrong
 
 
+def hang() -> None:
+    """A rank that never enters a collective, as the launcher must survive it."""
+    def wrong(*args: Any) -> None:
+        time.sleep(3600)
+
+    learned.LearnedStep._norms = wrong
+
+
 MUTATIONS: dict[str, Callable[[], None]] = {mutation.__name__: mutation for mutation in (
     drop_all_reduce_a, drop_all_reduce_b, flat_slice_as_vector, shift_offset, step_per_micro_batch, swap_ranks,
     ignore_transpose)}
@@ -91,9 +100,10 @@ MUTATIONS: dict[str, Callable[[], None]] = {mutation.__name__: mutation for muta
 
 def apply_mutation(name: str) -> None:
     """Break the optimizer in this process. Raises ValueError for a name that isn't in MUTATIONS."""
-    if name not in MUTATIONS:
-        raise ValueError(f"unknown mutation {name!r}; there are {', '.join(MUTATIONS)}")
-    MUTATIONS[name]()
+    known = {**MUTATIONS, "hang": hang}
+    if name not in known:
+        raise ValueError(f"unknown mutation {name!r}; there are {', '.join(known)}")
+    known[name]()
 
 
 def _without_reduce(method: str) -> None:
