@@ -25,7 +25,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def random_states() -> dict:
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    """This process's random states, in types that torch.load(weights_only=True) reads."""
+    kind, keys, *rest = np.random.get_state()
+    states = {"python": random.getstate(), "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+              "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
@@ -33,7 +36,8 @@ def random_states() -> dict:
 
 def set_random_states(states: dict) -> None:
     random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
@@ -105,5 +109,4 @@ def load(engine, checkpoint: Path) -> None:
     path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
     if path is None:
         raise UserError(f"DeepSpeed found no checkpoint in {checkpoint}: files are missing")
-    # Written by this program: Python's and numpy's states are not plain tensors.
-    set_random_states(torch.load(checkpoint / f"random_state_rank_{dist.get_rank()}.pt", weights_only=False))
+    set_random_states(torch.load(checkpoint / f"random_state_rank_{dist.get_rank()}.pt", weights_only=True))

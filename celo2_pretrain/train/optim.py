@@ -11,26 +11,24 @@ from celo2_pretrain.train.errors import UserError
 def build_optimizer(model: torch.nn.Module, config: Optimizer) -> torch.optim.Optimizer:
     """Celo2, Celo2-base or AdamW(0.9, 0.95), to be wrapped by DeepSpeed.
 
-    Each sorts the tensors alike: hidden matrices at `lr`; embeddings, head and 1-D tensors under AdamW at
-    `adamw_lr_multiplier` × lr and without weight decay. Celo2-base applies its rule to every tensor.
+    Celo2 and AdamW sort the tensors alike: hidden matrices at `lr` with weight decay; embeddings, head and 1-D tensors
+    under AdamW at `adamw_lr_multiplier` × lr without. Celo2-base applies its rule, and weight decay, to every tensor.
     """
+    groups = param_groups(model)
+    hidden = [group["rule"] == "celo2" for group in groups]
+    for group, is_hidden in zip(groups, hidden):
+        group["weight_decay"] = config.weight_decay if is_hidden else 0.0
     if config.name == "adamw":
-        groups = []
-        for group in param_groups(model, weight_decay=config.weight_decay):
-            hidden = group["rule"] == "celo2"
-            groups.append({
-                "params": group["params"],
-                "lr": config.lr * (1.0 if hidden else config.adamw_lr_multiplier),
-                "weight_decay": config.weight_decay if hidden else 0.0,
-            })
-        return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-    options = dict(
-        lr=config.lr, weight_decay=config.weight_decay, adamw_lr_multiplier=config.adamw_lr_multiplier,
-        orthogonalize=config.name == "celo2",
-    )
+        return torch.optim.AdamW([
+            {"params": group["params"], "weight_decay": group["weight_decay"],
+             "lr": config.lr * (1.0 if is_hidden else config.adamw_lr_multiplier)}
+            for group, is_hidden in zip(groups, hidden)], betas=(0.9, 0.95), eps=1e-8)
     register(model)  # DeepSpeed warns of optimizers that it has not been told of
+    base = config.name == "celo2_base"
     try:
-        return Celo2(param_groups(model, **options), weights=config.weights, **options)
+        return Celo2(model.parameters() if base else groups, lr=config.lr, weights=config.weights,
+                     weight_decay=config.weight_decay, orthogonalize=not base,
+                     adamw_lr_multiplier=config.adamw_lr_multiplier)
     except (ValueError, OSError) as error:  # the weights: a path or repository that isn't there, or holds other arrays
         raise UserError(f"optimizer.weights={config.weights!r}: {error}") from None
 
