@@ -88,13 +88,15 @@ def start(job):
     import deepspeed
 
     zero = {"stage": job["stage"], "stage3_param_persistence_threshold": job.get("persist", 0), "sub_group_size": 300}
+    if job.get("round_robin"):
+        zero["round_robin_gradients"] = True
     if job.get("offload"):
         zero["offload_optimizer"] = {"device": "cpu"}
     precision = job.get("precision", "fp32")
     config = {"train_batch_size": 12, "gradient_clipping": 0.0, "zero_optimization": zero, "steps_per_print": 10**9,
               "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
               "bf16": {"enabled": precision.startswith("bf16")},
-              "fp16": {"enabled": precision == "fp16", "initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 1}}
+              "fp16": {"enabled": precision == "fp16", "initial_scale_power": job.get("scale_power", 8)}}
     if precision == "bf16-fp32acc":  # DeepSpeed's BF16_Optimizer
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     engine, *_ = deepspeed.initialize(model=model, optimizer=make(model, lr), config=config)

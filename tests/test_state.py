@@ -28,8 +28,8 @@ def launch(world, jobs):
         port = free.getsockname()[1]
     ranks = []
     for rank in range(world):
-        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+               "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
         ranks.append(subprocess.Popen([sys.executable, str(WORKER), json.dumps(jobs)], env=env, text=True,
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     try:
@@ -52,6 +52,7 @@ CONTINUED = {  # name: (ranks, job)
     "ZeRO-3 on 2": (2, dict(kind="ds", stage=3)),
     "ZeRO-3 on 2, small parameters kept whole": (2, dict(kind="ds", stage=3, persist=10**5)),
     "ZeRO-3 on 2, offload": (2, dict(kind="ds", stage=3, offload=True)),
+    "ZeRO-2 on 2, round robin": (2, dict(kind="ds", stage=2, round_robin=True)),
     "ZeRO-1 on 2": (2, dict(kind="ds", stage=1)),
     "FSDP2 on 2": (2, dict(kind="fsdp")),
     "DDP on 2": (2, dict(kind="ds", stage=0)),
@@ -64,7 +65,7 @@ CONTINUED = {  # name: (ranks, job)
 def continued(tmp_path_factory):
     """Trained 3 steps on 4 ranks at ZeRO-2, saved, and gone on with for 3 steps in every other world."""
     folder = tmp_path_factory.mktemp("states")
-    common = dict(first=3, steps=3, seed=5, lr=0.3, load=str(folder / "zero2"), extra=EXTRA)  # another start, another lr
+    common = dict(first=3, steps=3, seed=5, lr=0.3, load=str(folder / "zero2"), extra=EXTRA)  # another start and lr
     launch(4, [dict(kind="ds", stage=2, first=0, steps=3, save=str(folder / "zero2"), more=3, extra=EXTRA,
                     out=str(folder / "uninterrupted.pt"))])
     for world in sorted({world for world, _ in CONTINUED.values()}):
@@ -91,7 +92,8 @@ def test_each_world_saves_what_the_others_save(continued, name):
     for tensor, entry in one.tensors.items():
         keys = state_files.element_keys(entry["rule"], entry["vector"])
         pairs = [(key, one.whole(tensor, key), other.whole(tensor, key)) for key in keys]
-        pairs += [(key, one.shared(f"{tensor}|{key}"), other.shared(f"{tensor}|{key}")) for key in ("v_row", "v_col", "step")]
+        pairs += [(key, one.shared(f"{tensor}|{key}"), other.shared(f"{tensor}|{key}"))
+                  for key in ("v_row", "v_col", "step")]
         for key, a, b in pairs:
             assert (a is None) == (b is None), (tensor, key)
             if a is not None:
@@ -100,8 +102,19 @@ def test_each_world_saves_what_the_others_save(continued, name):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("name, ranks", [("zero2", 4), ("ZeRO-3 on 2 state", 2), ("DDP on 2 state", 2)])
+def test_no_rank_writes_more_than_its_share(continued, name, ranks):
+    written = [0] * ranks
+    for file, entry in StateReader(continued / name).files.items():
+        for start, stop in entry["ranges"].values():
+            written[int(file.split("_")[1])] += stop - start
+    assert max(written) <= 1.2 * sum(written) / ranks, written  # partitions are padded: never exactly equal
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_states_of_low_precision_runs_go_on_at_another_stage(tmp_path):
-    """bf16 under ZeRO, the BF16 optimizer, fp16 without ZeRO: the float32 masters travel, the model is rounded from them."""
+    """bf16 and fp16, with ZeRO and without: the float32 masters travel, the model is rounded from them."""
     kinds = {"zero1": dict(kind="ds", stage=1, precision="bf16"), "zero3": dict(kind="ds", stage=3, precision="bf16"),
              "bf16 optimizer": dict(kind="ds", stage=1, precision="bf16-fp32acc"),
              "unfused": dict(kind="ds", stage=0, precision="bf16"),
@@ -111,11 +124,13 @@ def test_states_of_low_precision_runs_go_on_at_another_stage(tmp_path):
              ("fp16 unfused", "fp16 zero3"), ("fp16 zero3", "fp16 unfused"))
     jobs = []
     for name, job in kinds.items():
-        jobs.append({**job, "first": 0, "steps": 3, "save": str(tmp_path / f"{name} state"), "out": str(tmp_path / f"{name} at save.pt")})
+        jobs.append({**job, "first": 0, "steps": 3, "save": str(tmp_path / f"{name} state"),
+                     "out": str(tmp_path / f"{name} at save.pt")})
         jobs.append({**job, "first": 0, "steps": 5, "out": str(tmp_path / f"{name}.pt")})
     for source, target in pairs:
-        common = {**kinds[target], "seed": 5, "lr": 0.3, "load": str(tmp_path / f"{source} state")}
-        jobs.append({**common, "out": str(tmp_path / f"{source} loaded.pt"), "save": str(tmp_path / f"{source} loaded")})
+        common = {**kinds[target], "seed": 5, "lr": 0.3, "scale_power": 4, "load": str(tmp_path / f"{source} state")}
+        jobs.append({**common, "save": str(tmp_path / f"{source} loaded"),
+                     "out": str(tmp_path / f"{source} loaded.pt")})
         jobs.append({**common, "first": 3, "steps": 2, "out": str(tmp_path / f"{source} continued.pt")})
     launch(2, jobs)
     for source, target in pairs:
@@ -125,15 +140,17 @@ def test_states_of_low_precision_runs_go_on_at_another_stage(tmp_path):
         assert difference(tmp_path / f"{source}.pt", tmp_path / f"{source} continued.pt") < 2e-2
         scales = [StateReader(tmp_path / f"{source} {kind}").loss_scale for kind in ("state", "loaded")]
         assert scales[0] == scales[1]
-        assert (scales[0] is not None) == source.startswith("fp16") and scales[0] != 2.0**8  # it has moved from its start
+        assert (scales[0] is not None) == source.startswith("fp16")
+        assert scales[0] is None or (scales[0]["cur_scale"], scales[0]["cur_iter"]) == (2.0**8, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_deepspeeds_own_checkpoint_resumes_bit_for_bit(tmp_path):
     jobs = []
-    for stage, precision, offload in ((0, "fp32", False), (1, "fp32", False), (2, "fp32", False), (3, "fp32", False),
-                                      (0, "bf16", False), (1, "bf16-fp32acc", False), (2, "bf16", True), (3, "bf16", True)):
+    for stage, precision, offload in (
+            (0, "fp32", False), (1, "fp32", False), (2, "fp32", False), (3, "fp32", False),
+            (0, "bf16", False), (1, "bf16-fp32acc", False), (2, "bf16", True), (3, "bf16", True)):
         name = f"stage {stage} {precision} {offload}"
         jobs.append(dict(kind="ds", stage=stage, precision=precision, offload=offload, first=0, steps=2, more=2,
                          ds_save=str(tmp_path / name), ds_load=str(tmp_path / name), out=str(tmp_path / f"{name}.pt")))
@@ -143,9 +160,9 @@ def test_deepspeeds_own_checkpoint_resumes_bit_for_bit(tmp_path):
     # DeepSpeed's universal checkpoint knows AdamW's states only; it says no rather than dropping Celo2's.
     for name in ("stage 2 fp32 False", "stage 3 fp32 False"):
         converted = subprocess.run(
-            [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "1", "--input_folder",
-             str(tmp_path / name / "here"), "--output_folder", str(tmp_path / "universal")], capture_output=True, text=True,
-            env={**os.environ, "DS_ACCELERATOR": "cpu"})
+            [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "1",
+             "--input_folder", str(tmp_path / name / "here"), "--output_folder", str(tmp_path / "universal")],
+            capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
         assert converted.returncode != 0 and "Error" in converted.stderr
         assert not (tmp_path / "universal").exists()
 
@@ -218,7 +235,7 @@ def test_theta_and_group_options_are_restored(tmp_path):
     save_state(optimizer, tmp_path / "here")
     other = celo2(build())
     load_state(other, tmp_path / "here")
-    assert [group["weight_decay"] for group in other.param_groups] == [0.25, *(g["weight_decay"] for g in optimizer.param_groups[1:])]
+    assert [group["weight_decay"] for group in other.param_groups] == [0.25, 0.1, 0.1]
     assert all(torch.equal(a, b) for a, b in zip(other.mlp, optimizer.mlp))
 
 
@@ -229,7 +246,8 @@ def test_any_range_is_read_across_files(tmp_path):
     files = state_files.write_ranges(tmp_path / "state.incomplete", "rank_0", [("w", 0, 600), ("w", 600, 1000)],
                                      lambda name, a, b: {"param": values[a:b].clone()}, most=32 * 70)
     assert len(files) > 5
-    state_files.finish(tmp_path / "state", {"tensors": {"w": {"shape": [40, 25]}}, "groups": [], "files": files, "extra": None})
+    state_files.finish(tmp_path / "state", {"tensors": {"w": {"shape": [40, 25]}}, "groups": [], "files": files,
+                                            "extra": None})
     reader = StateReader(tmp_path / "state")
     for start, stop in ((0, 1000), (69, 71), (70, 140), (555, 999), (3, 3)):
         assert torch.equal(reader.read("w", "param", start, stop), values[start:stop])
@@ -247,9 +265,13 @@ def test_transposed_storage_is_saved_in_its_logical_order(tmp_path):
     assert torch.equal(StateReader(tmp_path / "a").whole("param 0", "param"), params[1])
 
 
+def drop(index, name):
+    for entry in index["files"].values():
+        entry["ranges"].pop(name, None)
+
+
 @pytest.mark.parametrize("words, change", {
-    "has no parameter 'square.weight'": lambda f, i: (i["tensors"].pop("square.weight"),
-                                                      [e["ranges"].pop("square.weight", 0) for e in i["files"].values()]),
+    "has no parameter 'square.weight'": lambda f, i: (i["tensors"].pop("square.weight"), drop(i, "square.weight")),
     "which the optimizer does not train": lambda f, i: (i["tensors"].update(more={"shape": [0], "rule": "adamw"})),
     "with shape [7, 13]": lambda f, i: i["tensors"]["up.weight"].update(shape=[7, 13]),
     "with view": lambda f, i: i["tensors"]["up.weight"]["view"].update(transpose=False),
@@ -257,8 +279,8 @@ def test_transposed_storage_is_saved_in_its_logical_order(tmp_path):
     "format version 99": lambda f, i: i.update(version=99),
     "is not of the format": lambda f, i: i.update(format="other"),
     "lacks 'shared.safetensors'": lambda f, i: (f / "shared.safetensors").unlink(),
-    "does not hold 'up.weight' exactly once": lambda f, i: [e["ranges"].pop("up.weight", 0) for e in i["files"].values()],
-    "is damaged": lambda f, i: (f / "shared.safetensors").write_bytes(b"x" + (f / "shared.safetensors").read_bytes()[1:]),
+    "does not hold 'up.weight' exactly once": lambda f, i: drop(i, "up.weight"),
+    "is damaged": lambda f, i: (f / "shared.safetensors").write_bytes(b"other"),
     "different options": lambda f, i: i["groups"].append({"options": {"lr": 7.0}, "names": ["up.weight"]}),
 }.items())
 def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(saved, tmp_path, words, change):

@@ -23,7 +23,8 @@ def same_states(a, b, rtol, but=()):
     for name, entry in one.tensors.items():
         pairs = [(key, one.whole(name, key), other.whole(name, key))
                  for key in element_keys(entry["rule"], entry["vector"]) if key not in but]
-        pairs += [(key, one.shared(f"{name}|{key}"), other.shared(f"{name}|{key}")) for key in ("v_row", "v_col", "step")]
+        pairs += [(key, one.shared(f"{name}|{key}"), other.shared(f"{name}|{key}"))
+                  for key in ("v_row", "v_col", "step")]
         for key, x, y in pairs:
             assert (x is None) == (y is None), (name, key)
             if x is not None:
@@ -31,7 +32,8 @@ def same_states(a, b, rtol, but=()):
 
 
 def named_adamw(model, **options):
-    return torch.optim.AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad], weight_decay=0.1, **options)
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    return torch.optim.AdamW(named, weight_decay=0.1, **options)
 
 
 def feed(model, optimizer, gradients):
@@ -45,7 +47,8 @@ def feed(model, optimizer, gradients):
 def gradients(steps, constant=False, seed=0):
     torch.manual_seed(seed)
     model = build()
-    made = [{name: torch.randn_like(p) for name, p in model.named_parameters()} for _ in range(1 if constant else steps)]
+    made = [{name: torch.randn_like(p) for name, p in model.named_parameters()}
+            for _ in range(1 if constant else steps)]
     return made * steps if constant else made
 
 
@@ -169,8 +172,8 @@ def test_there_and_back_goes_on_as_if_nothing_had_been(checkpoints, tmp_path):
     from_adamw(checkpoints / "2 fp32", tmp_path / "celo2", celo2(build()))
     to_adamw(tmp_path / "celo2", tmp_path / "back", betas=BETAS)
     common = dict(first=3, steps=3, seed=5)
-    launch(2, [dict(kind="ds", optimizer="adamw", stage=stage, load=str(tmp_path / "back"), out=str(tmp_path / f"{stage}.pt"),
-                    **common) for stage in (1, 3)] +
+    launch(2, [dict(kind="ds", optimizer="adamw", stage=stage, load=str(tmp_path / "back"),
+                    out=str(tmp_path / f"{stage}.pt"), **common) for stage in (1, 3)] +
               [dict(kind="ds", stage=3, load=str(tmp_path / "celo2"), out=str(tmp_path / "celo2 3.pt"), **common)])
     launch(1, [dict(kind="plain", load=str(tmp_path / "celo2"), out=str(tmp_path / "celo2 plain.pt"), **common)])
     for stage in (1, 3):
@@ -194,6 +197,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(checkpoints, tmp_path
         path = folder / "mp_rank_00_model_states.pt"
         torch.save({**torch.load(path), "client": Path()}, path)
 
+    def round_robin(folder):
+        for path in folder.glob("zero_pp_rank_*"):
+            state = torch.load(path, weights_only=False)
+            state["ds_config"]["zero_optimization"]["round_robin_gradients"] = True
+            torch.save(state, path)
+
     other = build()
     other.new = torch.nn.Linear(3, 3)
     refused("lacks the optim_states file of rank 1", lambda f: next(f.glob("zero_pp_rank_1*")).unlink())
@@ -202,6 +211,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(checkpoints, tmp_path
     refused("has no parameter 'new.weight'", lambda f: None, celo2(other))
     refused("has no checkpoint 'there'", lambda f: None, tag="there")
     refused("not unpickled for safety", with_class)
+    refused("round_robin_gradients", round_robin)
     refused("is damaged", lambda f: next(f.glob("zero_pp_rank_1*")).write_bytes(b"PK" + bytes(100)))
     names = [name for name, param in build().named_parameters() if param.requires_grad]
     refused("pass names", lambda f: None, name="0 fp32", names=names[::-1])
@@ -227,7 +237,8 @@ def test_deepspeeds_fused_16_bit_checkpoint_without_zero_is_read(tmp_path):
     from_adamw(tmp_path / "run", tmp_path / "celo2", celo2(build(1)))
     reader = StateReader(tmp_path / "celo2")
     assert torch.equal(torch.cat([reader.whole(name, "param").flatten() for name, _ in params]), flat)
-    assert torch.equal(reader.read("lm_head.weight", "exp_avg", 0, 77), optimizer.state_dict()["state"][0]["exp_avg"][-77:])
+    moments = optimizer.state_dict()["state"][0]["exp_avg"]
+    assert torch.equal(reader.read("lm_head.weight", "exp_avg", 0, 77), moments[-77:])
 
 
 def test_a_celo2_state_is_not_taken_for_adamws(tmp_path):

@@ -46,24 +46,31 @@ class AdamWCheckpoint:
     def __init__(self, folder: str | Path, tag: str | None = None, names: Sequence[str] | None = None,
                  trained: Container[str] | None = None) -> None:
         self.folder = _find(Path(folder), tag)
+        self._where = repr(str(self.folder))
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._fragments: dict[str, list[Fragment]] = {}
         self._facts: dict[str, tuple[float, dict[str, Any]]] = {}  # step and options of the param group
         if any(re.search(r"mp_rank_0*[1-9]", path.name) for path in self.folder.iterdir()):
-            raise StateError(f"{str(self.folder)!r} is of a run with tensor or pipeline parallelism, which is not supported")
+            raise StateError(f"{self._where} is of a run with tensor or pipeline parallelism, which is not "
+                             "supported")
         files = sorted(self.folder.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
         models = sorted(self.folder.glob("*mp_rank_00_model_states.pt"), key=_rank_of)
         if not models:
-            raise StateError(f"{str(self.folder)!r} is no DeepSpeed checkpoint: it has no *_model_states.pt")
+            raise StateError(f"{self._where} is no DeepSpeed checkpoint: it has no *_model_states.pt")
         model = _load(models[0])
         if not files:
             self._without_zero(model, names, trained)
             return
         missing = set(range(model["dp_world_size"])) - {_rank_of(path) for path in files}
         if missing:
-            raise StateError(f"{str(self.folder)!r} lacks the optim_states file of rank {min(missing)}: copy the "
+            raise StateError(f"{self._where} lacks the optim_states file of rank {min(missing)}: copy the "
                              "checkpoint again, with all ranks' files")
-        ranks = [_load(path)["optimizer_state_dict"] for path in files]
+        saved = [_load(path) for path in files]
+        if len(files) > 1 and saved[0].get("ds_config", {}).get("zero_optimization", {}).get("round_robin_gradients"):
+            raise StateError(f"{self._where} was saved with round_robin_gradients, where DeepSpeed records the "
+                             "tensors' places wrong: load it in DeepSpeed, call save_state(engine, …), and convert "
+                             "that")
+        ranks = [state["optimizer_state_dict"] for state in saved]
         self.shapes = {name: whole(tuple(shape)) for group in model["param_shapes"] for name, shape in group.items()}
         self._fragments = {name: [] for name in self.shapes}
         for rank, state in enumerate(ranks):
@@ -74,7 +81,7 @@ class AdamWCheckpoint:
         for name, parts in self._fragments.items():
             held = sum(part.count for part in parts)
             if held != prod(self.shapes[name]):
-                raise StateError(f"{str(self.folder)!r} holds {held} elements of {name!r} of shape {self.shapes[name]}: "
+                raise StateError(f"{self._where} holds {held} elements of {name!r} of shape {self.shapes[name]}: "
                                  "files of different checkpoints seem mixed")
 
     def read(self, name: str) -> dict[str, Tensor]:
@@ -92,7 +99,7 @@ class AdamWCheckpoint:
     def _zero12(self, state: dict[str, Any]) -> None:
         base = state["base_optimizer_state"]
         if not isinstance(base, dict):
-            raise StateError(f"{str(self.folder)!r} is an elastic checkpoint; save it without \"elastic_checkpoint\"")
+            raise StateError(f"{self._where} is an elastic checkpoint; save it without \"elastic_checkpoint\"")
         for number, mapping in enumerate(state["param_slice_mappings"]):
             tensors, fact = self._group(base, number, state["single_partition_of_fp32_groups"][number],
                                         base["param_groups"][number])
@@ -104,7 +111,8 @@ class AdamWCheckpoint:
         base = state["optimizer_state_dict"]
         owner = [number for number, group in enumerate(base["param_groups"]) for _ in group["params"]]
         for number, group in enumerate(shapes):  # one for each sub-group
-            tensors, fact = self._group(base, number, state["fp32_flat_groups"][number], base["param_groups"][owner[number]])
+            options = base["param_groups"][owner[number]]
+            tensors, fact = self._group(base, number, state["fp32_flat_groups"][number], options)
             offset = 0
             for name, shape in group.items():
                 total = prod(shape)
@@ -117,7 +125,7 @@ class AdamWCheckpoint:
                       trained: Container[str] | None) -> None:
         saved = model["optimizer"]
         if not saved:
-            raise StateError(f"{str(self.folder)!r} holds no optimizer state")
+            raise StateError(f"{self._where} holds no optimizer state")
         base = saved.get("optimizer_state_dict", saved)
         groups = base["param_groups"]
         fused = saved.get("fp32_groups_flat")  # FusedAdam in 16 bits: one flat tensor a group
@@ -126,12 +134,13 @@ class AdamWCheckpoint:
                      and (trained is None or name in trained)]
             count = len(names) if fused else sum(len(group["params"]) for group in groups)
             if len(groups) > 1 or len(names) != count:
-                raise StateError(f"{str(self.folder)!r} was saved without ZeRO, so it doesn't say which of its {count} "
+                raise StateError(f"{self._where} was saved without ZeRO, so it doesn't say which of its {count} "
                                  f"optimizer states ({len(groups)} param groups) is whose: pass names=[…], the "
                                  "parameters' names in the order in which the optimizer was given them")
         unknown = [name for name in names if name not in model["module"]]
         if unknown:
-            raise StateError(f"names has {unknown[0]!r}, but the checkpoint's model has names like {list(model['module'])[:2]}")
+            raise StateError(f"names has {unknown[0]!r}, but the checkpoint's model has names like "
+                             f"{list(model['module'])[:2]}")
         self.shapes = {name: whole(tuple(model["module"][name].shape)) for name in names}
         if fused:
             held = [(number, flat.numel()) for number, flat in enumerate(fused)]
@@ -139,7 +148,7 @@ class AdamWCheckpoint:
         else:
             owner = [group for group in groups for _ in group["params"]]
             if len(names) != len(owner):
-                raise StateError(f"{len(names)} names were passed, but {str(self.folder)!r} has the optimizer state of "
+                raise StateError(f"{len(names)} names were passed, but {self._where} has the optimizer state of "
                                  f"{len(owner)} parameters")
             masters = saved.get("fp32_groups")  # in 16 bits; else the model's parameters are float32 themselves
             masters = [x for group in masters for x in group] if masters else [model["module"][name] for name in names]
@@ -154,20 +163,21 @@ class AdamWCheckpoint:
                 self._facts[name] = fact
                 offset += prod(self.shapes[name])
             if offset != size or (not fused and whole(tuple(tensors["exp_avg"].shape)) != self.shapes[name]):
-                raise StateError(f"optimizer state {number} of {str(self.folder)!r} has shape "
-                                 f"{tuple(tensors['exp_avg'].shape)}, which the parameters at its place don't have: pass "
-                                 "names=[…] in the order in which the optimizer was given its parameters")
+                raise StateError(f"optimizer state {number} of {self._where} has shape "
+                                 f"{tuple(tensors['exp_avg'].shape)}, which the parameters at its place don't have: "
+                                 "pass names=[…] in the order in which the optimizer was given its parameters")
         if left:
-            raise StateError(f"{str(self.folder)!r} has no optimizer state for {left[0]!r}: pass names=[…] as the optimizer "
-                             "was given its parameters")
+            raise StateError(f"{self._where} has no optimizer state for {left[0]!r}: pass names=[…] as the "
+                             "optimizer was given its parameters")
 
     def _group(self, base: dict[str, Any], number: int, master: Tensor, group: dict[str, Any]
                ) -> tuple[dict[str, Tensor], tuple[float, dict[str, Any]]]:
         state = base["state"].get(number, {})
         if not {"exp_avg", "exp_avg_sq"} <= state.keys():
-            raise StateError(f"{str(self.folder)!r} was not saved by AdamW: its optimizer state has {sorted(state)[:6]} "
+            raise StateError(f"{self._where} was not saved by AdamW: its optimizer state has {sorted(state)[:6]} "
                              "instead of exp_avg and exp_avg_sq" + (
-                                 "; a Celo2 state is converted by save_state and to_adamw" if "momentum_0" in state else ""))
+                                 "; a Celo2 state is converted by save_state and to_adamw" if "momentum_0" in state
+                                 else ""))
         step = float(state.get("step", group.get("step", 0)))
         options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
         return {"param": master, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}, (step, options)
@@ -181,7 +191,8 @@ class SavedAdamW:
         self.folder = self.reader.folder
         other = next((name for name, entry in self.reader.tensors.items() if entry["rule"] != "adamw"), None)
         if other is not None:
-            raise StateError(f"{str(folder)!r} is a Celo2 state already ({other!r} has the learned rule): load_state takes it")
+            raise StateError(f"{str(folder)!r} is a Celo2 state already ({other!r} has the learned rule): "
+                             "load_state takes it")
         self.reader.verify()
         self.shapes = {name: tuple(entry["shape"]) for name, entry in self.reader.tensors.items()}
         self._options = {name: group["options"] for group in self.reader.groups for name in group["names"]}
@@ -194,7 +205,8 @@ class SavedAdamW:
 
     def options(self, name: str) -> dict[str, Any]:
         if "betas" not in self._options.get(name, {}):
-            raise StateError(f"{str(self.folder)!r} doesn't say with which betas AdamW ran; save it from an engine with AdamW")
+            raise StateError(f"{str(self.folder)!r} doesn't say with which betas AdamW ran; save it from an engine with "
+                             "AdamW")
         return self._options[name]
 
 
@@ -203,8 +215,8 @@ def _find(folder: Path, tag: str | None) -> Path:
         return folder  # the tagged folder itself
     if tag is None:
         if not (folder / "latest").is_file():
-            raise StateError(f"no DeepSpeed checkpoint in {str(folder)!r}: it has no file 'latest'; give the folder that "
-                             "engine.save_checkpoint was given, or a tag")
+            raise StateError(f"no DeepSpeed checkpoint in {str(folder)!r}: it has no file 'latest'; give the folder "
+                             "that engine.save_checkpoint was given, or a tag")
         tag = (folder / "latest").read_text().strip()
     if not (folder / tag).is_dir():
         raise StateError(f"{str(folder)!r} has no checkpoint {tag!r}")

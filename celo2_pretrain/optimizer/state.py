@@ -2,7 +2,7 @@
 
 Each rank writes the ranges that it holds and reads the ranges that it needs, tensor by tensor, so a state saved on
 4 ranks under ZeRO-2 goes on with 2 ranks under ZeRO-3, with offload, FSDP2, or one plain process. What is written
-where is in `state_files`. AdamW under DeepSpeed is saved and restored the same way (`takeover` converts between the two).
+where is in `state_files`. AdamW under DeepSpeed is saved and restored the same way (`takeover` converts between them).
 """
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 OPTIONS = ("lr", "initial_lr", "weight_decay", "orthogonalize", "adamw_lr_multiplier", "adamw_betas", "adamw_eps",
            "betas", "eps")  # of a param group, as far as it has them
+SCALE = ("cur_scale", "cur_iter", "last_overflow_iter")  # of a dynamic loss scale
 
 
 @dataclass
@@ -73,10 +74,11 @@ def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:
         folder: on a file system that all ranks share. It appears under its name when it is whole, not before.
         extra: anything JSON takes (step, samples, …); `load_state` returns it.
 
-    Raises StateError, the same on every rank, and leaves no folder behind: it exists already, or a rank could not write.
+    Raises StateError, the same on every rank, and leaves no folder behind: it exists already, or a rank couldn't write.
     """
     folder = Path(folder).absolute()
     inner, wrapper, held = _examine(optimizer)
+    scaler = _scaler(wrapper)
     by_name = {h.name: h for h in held}
 
     def fetch(name: str, start: int, stop: int) -> dict[str, Tensor]:
@@ -92,10 +94,12 @@ def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:
     def write() -> dict[str, Any]:
         unfinished = state_files.building(folder)
         if not unfinished.is_dir():
-            raise StateError(f"{str(unfinished)!r}, which rank 0 made, is not there: the ranks need a file system that they share")
+            raise StateError(f"{str(unfinished)!r}, which rank 0 made, is not there: the ranks need a "
+                             "file system that they share")
         files = state_files.write_ranges(unfinished, f"rank_{_rank():05d}", shares, fetch)
         if _rank() == 0:
-            files[SHARED] = {"sha256": state_files.write_tensors(unfinished / SHARED, _shared(inner, held)), "ranges": {}}
+            digest = state_files.write_tensors(unfinished / SHARED, _shared(inner, held))
+            files[SHARED] = {"sha256": digest, "ranges": {}}
         return files
 
     def begin() -> None:
@@ -108,7 +112,7 @@ def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:
     try:
         files = _gather(_together(write))
         index = {"tensors": {h.name: h.describe() for h in held}, "groups": _options(held), "extra": extra,
-                 "loss_scale": getattr(_scaler(wrapper), "cur_scale", None),
+                 "loss_scale": {key: getattr(scaler, key) for key in SCALE if hasattr(scaler, key)} if scaler else None,
                  "files": {name: entry for some in files for name, entry in some.items()}}
         _together(lambda: state_files.finish(folder, index) if _rank() == 0 else None)
     except BaseException:
@@ -136,7 +140,7 @@ def load_state(optimizer: Any, folder: str | Path, verify: bool = True) -> Any:
     def open_() -> StateReader:
         reader = StateReader(folder)
         _compare(reader, held)
-        if any(h.kind == "ZeRO-1/2" for h in held) and not hasattr(wrapper, "update_lp_params"):
+        if any(h.kind.startswith("ZeRO-1/2") for h in held) and not hasattr(wrapper, "update_lp_params"):
             raise StateError("the optimizer is driven by DeepSpeed's ZeRO: pass the engine, so that the model's own "
                              "parameters can be refreshed too")
         if verify:
@@ -148,8 +152,8 @@ def load_state(optimizer: Any, folder: str | Path, verify: bool = True) -> Any:
             _restore(h, reader)
         _restore_steps(held, reader)
         _restore_options(reader, held)
-        if _scaler(wrapper) is not None and reader.loss_scale is not None:
-            _scaler(wrapper).cur_scale = reader.loss_scale
+        for key, value in (reader.loss_scale or {}).items() if _scaler(wrapper) is not None else ():
+            setattr(_scaler(wrapper), key, value)
         theta = reader.theta()
         if theta is not None and isinstance(inner, Celo2):
             inner.mlp, old, inner._mlps = load_weights(theta), inner.mlp, {}
@@ -240,8 +244,10 @@ def _of_adamw(optimizer: torch.optim.Optimizer, wrapper: Any, engine: Any) -> It
     else:
         kept = next((getattr(wrapper, key) for key in ("bit16_groups", "bf16_groups", "fp16_groups")
                      if hasattr(wrapper, key)), None)
-        found = [(group, kept[number] if kept else [p for p in group["params"] if p.requires_grad],
-                  [p for p in group["params"] if p.requires_grad]) for number, group in enumerate(optimizer.param_groups)]
+        found = []
+        for number, group in enumerate(optimizer.param_groups):
+            params = [param for param in group["params"] if param.requires_grad]
+            found.append((group, kept[number] if kept else params, params))
     for group, originals, params in found:
         for layout in locate([Original(param, names[param], MatrixView()) for param in originals], params):
             for piece in layout.slices:
@@ -315,8 +321,8 @@ def _compare(reader: StateReader, held: list[Held]) -> None:
     saved, where = reader.tensors, str(reader.folder)
     missing = [h.name for h in held if h.name not in saved]
     if missing:
-        raise StateError(f"{where!r} has no parameter {missing[0]!r} ({len(missing)} of the optimizer's {len(held)} are "
-                         f"missing); it has names like {list(saved)[:2]}: load it into the model it was saved from")
+        raise StateError(f"{where!r} has no parameter {missing[0]!r} ({len(missing)} of the optimizer's {len(held)} "
+                         f"are missing); it has names like {list(saved)[:2]}: load it into the model it was saved from")
     extra = sorted(set(saved) - {h.name for h in held})
     if extra:
         raise StateError(f"{where!r} has the parameter {extra[0]!r}, which the optimizer does not train ({len(extra)} "

@@ -155,7 +155,7 @@ class StateReader:
         self.groups: list[dict[str, Any]] = index["groups"]
         self.files: dict[str, dict[str, Any]] = index["files"]
         self.extra: Any = index["extra"]
-        self.loss_scale: float | None = index.get("loss_scale")  # of an fp16 run with a dynamic one
+        self.loss_scale: dict[str, Any] | None = index.get("loss_scale")  # of an fp16 run with a dynamic one
         missing = [name for name in self.files if not (self.folder / name).is_file()]
         if missing:
             raise StateError(f"{str(folder)!r} lacks {missing[0]!r} ({len(missing)} of {len(self.files)} files are "

@@ -5,7 +5,7 @@
         from_adamw("checkpoints", "taken_over", engine)     # prints the learning rates that go with it
     barrier(); load_state(engine, "taken_over")
 
-With betas (b1, b2) and t steps, AdamW's unbiased moments are `m̂ = exp_avg / (1 − b1^t)`, `v̂ = exp_avg_sq / (1 − b2^t)`.
+With betas (b1, b2) and t steps, AdamW's unbiased moments are m̂ = exp_avg / (1 − b1^t), v̂ = exp_avg_sq / (1 − b2^t).
 Celo2's accumulators are not bias-corrected, so they get what t steps at that average would have made of them:
 
     momentum_k = m̂ (1 − β_k^t)        rms = v̂ (1 − 0.95^t)
@@ -86,7 +86,8 @@ def to_adamw(state: str | Path, folder: str | Path, betas: tuple[float, float] =
     """
     reader = StateReader(state)
     reader.verify()
-    counts = [float(reader.shared(f"{name}|step")) for name, entry in reader.tensors.items() if entry["rule"] == "adamw"]
+    counts = [float(reader.shared(f"{name}|step"))
+              for name, entry in reader.tensors.items() if entry["rule"] == "adamw"]
     taken = float(steps) if steps is not None else max(counts, default=0.0)
     if taken < 1 and len(counts) < len(reader.tensors):
         raise StateError(f"{str(state)!r} doesn't say how many steps were taken (no tensor under the AdamW rule that "
@@ -107,8 +108,8 @@ def to_adamw(state: str | Path, folder: str | Path, betas: tuple[float, float] =
 
 def describe(rates: dict[str, float]) -> str:
     """`learning_rates` in words."""
-    return (f"AdamW's last step had RMS {rates['update_rms']:.2f} × lr {rates['adamw_matrix_lr']:.2g} on the matrices that "
-            f"Celo2 takes over, Celo2's has RMS 1 × lr: lr={rates['lr']:.2g} goes on with steps of the same size, and "
+    return (f"AdamW's last step had RMS {rates['update_rms']:.2f} × lr {rates['adamw_matrix_lr']:.2g} on the matrices "
+            f"that Celo2 takes over, Celo2's has RMS 1 × lr: lr={rates['lr']:.2g} goes on with steps of the same size, and "
             f"adamw_lr_multiplier={rates['adamw_lr_multiplier']:.3g} keeps AdamW's rate for the other tensors")
 
 
@@ -120,8 +121,8 @@ def _learning_rates(update: dict[str, float]) -> dict[str, float]:
     """
     rms = (update["squares"] / max(1, update["elements"])) ** 0.5
     lr = rms * update["lr"]
-    return {"lr": lr, "adamw_lr_multiplier": (update["adamw_lr"] or update["lr"]) / lr if lr else 0.0, "update_rms": rms,
-            "adamw_matrix_lr": update["lr"]}
+    multiplier = (update["adamw_lr"] or update["lr"]) / lr if lr else 0.0
+    return {"lr": lr, "adamw_lr_multiplier": multiplier, "update_rms": rms, "adamw_matrix_lr": update["lr"]}
 
 
 def _targets(optimizer: Any) -> tuple[Celo2, dict[str, tuple[Original, str]]]:
@@ -136,14 +137,16 @@ def _targets(optimizer: Any) -> tuple[Celo2, dict[str, tuple[Original, str]]]:
 
 def _compare(source: AdamWCheckpoint | SavedAdamW, targets: dict[str, tuple[Original, str]]) -> None:
     where = str(source.folder)
-    for few, many, words in ((source.shapes, targets, "the checkpoint has no"), (targets, source.shapes, "Celo2 was not given the")):
+    for few, many, words in ((source.shapes, targets, "the checkpoint has no"),
+                             (targets, source.shapes, "Celo2 was not given the")):
         missing = [name for name in many if name not in few]
         if missing:
             raise StateError(f"{where!r}: {words} parameter {missing[0]!r} ({len(missing)} such; names there are like "
                              f"{list(few)[:2]}): construct Celo2 over the same model, by param_groups(model)")
     for name, (original, _) in targets.items():
         if source.shapes[name] != original.shape:
-            raise StateError(f"{where!r} has {name!r} with shape {source.shapes[name]}, the model with {original.shape}")
+            raise StateError(f"{where!r} has {name!r} with shape {source.shapes[name]}, the model with "
+                             f"{original.shape}")
         if source.step(name) < 1:
             raise StateError(f"{where!r}: AdamW has not stepped {name!r} yet, so there is nothing to take over")
 
@@ -171,8 +174,8 @@ def _seed(original: Original, param: Tensor, mean: Tensor, square: Tensor, step:
     return elements, {"v_row": weight * torch.cat(rows), "v_col": weight * torch.cat(cols)}
 
 
-def _write(folder: Path, entries: dict[str, tuple[list[int], str, MatrixView]], convert: Callable, shared: dict[str, Tensor],
-           extra: Callable[[], Any]) -> None:
+def _write(folder: Path, entries: dict[str, tuple[list[int], str, MatrixView]], convert: Callable,
+           shared: dict[str, Tensor], extra: Callable[[], Any]) -> None:
     """Write a state: `convert(name)` gives a tensor's states by element, and those that are the same on all ranks."""
     folder = folder.absolute()
     state_files.begin(folder)
