@@ -15,7 +15,7 @@ from celo2_pretrain.optimizer.rules import tag_of
 from .cells import Cell
 from .engines import DeepSpeedRun, FSDP2Run, start
 from .limits import TOLERANCE
-from .model import Awkward, micro_batch, theta, uses_sometimes
+from .model import Awkward, micro_batch, uses_sometimes
 
 STEPS = 5
 OVERFLOW_STEP = 3
@@ -83,9 +83,10 @@ def error(got: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
 
 
 def update_error(before: Tensor, after: Tensor, expected: Tensor) -> float:
-    """Largest |after − expected| beyond one rounding of the stored parameter, over the largest |expected − before|."""
-    excess = (after - expected).abs() - torch.finfo(torch.float32).eps * expected.abs().max()
-    return error(excess.clamp_min(0), torch.zeros_like(excess), expected - before)
+    """‖after − expected‖ over ‖expected − before‖, leaving out one rounding of the stored parameter."""
+    difference = (after - expected).abs() - torch.finfo(torch.float32).eps * expected.abs().max()
+    excess, update = difference.clamp_min(0).norm(), (expected - before).norm()
+    return error(excess, torch.zeros(()), update)
 
 
 def digest(tensors: list[Tensor]) -> str:
@@ -140,10 +141,9 @@ def compare(cell: Cell) -> dict[str, Any]:
         if not value <= worst[kind][0]:
             worst[kind] = (value, where)
 
-    mlp = MLP(**theta())
     names = list(run.params)
     mine = set(names[rank::world])  # the ranks share the work of comparing
-    unsharded = {name: Unsharded(name, run.shape(name), run.options[name], tag_of(run.params[name]).view, mlp)
+    unsharded = {name: Unsharded(name, run.shape(name), run.options[name], tag_of(run.params[name]).view, run.mlp)
                  for name in names}
     plain = Plain(run.shape("gain")) if cell.precision == "fp32" and (rank == 0 or cell.gradients_from_plain) else None
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(cell.precision, torch.bfloat16)

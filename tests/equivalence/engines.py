@@ -5,8 +5,6 @@ Celo2's layouts, which are what the matrix tests. Every rank must ask for the sa
 """
 from __future__ import annotations
 
-import json
-import os
 from contextlib import nullcontext
 
 import deepspeed
@@ -19,6 +17,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from celo2_pretrain import Celo2, register
+from celo2_pretrain.optimizer.reference import MLP
+from celo2_pretrain.optimizer.rules import tag_of
+from celo2_pretrain.weights import load_weights
 
 from .cells import Cell
 from .model import MICRO_BATCH, Awkward, option_groups, theta
@@ -63,8 +64,6 @@ class DeepSpeedRun:
         with deepspeed.zero.Init(config_dict_or_path=config) if cell.zero_init else nullcontext():
             model = Awkward()
         if cell.extra == "config":
-            path = os.environ["CELO2_EQUIVALENCE_THETA"]
-            config["optimizer"]["params"]["weights"] = path
             self.options = tagged_by_register(model, config["optimizer"]["params"])
             self.engine, self.wrapper, _, _ = deepspeed.initialize(model=model, config=config)
             self.celo2 = self.engine.basic_optimizer
@@ -73,6 +72,8 @@ class DeepSpeedRun:
             groups, self.options = option_groups(model, cell.flipped)
             self.celo2 = Celo2(groups, weights=theta(), **bucket_option(cell))
             self.engine, self.wrapper, _, _ = deepspeed.initialize(model=model, optimizer=self.celo2, config=config)
+        # A JSON config gets the bundled weights.
+        self.mlp = load_weights("default") if cell.extra == "config" else MLP(**theta())
         self.model, self.cell = model, cell
         self.stage = int(cell.stage[-1])
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -151,7 +152,7 @@ class FSDP2Run:
         fully_shard(model, mesh=mesh, mp_policy=policy)
         groups, self.options = option_groups(model, cell.flipped)
         self.celo2 = Celo2(groups, weights=theta(), nonfinite="skip", **bucket_option(cell))
-        self.model, self.cell = model, cell
+        self.model, self.cell, self.mlp = model, cell, MLP(**theta())
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.scale = LOSS_SCALE if cell.precision == "fp16" else 1.0
         self.skipped = False
@@ -197,8 +198,6 @@ class FSDP2Run:
 
 def tagged_by_register(model: nn.Module, params: dict) -> dict[str, dict]:
     """Tags the model as a user would whose optimizer stands in the config; returns the options by parameter name."""
-    from celo2_pretrain.optimizer.rules import tag_of
-
     register(model)
     return {name: {"rule": tag_of(p).rule, "orthogonalize": True, "adamw_lr_multiplier": 20.0, "lr": params["lr"],
                    "weight_decay": params["weight_decay"]} for name, p in model.named_parameters() if p.requires_grad}
@@ -210,7 +209,3 @@ def bucket_option(cell: Cell) -> dict[str, int]:
 
 def start(cell: Cell) -> DeepSpeedRun | FSDP2Run:
     return FSDP2Run(cell) if cell.stage == "fsdp2" else DeepSpeedRun(cell)
-
-
-def describe(cell: Cell) -> str:
-    return json.dumps(deepspeed_config(cell)) if cell.stage != "fsdp2" else "torch fully_shard"

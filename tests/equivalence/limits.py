@@ -1,10 +1,10 @@
 """How large an error the matrix allows, by kind.
 
-Each is a maximum norm. `update`: |parameter − expected|, beyond one float32 rounding of the stored parameter (1.2e-7 of
-the largest), over the largest |expected − parameter before|, tensor by tensor and step by step, so that a wrong update
-can't hide behind a large parameter. `gradient`, `state`: |difference|
-over the largest |expected| of the tensor. The last three are exact: what the forward pass sees is the rounded master,
-ranks agree bit for bit, a skipped step changes nothing.
+`update`: the Euclidean norm of parameter − expected over that of the expected *update*, tensor by tensor and step by
+step, so that a wrong update can't hide behind a large parameter; one float32 rounding of the stored parameter (1.2e-7 of
+its largest entry) is left out of each difference. `gradient`, `state`: largest |difference| over the largest |expected|
+of the tensor. The last three are exact: what the forward pass sees is the rounded master, ranks agree bit for bit, a
+skipped step changes nothing.
 """
 from .cells import Cell
 
