@@ -8,7 +8,7 @@ skipped step changes nothing.
 """
 from .cells import Cell
 
-TOLERANCE = {"update": 1e-5, "gradient": 1e-5, "state": 2e-6, "model": 0.0, "ranks": 0.0, "overflow": 0.0}
+TOLERANCE = {"update": 1e-5, "gradient": 1e-5, "state": 5e-6, "model": 0.0, "ranks": 0.0, "overflow": 0.0}
 
 # Round-robin cells are fed gradients that equal the used ones to round-off only (see `Cell.gradients_from_plain`), and
 # Newton–Schulz amplifies that: small singular values grow up to 485-fold.
