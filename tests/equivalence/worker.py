@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 from datetime import timedelta
@@ -24,7 +25,15 @@ from .compare import compare
 from .mutations import apply_mutation
 
 
+def end_with_parent(parent: int) -> None:
+    """Leave when the launcher was killed, instead of waiting for ranks that have left, too."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main() -> int:
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     order = json.load(sys.stdin)
     rank = int(os.environ["RANK"])
     lines = os.fdopen(os.dup(1), "w")  # what the launcher reads; everything else that is printed goes to stderr
