@@ -26,8 +26,8 @@ def data(tmp_path_factory) -> str:
     return out
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess:
-    """`deepspeed launch/pretrain.py` on two ranks."""
+def launch(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess:
+    """`deepspeed launch/pretrain.py` on so many ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -35,7 +35,7 @@ def launch(*arguments: str) -> subprocess.CompletedProcess:
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical",
-               "--num_gpus", "2", "--master_port", str(port), str(ROOT / "launch/pretrain.py"), *arguments]
+               "--num_gpus", str(ranks), "--master_port", str(port), str(ROOT / "launch/pretrain.py"), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
@@ -74,6 +74,16 @@ def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(data, tmp_path):
     early, late = (tensors(torch.load(file / "mp_rank_00_model_states.pt", weights_only=False)["module"])
                    for file in files)
     assert not all(torch.equal(x, y) for x, y in zip(early, late))
+
+
+    # The same checkpoint goes on in another world: fewer ranks, another ZeRO stage.
+    result = launch("--resume", str(halves / "checkpoints/step_00000004"), "train.max_steps=8", f"run_dir={tmp_path / 'one'}",
+                    "train.zero_stage=3", ranks=1)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "number of ranks 2 -> 1" in result.stdout
+    other = {step: loss for step, loss, _, _ in trajectory(tmp_path / "one") if loss is not None}
+    here = {step: loss for step, loss, _, _ in trajectory(whole) if loss is not None}
+    assert sorted(other) == [5, 6, 7, 8] and all(abs(other[k] - here[k]) < 1e-3 for k in other), (other, here)
 
 
 def test_error_is_told_once_and_without_a_traceback(data, tmp_path):

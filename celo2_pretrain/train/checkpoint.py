@@ -1,6 +1,7 @@
 """Checkpoints of a run: DeepSpeed's files, one file of random states per rank, and a description to check first.
 
-    run_dir/checkpoints/step_00000500/   DeepSpeed's model and optimizer files, random_state_rank_*.pt, state.json
+    run_dir/checkpoints/step_00000500/   DeepSpeed's model and optimizer files, random_state_rank_*.pt, state.json;
+                                         any_world/: parameters and optimizer state for another world (optimizer/state.py)
     run_dir/checkpoints/latest           the name of the newest whole checkpoint, written last and by a rename
 """
 import json
@@ -14,8 +15,13 @@ import deepspeed.comm as dist
 import numpy as np
 import torch
 
+from celo2_pretrain.optimizer.state import StateError, load_state, save_state
 from celo2_pretrain.train.config import Config
 from celo2_pretrain.train.errors import UserError
+
+
+ANY_WORLD = "any_world"  # folder of the state that goes on with another of these:
+OF_THE_WORLD = ("number of ranks", "train.zero_stage", "train.precision")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -64,6 +70,11 @@ def save(engine, config: Config, description: dict, step: int, samples: int) -> 
         shutil.rmtree(folder / tag)  # left by a trajectory that this one replaces; `latest` names an older one
     engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
     torch.save(random_states(), folder / tag / f"random_state_rank_{dist.get_rank()}.pt")
+    if config.checkpoint.any_world:
+        try:
+            save_state(engine, folder / tag / ANY_WORLD)
+        except StateError as error:
+            raise UserError(f"cannot save {folder / tag / ANY_WORLD}: {error}; checkpoint.any_world=false leaves it out") from None
     dist.barrier()
     if dist.get_rank() == 0:
         write_atomically(folder / tag / "state.json", json.dumps(state, indent=1) + "\n")
@@ -92,20 +103,38 @@ def find(path: str) -> Path:
 
 
 def read_state(checkpoint: Path, description: dict) -> dict:
-    """The checkpoint's state.json. Raises UserError when it is of another model or set-up than this run's."""
+    """The checkpoint's state.json, and in it `other_world`: what of OF_THE_WORLD is another now.
+
+    Raises UserError when the checkpoint is of another model or set-up than this run's.
+    """
     state = json.loads((checkpoint / "state.json").read_text())
+    state["other_world"] = []
     for name, ours in description.items():
         theirs = state["description"].get(name)
-        if theirs != ours:
-            raise UserError(
-                f"cannot resume from {checkpoint}: it was written with {name} = {theirs}, this run has {ours}; "
-                f"resume with the same, or start another run_dir"
-            )
+        if theirs == ours:
+            continue
+        if name in OF_THE_WORLD and (checkpoint / ANY_WORLD).is_dir():
+            state["other_world"].append(f"{name} {theirs} -> {ours}")
+            continue
+        hint = "; checkpoint.any_world=true would have made this possible" if name in OF_THE_WORLD else ""
+        raise UserError(
+            f"cannot resume from {checkpoint}: it was written with {name} = {theirs}, this run has {ours}; "
+            f"resume with the same, or start another run_dir{hint}"
+        )
     return state
 
 
-def load(engine, checkpoint: Path) -> None:
-    """Load model, optimizer and this rank's random state, on all ranks."""
+def load(engine, checkpoint: Path, other_world: bool) -> None:
+    """Load model, optimizer and this rank's random state, on all ranks.
+
+    Into another world only parameters and optimizer states go; the random states begin anew there.
+    """
+    if other_world:
+        try:
+            load_state(engine, checkpoint / ANY_WORLD)
+        except StateError as error:
+            raise UserError(f"cannot resume from {checkpoint}: {error}") from None
+        return
     path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
     if path is None:
         raise UserError(f"DeepSpeed found no checkpoint in {checkpoint}: files are missing")

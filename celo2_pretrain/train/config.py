@@ -83,6 +83,7 @@ class Eval:
 class Checkpoint:
     every: int = key(500, "steps between checkpoints; there is always one at the end", 1)
     keep: int = key(2, "newest checkpoints to keep", 1)
+    any_world: bool = key(True, "also save what resumes with other ranks, ZeRO stage or precision (doubles the size)")
 
 
 @dataclass

@@ -50,7 +50,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
         config.data.path, context, size.micro_batch_size, size.global_batch_size, size.seed, rank, world_size)
     val_loader = ValLoader(config.data.path, context, size.micro_batch_size, config.eval.sequences, rank, world_size)
     description = checkpoint.describe(config, index, world_size)
-    start = {"step": 0, "samples": 0}
+    start = {"step": 0, "samples": 0, "other_world": []}
     resume_from = checkpoint.find(resume) if resume else None
     own = resume_from is not None and resume_from.parent.resolve() == Path(config.run_dir, "checkpoints").resolve()
     if resume_from:
@@ -73,9 +73,9 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     dist.barrier()
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     rates = Rates(engine.optimizer)
-    set_seeds(size.seed, rank)
+    set_seeds(size.seed + start["step"], rank)
     if resume_from:
-        checkpoint.load(engine, resume_from)
+        checkpoint.load(engine, resume_from, bool(start["other_world"]))
 
     metrics = Metrics(config.run_dir, start["step"], size.max_steps, active=rank == 0)
     metrics.say(
@@ -83,6 +83,8 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
         f"{parameters / 1e6:.1f} M parameters, {config.optimizer.name}, ZeRO-{size.zero_stage}, {size.precision}, "
         f"{world_size} rank(s), {size.global_batch_size * context:,} tokens a step, {loader.windows.count:,} windows"
     )
+    if start["other_world"]:
+        metrics.say(f"going on in another world ({', '.join(start['other_world'])}): equal to round-off, not bit for bit")
     try:
         run_steps(engine, rates, config, loader, val_loader, metrics, description, start, index)
     finally:
