@@ -2,7 +2,8 @@
 
     reference   plain torch (`passes.py`), every device and shape
     compile     C++ kernels on CPU tensors (kernels/cpu.cpp); what they don't cover goes to plain torch
-    auto        compile on the CPU where a compiler is found, else reference
+    triton      Triton kernels on GPU tensors; on CPU tensors only where Triton interprets them (TRITON_INTERPRET=1)
+    auto        compile on the CPU where a compiler is found, triton on a GPU where it is installed, else reference
 """
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "compile", "reference")
+BACKENDS = ("auto", "triton", "compile", "reference")
 JOB = 1 << 18  # elements of one call; fixed, so that sums don't depend on the number of threads
 
 
@@ -44,8 +45,8 @@ def backend_for(device: torch.device) -> Reference:
 def _choose(wanted: str, device: str) -> Reference:
     if wanted == "reference":
         chosen, why = Reference(), "CELO2_BACKEND asks for it"
-    elif device != "cpu":
-        chosen, why = Reference(), f"there are no kernels for {device} yet"
+    elif wanted == "triton" or device != "cpu":
+        chosen, why = _choose_triton(wanted, device)
     else:
         try:
             chosen, why = Compiled(), "compiled CPU kernels"
@@ -57,6 +58,27 @@ def _choose(wanted: str, device: str) -> Reference:
             return chosen
     logger.info("Celo2 backend on %s: %s (%s)", device, chosen.name, why)
     return chosen
+
+
+def _choose_triton(wanted: str, device: str) -> tuple[Reference, str]:
+    """The Triton backend, or (unless it was asked for by name) plain torch, and why."""
+    try:
+        from .triton_backend import Triton, interpreted
+    except ImportError as error:
+        if wanted == "triton":
+            raise RuntimeError(f"CELO2_BACKEND=triton, but Triton can't be imported ({error}); install triton, or set "
+                               "CELO2_BACKEND=auto") from None
+        return Reference(), f"Triton can't be imported ({error}); the plain-torch passes are many times slower"
+    if device == "cuda":  # also what torch calls AMD's GPUs
+        return Triton(), "Triton kernels"
+    if wanted == "triton" and device == "cpu":
+        if not interpreted():
+            raise RuntimeError("CELO2_BACKEND=triton, but the tensors are on the CPU, where Triton only interprets kernels "
+                               "(for tests): set TRITON_INTERPRET=1 for that, or CELO2_BACKEND=auto for fast kernels")
+        return Triton(), "Triton kernels, interpreted: very slow"
+    if wanted == "triton":
+        raise RuntimeError(f"CELO2_BACKEND=triton, but the tensors are on {device}; it serves cuda (NVIDIA and AMD)")
+    return Reference(), f"there are no kernels for {device} yet"
 
 
 class Reference:

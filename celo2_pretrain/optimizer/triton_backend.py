@@ -1,0 +1,283 @@
+"""The passes by Triton kernels: a few launches a step, whatever the number of tensors.
+
+This is the bookkeeping around celo2_pretrain/kernels: which addresses, boxes and matrices a launch works on. What
+doesn't change from step to step (boxes, tiles) is made once for a plan and lives as long as its parts. Blocks that the
+kernels don't cover (vectors, stacks whose factored axes aren't the last two) go to plain torch.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any, Sequence
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..kernels.accumulate import accumulate
+from ..kernels.direction import direction
+from ..kernels.factored import VECTORS, factors
+from ..kernels.fold import flat_theta, fold
+from ..kernels.norms import norms
+from ..kernels.tiles import Box, Size, Tiles, make_tiles
+from .backends import Reference, boxes_of, inner_axis
+from .passes import Shape, Tensors
+from .reference import MLP
+
+if TYPE_CHECKING:
+    from .learned import Part
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass
+class Vectors:
+    """A block's factored second moments, and where the kernels put what they make of them."""
+
+    shape: Shape
+    v_row: Tensor  # (3, *row)
+    v_col: Tensor
+    plain: Any = None  # for plain torch
+    row_factor: int = 0  # addresses
+    col_factor: int = 0
+    buffer: Tensor | None = field(default=None, repr=False)  # what they point into
+
+    @property
+    def matrices(self) -> int:
+        return prod(self.shape.full[:-2])
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Elements of v_row and of v_col for each matrix."""
+        d1, d0 = self.shape.block.factored
+        return self.shape.full[d1], self.shape.full[d0]
+
+
+@dataclass
+class Layer:
+    """What pass C folds a block's first layer from."""
+
+    squares: Tensor  # (18, *lead)
+    plain: Any = None
+
+
+@dataclass
+class Group:
+    """Parts that one launch can serve: the same dtypes, and all aligned or not."""
+
+    numbers: list[int]
+    g_dtype: tl.dtype
+    p_dtype: tl.dtype
+    aligned: bool
+
+
+class Triton(Reference):
+    """Triton kernels for one kind of device. `size` is that of a tile (tests take small ones)."""
+
+    name = "triton"
+
+    def __init__(self, size: Size = Size()) -> None:
+        self.size = size
+        self.kept: dict[tuple, Any] = {}
+
+    def factor(self, shape: Shape, v_row: Tensor, v_col: Tensor) -> Vectors:
+        return Vectors(shape, v_row, v_col, None if covered(shape) else super().factor(shape, v_row, v_col))
+
+    def first_layer(self, squares: Tensor, v_row: Tensor, v_col: Tensor, shape: Shape, mlp: MLP) -> Layer:
+        return Layer(squares, None if covered(shape) else super().first_layer(squares, v_row, v_col, shape, mlp))
+
+    def accumulate(self, parts: Sequence[Part], tensors: Sequence[Tensors], totals: Sequence[tuple[Tensor, Tensor]]
+                   ) -> None:
+        rest = [k for k, part in enumerate(parts) if not covered(part.shape)]
+        super().accumulate(*(_pick(x, rest) for x in (parts, tensors, totals)))
+        for group in self._groups(parts, tensors):
+            some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
+            device = held[0].rms.device
+            sums = [_by_storage(part.shape, row.data_ptr(), col.data_ptr())
+                    for part, (row, col) in zip(some, _pick(totals, group.numbers))]
+            with _on(device):
+                accumulate(self._tiles(some, device), _table([_pointers(t) for t in held], device),
+                           _table(sums, device), group.g_dtype, group.aligned)
+
+    def norms(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Vectors],
+              squares: Sequence[Tensor]) -> None:
+        rest = [k for k, part in enumerate(parts) if not covered(part.shape)]
+        super().norms(_pick(parts, rest), _pick(tensors, rest), [factors[k].plain for k in rest], _pick(squares, rest))
+        self._factors(parts, factors)
+        for group in self._groups(parts, tensors):
+            some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
+            device = held[0].rms.device
+            pointers = [_pointers(t, factor=_by_storage(part.shape, vectors.row_factor, vectors.col_factor))
+                        for part, t, vectors in zip(some, held, _pick(factors, group.numbers))]
+            sums = [(x.data_ptr(), x[0].numel()) for x in _pick(squares, group.numbers)]
+            with _on(device):
+                norms(self._tiles(some, device), _table(pointers, device), _table(sums, device), group.g_dtype,
+                      group.p_dtype, group.aligned)
+
+    def direction(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Vectors],
+                  layers: Sequence[Layer], mlp: MLP, out: Sequence[Tensor]) -> None:
+        rest = [k for k, part in enumerate(parts) if not covered(part.shape)]
+        super().direction(_pick(parts, rest), _pick(tensors, rest), [factors[k].plain for k in rest],
+                          [layers[k].plain for k in rest], mlp, _pick(out, rest))
+        numbers = [k for k, part in enumerate(parts) if covered(part.shape)]
+        if not numbers:
+            return
+        device = tensors[numbers[0]].rms.device
+        theta = flat_theta(*mlp)
+        # The addresses point into the buffer: it must live until the last launch.
+        made, _buffer_of_addresses = self._fold(_pick(parts, numbers), _pick(factors, numbers), _pick(layers, numbers), theta, device)
+        folded = dict(zip(numbers, made))
+        for group in self._groups(parts, tensors, out):
+            some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
+            pointers = []
+            for k, part, t in zip(group.numbers, some, held):
+                weight, row_bias, col_bias = folded[k]
+                pointers.append(_pointers(
+                    t, out[k].data_ptr(), _by_storage(part.shape, factors[k].row_factor, factors[k].col_factor), weight,
+                    _by_storage(part.shape, row_bias, col_bias)))
+            with _on(device):
+                direction(self._tiles(some, device), _table(pointers, device), theta, group.g_dtype, group.p_dtype,
+                          group.aligned)
+
+    def _factors(self, parts: Sequence[Part], found: Sequence[Vectors]) -> None:
+        """Row and column factors of all blocks that the kernels cover, in one buffer."""
+        chosen = [k for k, part in enumerate(parts) if covered(part.shape)]
+        if not chosen:
+            return
+        device = found[chosen[0]].v_row.device
+        sizes = [3 * found[k].matrices * n for k in chosen for n in found[k].sizes]
+        buffer, addresses = _buffer(sizes, device)
+        for place, k in enumerate(chosen):
+            found[k].row_factor, found[k].col_factor = addresses[2 * place:2 * place + 2]
+            found[k].buffer = buffer
+        rows = [_vectors(found[k], row_factor=found[k].row_factor, col_factor=found[k].col_factor) for k in chosen]
+        with _on(device):
+            factors(self._matrices(_pick(parts, chosen), device), _table(rows, device))
+
+    def _fold(self, parts: Sequence[Part], found: Sequence[Vectors], layers: Sequence[Layer], theta: Tensor,
+              device: torch.device) -> tuple[list[tuple[int, int, int]], Tensor]:
+        """Addresses of weight, row_bias, col_bias for each part, and the buffer that they point into."""
+        sizes = [8 * vectors.matrices * n for vectors in found for n in (18, *vectors.sizes)]
+        buffer, flat = _buffer(sizes, device)
+        addresses = [tuple(flat[k:k + 3]) for k in range(0, len(flat), 3)]
+        rows = [_vectors(vectors, weight=weight, row_bias=row_bias, col_bias=col_bias,
+                         squares=layer.squares.data_ptr(), matrices=layer.squares[0].numel())
+                for vectors, layer, (weight, row_bias, col_bias) in zip(found, layers, addresses)]
+        with _on(device):
+            fold(self._matrices(parts, device), _table(rows, device), theta)
+        return addresses, buffer
+
+    def _groups(self, parts: Sequence[Part], tensors: Sequence[Tensors], out: Sequence[Tensor] = ()) -> list[Group]:
+        """Covered parts of which this rank holds something, by what a launch must know of them."""
+        found: dict[tuple, list[int]] = {}
+        for k, (part, t) in enumerate(zip(parts, tensors)):
+            if covered(part.shape) and part.pieces:
+                aligned = _aligned(part) and all(address % 16 == 0 for address in (
+                    *_elements(t), *((out[k].data_ptr(),) if out else ())))
+                found.setdefault((t.g.dtype, t.p.dtype, aligned), []).append(k)
+        return [Group(numbers, DTYPES[g], DTYPES[p], aligned) for (g, p, aligned), numbers in found.items()]
+
+    def _tiles(self, parts: Sequence[Part], device: torch.device) -> Tiles:
+        return self._keep("tiles", parts, device, lambda: make_tiles(
+            [box for number, part in enumerate(parts) for box in _boxes(number, part)], self.size, device))
+
+    def _matrices(self, parts: Sequence[Part], device: torch.device) -> Tensor:
+        """(matrices, 2): the part and the number in the part of every matrix."""
+        return self._keep("matrices", parts, device, lambda: _table(
+            [(k, matrix) for k, part in enumerate(parts) for matrix in range(prod(part.shape.full[:-2]))], device))
+
+    def _keep(self, what: str, parts: Sequence[Part], device: torch.device, make: Any) -> Any:
+        """`make()`, kept for these parts as long as they live."""
+        key = (what, device, *map(id, parts))
+        if key not in self.kept:
+            self.kept[key] = make()
+            for part in parts:  # the ids of dead parts may be given to others
+                weakref.finalize(part, self.kept.pop, key, None)
+        return self.kept[key]
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels (TRITON_INTERPRET=1), which is how they run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def covered(shape: Shape) -> bool:
+    """Whether the kernels do a block, or plain torch."""
+    return inner_axis(shape) is not None
+
+
+def _pick(values: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
+    return [values[k] for k in numbers]
+
+
+def _by_storage(shape: Shape, along_d1: int, along_d0: int) -> tuple[int, int]:
+    """Of what lies along d1 (v_row's) and d0 (v_col's): first what lies along the storage's rows, then its columns."""
+    d1_is_inner = shape.block.factored[0] == len(shape.full) + inner_axis(shape)
+    return (along_d0, along_d1) if d1_is_inner else (along_d1, along_d0)
+
+
+def _elements(t: Tensors) -> list[int]:
+    """Addresses of what there is one of for each element, in the order of the kernels' pointer table."""
+    return [x.data_ptr() for x in (t.g, t.p, *t.momentum, t.rms)]
+
+
+def _pointers(t: Tensors, out: int = 0, factor: tuple[int, int] = (0, 0), weight: int = 0, bias: tuple[int, int] = (0, 0)
+              ) -> list[int]:
+    """A row of the kernels' pointer table."""
+    return [*_elements(t), out, *factor, weight, *bias]
+
+
+def _vectors(vectors: Vectors, **values: int) -> list[int]:
+    """A row of the kernels' vector table, with `values` by name."""
+    row_size, col_size = vectors.sizes
+    known = dict(v_row=vectors.v_row.data_ptr(), v_col=vectors.v_col.data_ptr(), row_pitch=vectors.v_row.stride(0),
+                 col_pitch=vectors.v_col.stride(0), row_size=row_size, col_size=col_size, **values)
+    return [known.get(name, 0) for name in VECTORS]
+
+
+def _aligned(part: Part) -> bool:
+    """Whether four elements at a time can be loaded, as far as the part's boxes decide it."""
+    inner = inner_axis(part.shape)
+    return all(x % 4 == 0 for piece in part.pieces for x in (
+        piece.offset, *piece.stride[:inner], *piece.stride[len(piece.stride) + inner + 1:], *piece.box[inner]))
+
+
+def _boxes(number: int, part: Part) -> list[Box]:
+    """A part's boxes, matrix by matrix; what was cut for other backends is put together again."""
+    shape, inner = part.shape, inner_axis(part.shape)
+    height, width = shape.full[-3 - inner], shape.full[inner]
+    found = [Box(number, x.matrix, x.offset, x.row, x.rows, x.col, x.cols, x.stride, height, width)
+             for piece in part.pieces for x in boxes_of(piece, shape, inner)]
+    joined: list[Box] = []
+    for box in sorted(found, key=lambda x: (x.matrix, x.col, x.cols, x.row)):
+        last = joined[-1] if joined else None
+        if last and last[:2] == box[:2] and last[5:] == box[5:] and last.row + last.rows == box.row and (
+                last.offset + last.rows * last.stride == box.offset):
+            joined[-1] = last._replace(rows=last.rows + box.rows)
+        else:
+            joined.append(box)
+    return joined
+
+
+def _table(rows: list, device: torch.device) -> Tensor:
+    """An int64 table on the device, copied without waiting for what the device is doing."""
+    table = torch.tensor(rows, dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+
+
+def _buffer(sizes: list[int], device: torch.device) -> tuple[Tensor, list[int]]:
+    """A float32 buffer for parts of these sizes, and the parts' addresses."""
+    buffer = torch.empty(sum(sizes), device=device)
+    addresses, at = [], buffer.data_ptr()
+    for size in sizes:
+        addresses.append(at)
+        at += 4 * size
+    return buffer, addresses
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

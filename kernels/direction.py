@@ -1,0 +1,85 @@
+"""Pass C for all tensors of a bucket in one launch: the MLP, with the input normalisation folded into its first layer.
+
+Plain twin: `direction` in celo2_pretrain/optimizer/passes.py. Per element 6 loads and 1 store, 28 bytes in float32. The
+features that differ by row or column only have been folded into an 8-vector for each row and each column (fold.py).
+"""
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .features import FEATURES, element_pointers, load_features, load_three
+from .fold import HIDDEN, THETA_SECOND
+from .tiles import OPTIONS, Tiles, find_tile, pointer
+
+STEP = 2  # rows at a time: 128 registers; with 4, twice as many
+NAN = tl.constexpr(tl.PropagateNan.ALL)
+
+
+@triton.jit
+def pair(at):
+    """Two weights by one load: the weights are so many that single loads would take longer than the arithmetic."""
+    both = tl.load(at.to(tl.pointer_type(tl.int64)))
+    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def add_products(y, x, weights):
+    """y[k] += x · weights[k] for the 8 hidden units."""
+    new = ()
+    for k in tl.static_range(0, HIDDEN, 2):
+        one, two = pair(weights + k)
+        new = new + (y[k] + x * one, y[k + 1] + x * two)
+    return new
+
+
+@triton.jit
+def direction_kernel(tiles, boxes, pointers, theta, G: tl.constexpr, P: tl.constexpr, ALIGNED: tl.constexpr,
+                     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr):
+    part, matrix, first, low, high, columns, col_mask, height, width, at, stride = find_tile(tiles, boxes, ROWS, COLS,
+                                                                                             ALIGNED)
+    elements = element_pointers(pointers, part, at, G, P, ALIGNED)
+    out = pointer(pointers, part, 6, tl.float32, ALIGNED) + at
+    row_factor = pointer(pointers, part, 7, tl.float32, False) + matrix * 3 * height
+    col_factor = load_three(pointer(pointers, part, 8, tl.float32, False) + matrix * 3 * width + columns, width, col_mask)
+    w0 = pointer(pointers, part, 9, tl.float32, False) + matrix * FEATURES * HIDDEN
+    row_bias = pointer(pointers, part, 10, tl.float32, False) + matrix * HIDDEN * height
+    col_bias = pointer(pointers, part, 11, tl.float32, False) + matrix * HIDDEN * width + columns
+    w1 = theta + THETA_SECOND
+    b1, w2 = w1 + HIDDEN * HIDDEN, w1 + HIDDEN * (HIDDEN + 1)
+    b2 = tl.load(w2 + HIDDEN)
+    for down in range(0, ROWS, STEP):
+        i = down + tl.arange(0, STEP)
+        rows = first + i
+        row_mask = (rows >= low) & (rows < high)
+        mask = row_mask[:, None] & col_mask[None, :]
+        place = i[:, None] * stride + tl.arange(0, COLS)[None, :]
+        x = load_features(elements, place, mask, load_three(row_factor + rows, height, row_mask), col_factor)
+        h = ()
+        for k in tl.static_range(HIDDEN):
+            h = h + (tl.load(row_bias + k * height + rows, mask=row_mask, other=0.0)[:, None]
+                     + tl.load(col_bias + k * width, mask=col_mask, other=0.0)[None, :],)
+        for f in tl.static_range(FEATURES):
+            h = add_products(h, x[f], w0 + f * HIDDEN)
+        y = ()
+        for k in tl.static_range(HIDDEN):
+            y = y + (tl.zeros([STEP, COLS], tl.float32) + tl.load(b1 + k),)
+        for j in tl.static_range(HIDDEN):
+            y = add_products(y, tl.maximum(h[j], 0.0, propagate_nan=NAN), w1 + j * HIDDEN)
+        result = tl.zeros([STEP, COLS], tl.float32) + b2
+        for k in tl.static_range(HIDDEN):
+            result += tl.maximum(y[k], 0.0, propagate_nan=NAN) * tl.load(w2 + k)
+        tl.store(out + place, result, mask=mask)
+
+
+def direction(tiles: Tiles, pointers: Tensor, theta: Tensor, g_dtype: tl.dtype, p_dtype: tl.dtype, aligned: bool) -> None:
+    """Write all parts' directions, float32, to their `out`.
+
+    Args: as of `norms`; `pointers` also has out, and what `fold` made: weight (matrices, 18, 8), row_bias
+        (matrices, 8, height), col_bias (matrices, 8, width).
+        theta: the MLP's weights as `flat_theta` lays them out.
+    """
+    if len(tiles):
+        direction_kernel[(len(tiles),)](tiles.tiles, tiles.boxes, pointers, theta, g_dtype, p_dtype, aligned,
+                                        *tiles.size, min(STEP, tiles.size.rows), **OPTIONS)

@@ -1,0 +1,45 @@
+"""The 18 elementwise features (DESIGN section 1, step 4) of one tile, for passes B and C.
+
+Plain twin: `elementwise_features` in celo2_pretrain/optimizer/passes.py.
+"""
+import triton
+import triton.language as tl
+
+from .tiles import pointer
+
+FEATURES = tl.constexpr(18)
+NAN = tl.constexpr(tl.PropagateNan.ALL)
+
+
+@triton.jit
+def element_pointers(pointers, part, at, G: tl.constexpr, P: tl.constexpr, ALIGNED: tl.constexpr):
+    """g, p, m0, m1, m2, v at the tile's corner."""
+    return (pointer(pointers, part, 0, G, ALIGNED) + at, pointer(pointers, part, 1, P, ALIGNED) + at,
+            pointer(pointers, part, 2, tl.float32, ALIGNED) + at, pointer(pointers, part, 3, tl.float32, ALIGNED) + at,
+            pointer(pointers, part, 4, tl.float32, ALIGNED) + at, pointer(pointers, part, 5, tl.float32, ALIGNED) + at)
+
+
+@triton.jit
+def load_three(at, pitch, mask):
+    """The three factors of some rows or columns; a part's are (matrices, 3, height or width)."""
+    return (tl.load(at, mask=mask, other=0.0), tl.load(at + pitch, mask=mask, other=0.0),
+            tl.load(at + 2 * pitch, mask=mask, other=0.0))
+
+
+@triton.jit
+def load_features(elements, place, mask, row_factor, col_factor):
+    """The features in ascending order of their index, (STEP, COLS) each; where the mask is off they are 0, but for
+    rsqrt(v + 1e-8). `row_factor`: 3 × (STEP,), `col_factor`: 3 × (COLS,)."""
+    g = tl.load(elements[0] + place, mask=mask, other=0.0).to(tl.float32)
+    p = tl.load(elements[1] + place, mask=mask, other=0.0).to(tl.float32)
+    m0 = tl.load(elements[2] + place, mask=mask, other=0.0)
+    m1 = tl.load(elements[3] + place, mask=mask, other=0.0)
+    m2 = tl.load(elements[4] + place, mask=mask, other=0.0)
+    v = tl.load(elements[5] + place, mask=mask, other=0.0)
+    f0 = row_factor[0][:, None] * col_factor[0][None, :]
+    f1 = row_factor[1][:, None] * col_factor[1][None, :]
+    f2 = row_factor[2][:, None] * col_factor[2][None, :]
+    g = tl.clamp(g, -1000.0, 1000.0, propagate_nan=NAN)
+    inverse = tl.rsqrt(v + 1e-8)
+    return (g, tl.clamp(g, -0.1, 0.1, propagate_nan=NAN), p, m0, m1, m2, v, m0 * inverse, m1 * inverse, m2 * inverse,
+            inverse, g * f0, g * f1, g * f2, g * inverse, m0 * f0, m1 * f1, m2 * f2)

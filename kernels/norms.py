@@ -1,0 +1,58 @@
+"""Pass B for all tensors of a plan in one launch: sums of squares of the elementwise features, 18 a matrix.
+
+Plain twin: `norms` in celo2_pretrain/optimizer/passes.py. Per element 6 loads, 24 bytes in float32. Sums are made in
+a fixed order, as in pass A.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .features import FEATURES, element_pointers, load_features, load_three
+from .tiles import OPTIONS, Tiles, add_sums, find_tile, pointer
+
+STEP = 2  # rows at a time: with 4, a compute unit holds fewer programs and some targets spill
+PITCH = tl.constexpr(32)  # of the scratch buffer: FEATURES, rounded up to a power of two
+
+
+@triton.jit
+def norms_kernel(tiles, boxes, pointers, squares, G: tl.constexpr, P: tl.constexpr, ALIGNED: tl.constexpr,
+                 ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr):
+    part, matrix, first, low, high, columns, col_mask, height, width, at, stride = find_tile(tiles, boxes, ROWS, COLS,
+                                                                                             ALIGNED)
+    elements = element_pointers(pointers, part, at, G, P, ALIGNED)
+    row_factor = pointer(pointers, part, 7, tl.float32, False) + matrix * 3 * height
+    col_factor = load_three(pointer(pointers, part, 8, tl.float32, False) + matrix * 3 * width + columns, width, col_mask)
+    total = (tl.zeros([STEP, COLS], tl.float32),) * FEATURES
+    for down in range(0, ROWS, STEP):
+        i = down + tl.arange(0, STEP)
+        rows = first + i
+        row_mask = (rows >= low) & (rows < high)
+        mask = row_mask[:, None] & col_mask[None, :]
+        place = i[:, None] * stride + tl.arange(0, COLS)[None, :]
+        x = load_features(elements, place, mask, load_three(row_factor + rows, height, row_mask), col_factor)
+        new = ()
+        for k in tl.static_range(FEATURES):
+            # Only rsqrt(v + 1e-8) isn't zero where the mask is off.
+            here = tl.where(mask, x[k], 0.0) if k == 10 else x[k]
+            new = new + (total[k] + here * here,)
+        total = new
+    to = squares + tl.program_id(0).to(tl.int64) * PITCH
+    for k in tl.static_range(FEATURES):
+        tl.store(to + k, tl.sum(total[k]))
+
+
+def norms(tiles: Tiles, pointers: Tensor, totals: Tensor, g_dtype: tl.dtype, p_dtype: tl.dtype, aligned: bool) -> None:
+    """Add the sums of squares of all parts' features to their totals.
+
+    Args: as of `accumulate`; `pointers` also has row_factor (matrices, 3, height) and col_factor (matrices, 3, width).
+        totals: (parts, 2) int64, address of the (18, matrices) sums, and the number of matrices.
+    """
+    if not len(tiles):
+        return
+    squares = torch.empty(len(tiles), PITCH.value, device=pointers.device)
+    norms_kernel[(len(tiles),)](tiles.tiles, tiles.boxes, pointers, squares, g_dtype, p_dtype, aligned, *tiles.size,
+                                min(STEP, tiles.size.rows), **OPTIONS)
+    add_sums(tiles.matrices, totals, 0, squares, FEATURES.value)

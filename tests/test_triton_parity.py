@@ -1,0 +1,110 @@
+"""The Triton kernels do what their plain-torch twins do: any shape, view, slice and dtype.
+
+Triton decides at import whether it interprets kernels, so the tests proper run in a process of their own, in which
+TRITON_INTERPRET=1 is set: outside of it, this file has a single test, which starts that process.
+"""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    @pytest.mark.slow
+    def test_the_interpreted_kernels_pass_the_tests_of_this_file():
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        environment.pop("PYTEST_ADDOPTS", None)
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+                              env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+        assert " passed" in done.stdout and "failed" not in done.stdout
+else:
+    from celo2_pretrain.kernels.tiles import Size
+    from celo2_pretrain.optimizer.backends import Reference
+    from celo2_pretrain.optimizer.learned import Part
+    from celo2_pretrain.optimizer.passes import Shape, Tensors
+    from celo2_pretrain.optimizer.reference import DIMS, MLP
+    from celo2_pretrain.optimizer.triton_backend import Triton
+    from celo2_pretrain.optimizer.views import MatrixView, pieces
+
+    CASES = [
+        ((1, 1), MatrixView()), ((1, 9), MatrixView()), ((9, 1), MatrixView()), ((7, 13), MatrixView()),
+        ((16, 16), MatrixView()), ((16, 16), MatrixView(transpose=True)), ((23, 11), MatrixView(transpose=True)),
+        ((5, 100), MatrixView()), ((40, 17), MatrixView(transpose=True)), ((12, 36), MatrixView(split=(12, 12, 12))),
+        ((36, 12), MatrixView(transpose=True, split=(12, 12, 12))), ((11, 23), MatrixView(split=(16, 4, 3))),
+        ((24, 10), MatrixView(transpose=True, head_dim=4)), ((3, 9, 7), MatrixView(batch=1)), ((13,), MatrixView()),
+        ((4, 5, 3, 3), MatrixView()), ((2, 2, 6, 5), MatrixView()),
+    ]
+    SIZE = Size(rows=8, cols=16)
+    NONE, VECTOR = MatrixView(), (13,)
+
+    def random_mlp() -> MLP:
+        return MLP(*(torch.randn(s) / 3 for s in [DIMS[:2], DIMS[1:2], DIMS[1:3], DIMS[2:3], DIMS[2:], DIMS[3:]]))
+
+    def draw(shape, start, stop, seed, dtypes, odd=0) -> Tensors:
+        """A slice's tensors, with gradients over many magnitudes, each lying `odd` elements into its storage."""
+        generator = torch.Generator().manual_seed(seed)
+        n = stop - start
+
+        def some(dtype=torch.float32, scale=1.0, square=False):
+            x = torch.randn(n + odd, generator=generator)
+            x = x.square() if square else x
+            return (x * scale).to(dtype)[odd:]
+
+        scale = 10.0 ** torch.randint(-4, 4, (n + odd,), generator=generator)
+        return Tensors(some(dtypes[0]), some(dtypes[1], scale), [some() for _ in range(3)], some(square=True),
+                       [some(square=True) for _ in range(3)] if len(shape) == 1 else [])
+
+    def passes(backend: Reference, parts: list[Part], tensors: list[Tensors], mlp: MLP) -> list[torch.Tensor]:
+        """All three passes over a plan's parts; returns everything that they make."""
+        totals = [(torch.zeros(part.shape.row), torch.zeros(part.shape.col)) for part in parts]
+        backend.accumulate(parts, tensors, totals)
+        generator = torch.Generator().manual_seed(1)
+        vectors = [tuple(torch.rand(3, *size, generator=generator) for size in (part.shape.row, part.shape.col))
+                   for part in parts]
+        factors = [backend.factor(part.shape, *both) for part, both in zip(parts, vectors)]
+        squares = [torch.zeros(len(part.shape.elementwise), *part.shape.lead) for part in parts]
+        backend.norms(parts, tensors, factors, squares)
+        layers = [backend.first_layer(x + 1e-3, *both, part.shape, mlp) for part, both, x in zip(parts, vectors, squares)]
+        out = [torch.zeros(t.rms.shape) for t in tensors]
+        backend.direction(parts, tensors, factors, layers, mlp, out)
+        made = [x for both in totals for x in both] + squares + out
+        return made + [x for t in tensors for x in (*t.momentum, t.rms, *t.v_full)]
+
+    def compare(cases, cuts, dtypes, odd=0, size=SIZE) -> None:
+        """The kernels against plain torch, for a plan of the cases' blocks, each cut as `cuts` says."""
+        torch.manual_seed(0)
+        mlp, made = random_mlp(), []
+        for backend in (Triton(size), Reference()):
+            parts, tensors = [], []
+            for number, ((shape, view), (start, stop)) in enumerate(zip(cases, cuts)):
+                t = draw(shape, start, stop, number, dtypes, odd)
+                for block in view.blocks(shape):
+                    parts.append(Part(number, Shape(block), pieces(block, start, stop, most=50), 0, 0))
+                    tensors.append(t)
+            made.append(passes(backend, parts, tensors, mlp))
+        for ours, twin in zip(*made):
+            scale = twin.abs().max().item() if twin.numel() else 0.0
+            # Sums in another order: round-off relative to the largest, the MLP's amplified by cancelling terms.
+            torch.testing.assert_close(ours, twin, rtol=2e-5, atol=2e-5 * scale + 1e-30)
+
+    @pytest.mark.parametrize("shape,view", CASES)
+    def test_the_kernels_are_their_twins_on_every_slice(shape, view):
+        total = torch.Size(shape).numel()
+        for start, stop in {(0, total), (0, total // 3), (total // 3, total), (total // 2, total // 2)}:
+            compare([(shape, view)], [(start, stop)], (torch.float32, torch.float32))
+
+    @pytest.mark.parametrize("p_dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("g_dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_parameters_and_gradients_may_have_any_dtype(p_dtype, g_dtype):
+        compare([((12, 20), NONE)], [(0, 240)], (p_dtype, g_dtype))
+        compare([((7, 13), NONE)], [(5, 80)], (p_dtype, g_dtype))
+
+    @pytest.mark.parametrize("odd", [0, 1, 3])
+    def test_many_tensors_share_a_launch_wherever_they_lie(odd):
+        cases = [((7, 13), NONE), ((36, 12), MatrixView(transpose=True, split=(12, 12, 12))), ((13,), NONE), ((9, 1), NONE),
+                 ((8, 16), NONE), ((3, 9, 7), MatrixView(batch=1)), ((12, 8), MatrixView(transpose=True))]
+        cuts = [(0, 91), (100, 432), (0, 13), (4, 4), (16, 128), (20, 180), (0, 96)]
+        compare(cases, cuts, (torch.float32, torch.float32), odd)
+        compare(cases, cuts, (torch.float32, torch.float32), odd, Size(rows=4, cols=32))
