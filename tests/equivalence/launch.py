@@ -72,7 +72,8 @@ class Ranks:
 
     def __init__(self, world: int, cells: list[Cell], mutation: str, start: float, stall: float) -> None:
         self.cells, self.lines, self.start, self.stall = cells, queue.Queue(), start, stall
-        order = json.dumps({"cells": [cell.name for cell in cells], "mutation": mutation, "timeout": stall})
+        order = json.dumps({"cells": [cell.name for cell in cells], "mutation": mutation, "timeout": stall,
+                            "launcher": os.getpid()})
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -33,8 +33,8 @@ def end_with_parent(parent: int) -> None:
 
 
 def main() -> int:
-    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     order = json.load(sys.stdin)
+    threading.Thread(target=end_with_parent, args=(order["launcher"],), daemon=True).start()
     rank = int(os.environ["RANK"])
     lines = os.fdopen(os.dup(1), "w")  # what the launcher reads; everything else that is printed goes to stderr
     os.dup2(2, 1)
