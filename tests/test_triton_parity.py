@@ -20,8 +20,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         assert " passed" in done.stdout and "failed" not in done.stdout
 else:
+    from test_reference import TOLERANCE, Case
+    from triton.runtime.interpreter import GridExecutor
+
+    from celo2_pretrain import Celo2
+    from celo2_pretrain.kernels import direction, norms
     from celo2_pretrain.kernels.tiles import Size
-    from celo2_pretrain.optimizer.backends import Reference
+    from celo2_pretrain.optimizer.backends import Reference, backend_for
     from celo2_pretrain.optimizer.learned import Part
     from celo2_pretrain.optimizer.passes import Shape, Tensors
     from celo2_pretrain.optimizer.reference import DIMS, MLP
@@ -36,8 +41,14 @@ else:
         ((24, 10), MatrixView(transpose=True, head_dim=4)), ((3, 9, 7), MatrixView(batch=1)), ((13,), MatrixView()),
         ((4, 5, 3, 3), MatrixView()), ((2, 2, 6, 5), MatrixView()),
     ]
-    SIZE = Size(rows=8, cols=16)
+    SIZE = Size(rows=16, cols=16)
     NONE, VECTOR = MatrixView(), (13,)
+
+    @pytest.fixture(autouse=True)
+    def few_instructions(monkeypatch):
+        """The interpreter's time goes by instructions, not by elements."""
+        monkeypatch.setattr(norms, "STEP", 8)
+        monkeypatch.setattr(direction, "STEP", 8)
 
     def random_mlp() -> MLP:
         return MLP(*(torch.randn(s) / 3 for s in [DIMS[:2], DIMS[1:2], DIMS[1:3], DIMS[2:3], DIMS[2:], DIMS[3:]]))
@@ -108,3 +119,35 @@ else:
         cuts = [(0, 91), (100, 432), (0, 13), (4, 4), (16, 128), (20, 180), (0, 96)]
         compare(cases, cuts, (torch.float32, torch.float32), odd)
         compare(cases, cuts, (torch.float32, torch.float32), odd, Size(rows=4, cols=32))
+
+    @pytest.mark.parametrize("name,tensors", [("celo2_random", (0, 1, 2)), ("celo2_base_extreme", (0, 1, 2)),
+                                              ("celo2_official", (3, 4, 5))])
+    def test_the_optimizer_on_triton_repeats_the_golden_trajectories(golden, name, tensors, monkeypatch):
+        monkeypatch.setenv("CELO2_BACKEND", "triton")
+        monkeypatch.setattr(backend_for(torch.device("cpu")), "size", Size(16, 32))
+        case = Case(golden, name)
+        params = [torch.nn.Parameter(case.tensor(f"t{i}/p0")) for i in tensors]
+        optimizer = Celo2([{"params": params, "rule": "celo2"}], lr=case.lr, weights=case.theta,
+                          weight_decay=case.weight_decay, orthogonalize=case.orthogonalize)
+        for k in range(1, min(case.steps, 4) + 1):
+            for i, p in zip(tensors, params):
+                p.grad = case.tensor(f"t{i}/g{k}")
+            optimizer.step()
+            for i, p in zip(tensors, params):
+                error = (p.detach() - case.tensor(f"t{i}/p{k}")).abs().max().item() / case.lr
+                assert error < TOLERANCE[name], f"tensor {i} of shape {tuple(p.shape)} at step {k}: {error}"
+
+    def test_a_step_is_a_handful_of_launches_whatever_the_number_of_tensors(monkeypatch):
+        monkeypatch.setenv("CELO2_BACKEND", "triton")
+        launches = []
+        run = GridExecutor.__call__
+        monkeypatch.setattr(GridExecutor, "__call__", lambda self, *args, **kw: (launches.append(1), run(self, *args, **kw))[1])
+        counts = []
+        for tensors in (1, 3):
+            params = [torch.nn.Parameter(torch.randn(3, 5)) for _ in range(tensors)]
+            for p in params:
+                p.grad = torch.randn_like(p)
+            launches.clear()
+            Celo2(params).step()
+            counts.append(len(launches))
+        assert counts[0] == counts[1] <= 12

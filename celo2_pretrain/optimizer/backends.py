@@ -101,6 +101,15 @@ class Reference:
             for piece in part.pieces:
                 passes.accumulate(t, piece, part.shape, row_sum, col_sum)
 
+    def update_factored(self, parts: Sequence[Part], totals: Sequence[tuple[Tensor, Tensor]],
+                        vectors: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Update `vectors` (v_row, v_col) of each part from all ranks' `totals`."""
+        for part, (row, col), (v_row, v_col) in zip(parts, totals, vectors):
+            if part.shape.matrix:
+                d1, d0 = part.shape.block.factored
+                passes.update_factored(v_row, row, part.shape.full[d0])
+                passes.update_factored(v_col, col, part.shape.full[d1])
+
     def norms(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Any], squares: Sequence[Tensor]
               ) -> None:
         """Pass B: `squares` (features, *lead) of each part gain what this rank holds."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from .backends import backend_for
 from .layouts import Layout, Slice, collective_device, local
 from .orthogonalize import Exchange, Unit, choose_owners, units_of
-from .passes import Shape, Tensors, update_factored
+from .passes import Shape, Tensors
 from .reference import MLP, NORM_EPS
 from .views import Piece, pieces
 
@@ -128,12 +128,7 @@ class LearnedStep:
                   for k, part in enumerate(parts)]
         self.backend.accumulate(parts, self._tensors_of(parts), totals)
         reduce(sums, self.layout)
-        for part, (row, col) in zip(parts, totals):
-            if part.shape.matrix:
-                d1, d0 = part.shape.block.factored
-                v_row, v_col = self._row_col(part)
-                update_factored(v_row, row, part.shape.full[d0])
-                update_factored(v_col, col, part.shape.full[d1])
+        self.backend.update_factored(parts, totals, [self._row_col(part) for part in parts])
 
     def _norms(self) -> list[Tensor]:
         """Pass B and its all-reduce: a few numbers a matrix, of all tensors in one flat buffer."""

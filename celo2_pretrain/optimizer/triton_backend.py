@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..kernels.accumulate import accumulate
 from ..kernels.direction import direction
-from ..kernels.factored import VECTORS, factors
+from ..kernels.factored import VECTORS, factors, update_factored
 from ..kernels.fold import flat_theta, fold
 from ..kernels.norms import norms
 from ..kernels.tiles import Box, Size, Tiles, make_tiles
@@ -101,6 +101,18 @@ class Triton(Reference):
             with _on(device):
                 accumulate(self._tiles(some, device), _table([_pointers(t) for t in held], device),
                            _table(sums, device), group.g_dtype, group.aligned)
+
+    def update_factored(self, parts: Sequence[Part], totals: Sequence[tuple[Tensor, Tensor]],
+                        vectors: Sequence[tuple[Tensor, Tensor]]) -> None:
+        rest = [k for k, part in enumerate(parts) if not covered(part.shape)]
+        super().update_factored(*(_pick(x, rest) for x in (parts, totals, vectors)))
+        chosen = [k for k, part in enumerate(parts) if covered(part.shape)]
+        if chosen:
+            device = vectors[chosen[0]][0].device
+            rows = [_vectors(Vectors(parts[k].shape, *vectors[k]), row_total=totals[k][0].data_ptr(),
+                             col_total=totals[k][1].data_ptr()) for k in chosen]
+            with _on(device):
+                update_factored(self._matrices(_pick(parts, chosen), device), _table(rows, device))
 
     def norms(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Vectors],
               squares: Sequence[Tensor]) -> None:
