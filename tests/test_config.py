@@ -96,3 +96,10 @@ def test_deepspeed_section_is_merged_but_may_not_contradict():
     assert made["zero_optimization"] == {"stage": 1, "reduce_scatter": False} and made["zero_allow_untested_optimizer"]
     with pytest.raises(UserError, match="deepspeed.gradient_clipping is set from train.grad_clip"):
         deepspeed_config(load_config(None, ["deepspeed.gradient_clipping=2"]), 2)
+
+
+def test_fp16_without_zero_is_refused_as_deepspeed_gets_it_wrong():
+    config = load_config(None, ["train.precision=fp16", "train.zero_stage=0"])
+    with pytest.raises(UserError, match="train.zero_stage=1"):
+        deepspeed_config(config, 1)
+    assert deepspeed_config(load_config(None, ["train.precision=fp16", "train.zero_stage=1"]), 1)["fp16"]["enabled"]

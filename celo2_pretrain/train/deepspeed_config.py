@@ -16,6 +16,10 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
     for name, instead in OURS.items():
         if name in config.deepspeed:
             raise UserError(f"deepspeed.{name} is set from {instead}: change that and remove deepspeed.{name}")
+    if config.train.precision == "fp16" and config.train.zero_stage == 0:
+        # DeepSpeed 0.19's optimizer for this case divides gradients by a loss scale that the loss was never multiplied by.
+        raise UserError("train.precision=fp16 without ZeRO trains with wrong gradients in DeepSpeed 0.19: use "
+                        "train.zero_stage=1 (the same on one rank), or train.precision=bf16")
     made = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
