@@ -141,7 +141,7 @@ def _check_rank(rank: int) -> None:
     dist.all_reduce, dist.all_to_all_single = counted_reduce, counted_exchange
     with torch.no_grad():
         optimizer._init_state(group, flat, [plan])
-        LearnedStep(plan, optimizer.state, optimizer.mlp, 1e-3, 0.0).run()
+        LearnedStep(plan, optimizer.state, optimizer.mlp, group).run()
     planned = celo2_bytes(plan)
     planned = {"all-reduce": planned["pass A all-reduce"] + planned["pass B all-reduce"],
                "all-to-all": planned["to owners"] + planned["back"]}

@@ -9,9 +9,23 @@ Relative error against float64 (256 × 1024, singular values falling over 0 … 
 """
 from __future__ import annotations
 
+from typing import Sequence
+
 import torch
 from torch import Tensor
 
+Triple = tuple[float, float, float]
+# One (a, b, c) for each iteration. "celo2": the paper's, the same five times. "polar_express": arXiv 2505.16932,
+# Algorithm 1, the first five of its degree-5 polynomials with its safety factor of 1.01.
+COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
+    "celo2": ((3.4445, -4.7750, 2.0315),) * 5,
+    "polar_express": tuple((a / 1.01, b / 1.01 ** 3, c / 1.01 ** 5) for a, b, c in (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673))),
+}
 GRAM_ASPECT, GRAM_ROWS = 2.0, 64  # from this long/short ratio on the Gram form needs fewer multiplications
 
 
@@ -21,33 +35,31 @@ def use_gram(shape: tuple[int, ...]) -> bool:
     return short >= GRAM_ROWS and long >= GRAM_ASPECT * short
 
 
-def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """Orthogonalise the last two axes of `x` (…, rows, cols), float32; the same for a matrix and its transpose."""
+def newton_schulz(x: Tensor, coefficients: Sequence[Triple]) -> Tensor:
+    """Orthogonalise the last two axes of `x` (…, rows, cols), float32, in as many iterations as there are coefficients."""
     transposed = x.shape[-2] > x.shape[-1]
     if transposed:
         x = x.mT
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-8)
-    x = (_gram if use_gram(x.shape) else _direct)(x, coefficients, steps)
+    x = (_gram if use_gram(x.shape) else _direct)(x, coefficients)
     return x.mT if transposed else x
 
 
-def _direct(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    a, b, c = coefficients
-    for _ in range(steps):
+def _direct(x: Tensor, coefficients: Sequence[Triple]) -> Tensor:
+    for a, b, c in coefficients:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x
 
 
-def _gram(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    a, b, c = coefficients
+def _gram(x: Tensor, coefficients: Sequence[Triple]) -> Tensor:
     gram, product = x @ x.mT, None
-    for step in range(steps):
+    for step, (a, b, c) in enumerate(coefficients):
         square = gram @ gram
         factor = b * gram + c * square
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         product = factor if product is None else factor @ product
-        if step < steps - 1:
+        if step < len(coefficients) - 1:
             gram = (a * gram + b * square + c * square @ gram) @ factor
             gram = 0.5 * (gram + gram.mT)  # round-off must not make it lopsided
     return product @ x

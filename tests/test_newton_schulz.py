@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from celo2_pretrain.kernels.newton_schulz import newton_schulz, use_gram
+from celo2_pretrain import Celo2
+from celo2_pretrain.kernels.newton_schulz import COEFFICIENTS, newton_schulz, use_gram
 from celo2_pretrain.optimizer import reference
 
 
@@ -15,7 +16,7 @@ def matrix(rows: int, cols: int, decades: float, batch: tuple[int, ...] = ()) ->
 
 
 def ours(x: torch.Tensor) -> torch.Tensor:
-    return newton_schulz(x, reference.NEWTON_SCHULZ, reference.NEWTON_SCHULZ_STEPS)
+    return newton_schulz(x, COEFFICIENTS["celo2"])
 
 
 @pytest.mark.parametrize("decades", [0, 1, 3, 5])
@@ -41,3 +42,31 @@ def test_a_transposed_matrix_gives_the_transposed_result(shape):
     torch.manual_seed(0)
     x = matrix(*shape, 1)
     torch.testing.assert_close(ours(x.mT.contiguous()), ours(x).mT, rtol=1e-4, atol=1e-6)
+
+
+def test_the_papers_coefficients_are_the_references():
+    assert COEFFICIENTS["celo2"] == (reference.NEWTON_SCHULZ,) * reference.NEWTON_SCHULZ_STEPS
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (64, 200)])
+def test_polar_express_comes_closer_to_the_polar_factor(shape):
+    torch.manual_seed(0)
+    x = matrix(*shape, 2)
+    u, _, v = torch.linalg.svd(x.double(), full_matrices=False)
+    errors = {name: (newton_schulz(x, rows) - u @ v).square().mean().sqrt() / (u @ v).square().mean().sqrt()
+              for name, rows in COEFFICIENTS.items()}
+    assert errors["polar_express"] < 0.5 * errors["celo2"], errors
+
+
+def test_the_coefficients_are_a_choice_of_the_optimizer():
+    p = torch.nn.Parameter(torch.randn(12, 20))
+    steps = {}
+    for name in COEFFICIENTS:
+        q = torch.nn.Parameter(p.detach().clone())
+        q.grad = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
+        Celo2([q], lr=1e-2, newton_schulz=name).step()
+        steps[name] = (p - q).detach() / 1e-2
+        assert steps[name].square().mean().sqrt().item() == pytest.approx(1.0, rel=1e-3)
+    assert (steps["celo2"] - steps["polar_express"]).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="'muon'"):
+        Celo2([p], newton_schulz="muon")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..kernels.newton_schulz import COEFFICIENTS
 from ..weights import load_weights
 from .adamw import adamw_step
 from .layouts import Layout, Original, called_to_initialize, local, locate
@@ -41,6 +42,8 @@ class Celo2(torch.optim.Optimizer):
         weight_decay: decoupled (group): `p ← p − lr · (step + weight_decay · p)`.
         orthogonalize: Newton–Schulz on the direction of matrices (group); False is Celo2-base.
         adamw_lr_multiplier: AdamW tensors are stepped at this multiple of lr (group).
+        newton_schulz: coefficients of the orthogonalisation (group): `"celo2"`, the paper's, or `"polar_express"`
+            (arXiv 2505.16932), which comes closer to the polar factor and is another optimizer.
         adamw_betas, adamw_eps: of the AdamW rule (group).
         nonfinite: what a NaN or Inf in a gradient does: `"error"` raises FloatingPointError naming the tensors before
             anything is changed, `"skip"` leaves the step out (all ranks alike) with a warning, `"ignore"` doesn't look.
@@ -55,7 +58,7 @@ class Celo2(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weights: Any = "default", weight_decay: float = 0.0,
                  orthogonalize: bool = True, adamw_lr_multiplier: float = 20.0, *,
-                 adamw_betas: tuple[float, float] = (0.9, 0.95), adamw_eps: float = 1e-8, nonfinite: str = "error",
+                 newton_schulz: str = "celo2", adamw_betas: tuple[float, float] = (0.9, 0.95), adamw_eps: float = 1e-8, nonfinite: str = "error",
                  check_replicas_every: int = 0, bucket_size: int = 1 << 25) -> None:
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {NONFINITE}, got {nonfinite!r}")
@@ -76,7 +79,7 @@ class Celo2(torch.optim.Optimizer):
             raise TypeError("parameters need an order that is the same in every run: pass a list, not a set")
         super().__init__(params, dict(
             lr=lr, weight_decay=weight_decay, orthogonalize=orthogonalize, adamw_lr_multiplier=adamw_lr_multiplier,
-            adamw_betas=tuple(adamw_betas), adamw_eps=adamw_eps))
+            newton_schulz=newton_schulz, adamw_betas=tuple(adamw_betas), adamw_eps=adamw_eps))
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps nothing but groups and states."""
@@ -145,7 +148,7 @@ class Celo2(torch.optim.Optimizer):
             else:
                 for plan in plans:
                     mlp = self._mlp_on(local(plan.layout.slices[0].storage).device)
-                    LearnedStep(plan, self.state, mlp, group["lr"], group["weight_decay"]).run()
+                    LearnedStep(plan, self.state, mlp, group).run()
             number = self._group_number(group)
             self._steps[number] = self._steps.get(number, 0) + 1
             if self.check_replicas_every and self._steps[number] % self.check_replicas_every == 0:
@@ -260,6 +263,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
             value = value.item()
         if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
             raise ValueError(f"{key} must be a finite number of at least 0, got {options[key]!r}")
+    if options["newton_schulz"] not in COEFFICIENTS:
+        raise ValueError(f"newton_schulz must be one of {tuple(COEFFICIENTS)}, got {options['newton_schulz']!r}")
     betas = options["adamw_betas"]
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"adamw_betas must be two numbers in [0, 1), got {betas!r}")

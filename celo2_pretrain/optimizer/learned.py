@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels.newton_schulz import COEFFICIENTS
 from .backends import backend_for
 from .layouts import Layout, Slice, collective_device, local
 from .orthogonalize import Exchange, Unit, choose_owners, units_of
@@ -94,9 +95,9 @@ def init_state(param: Tensor, parts: list[Part], zeros_like: Any) -> dict[str, T
 class LearnedStep:
     """The step of one plan, with its tensors at hand. Call `run` once."""
 
-    def __init__(self, plan: Plan, state: Mapping[Tensor, dict[str, Any]], mlp: MLP, lr: float, weight_decay: float
-                 ) -> None:
-        self.plan, self.state, self.mlp, self.lr, self.weight_decay = plan, state, mlp, lr, weight_decay
+    def __init__(self, plan: Plan, state: Mapping[Tensor, dict[str, Any]], mlp: MLP, group: Mapping[str, Any]) -> None:
+        """`group`: the param group's options lr, weight_decay, newton_schulz."""
+        self.plan, self.state, self.mlp, self.group = plan, state, mlp, group
         self.layout = plan.layout
         self.device = local(self.layout.slices[0].storage).device
         self.backend = backend_for(self.device)
@@ -151,6 +152,7 @@ class LearnedStep:
 
     def _orthogonalized(self) -> None:
         """Pass C, Newton–Schulz and the update, in a pipeline: while bucket k travels, k − 1 is orthogonalised."""
+        coefficients = COEFFICIENTS[self.group["newton_schulz"]]
         under_way: list[tuple[dict[int, Tensor], Exchange]] = []
         for bucket, units in zip(self.plan.buckets, self.plan.units):
             out = self._directions(bucket)
@@ -158,12 +160,12 @@ class LearnedStep:
             exchange.start()
             under_way.append((out, exchange))
             if len(under_way) > 1:
-                under_way[-2][1].turn()
+                under_way[-2][1].turn(coefficients)
             if len(under_way) > 2:
                 out, exchange = under_way.pop(0)
                 exchange.finish()
                 self._apply(out)
-        under_way[-1][1].turn()
+        under_way[-1][1].turn(coefficients)
         for out, exchange in under_way:
             exchange.finish()
             self._apply(out)
@@ -190,9 +192,9 @@ class LearnedStep:
         for held, step in out.items():
             p, storage = self.tensors[held].p, local(self.layout.slices[held].storage).detach()
             p32 = p.float()  # p itself where it is float32
-            if self.weight_decay:
-                step.add_(p32, alpha=self.weight_decay)
-            p32.add_(step, alpha=-self.lr)
+            if self.group["weight_decay"]:
+                step.add_(p32, alpha=self.group["weight_decay"])
+            p32.add_(step, alpha=-self.group["lr"])
             if p32 is not p:
                 p.copy_(p32)
             if not storage.is_contiguous():  # p is a copy then

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from math import prod
+from typing import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels.newton_schulz import newton_schulz
+from ..kernels.newton_schulz import Triple, newton_schulz
 from .layouts import Layout, collective_device
 from .passes import Shape
-from .reference import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, normalize
+from .reference import normalize
 from .views import Piece, cut_first_axis, pieces
 
 
@@ -133,7 +134,7 @@ class Exchange:
                  for unit in self.away if unit.owner == owner for part in unit.parts[self.rank]]
         self._all_to_all(torch.cat(parts) if parts else self._empty(), to, come)
 
-    def turn(self) -> None:
+    def turn(self, coefficients: Sequence[Triple]) -> None:
         """Orthogonalise what is owned here, normalise it (step 8), and send it back."""
         received = self._wait(self._device()) if self._travels else self._empty()
         cursor = [0] * self.world
@@ -153,7 +154,7 @@ class Exchange:
             by_shape[unit.shape[-2:]].append(number)
         for shape, numbers in by_shape.items():
             stack = torch.cat([matrices[number].reshape(-1, *shape) for number in numbers])
-            stack = normalize(newton_schulz(stack, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS), (-2, -1))
+            stack = normalize(newton_schulz(stack, coefficients), (-2, -1))
             sizes = [prod(self.mine[number].shape[:-2]) for number in numbers]
             for number, x in zip(numbers, stack.split(sizes)):
                 matrices[number] = x.view(self.mine[number].shape)

@@ -28,7 +28,7 @@ from .views import MatrixView
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-OPTIONS = ("lr", "initial_lr", "weight_decay", "orthogonalize", "adamw_lr_multiplier", "adamw_betas", "adamw_eps",
+OPTIONS = ("lr", "initial_lr", "weight_decay", "orthogonalize", "newton_schulz", "adamw_lr_multiplier", "adamw_betas", "adamw_eps",
            "betas", "eps")  # of a param group, as far as it has them
 SCALE = ("cur_scale", "cur_iter", "last_overflow_iter")  # of a dynamic loss scale
 

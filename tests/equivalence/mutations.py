@@ -60,9 +60,9 @@ def swap_ranks() -> None:
     """Owners take the pieces that two other ranks sent the wrong way round. Shows from 3 ranks on."""
     turn, wait = Exchange.turn, Exchange._wait
 
-    def wrong_turn(self: Exchange) -> None:
+    def wrong_turn(self: Exchange, *coefficients) -> None:
         self.turning = True
-        turn(self)
+        turn(self, *coefficients)
         self.turning = False
 
     def wrong_wait(self: Exchange, device: torch.device) -> Tensor:
