@@ -45,11 +45,15 @@ def direction_kernel(tiles, boxes, pointers, theta, G: tl.constexpr, P: tl.const
     col_factor = load_three(pointer(pointers, part, 8, tl.float32, False) + matrix * 3 * width + columns, width, col_mask)
     w0 = pointer(pointers, part, 9, tl.float32, False) + matrix * FEATURES * HIDDEN
     row_bias = pointer(pointers, part, 10, tl.float32, False) + matrix * HIDDEN * height
-    col_bias = pointer(pointers, part, 11, tl.float32, False) + matrix * HIDDEN * width + columns
+    col_bias_at = pointer(pointers, part, 11, tl.float32, False) + matrix * HIDDEN * width + columns
+    col_bias = ()
+    for k in tl.static_range(HIDDEN):
+        col_bias = col_bias + (tl.load(col_bias_at + k * width, mask=col_mask, other=0.0),)
     w1 = theta + THETA_SECOND
     b1, w2 = w1 + HIDDEN * HIDDEN, w1 + HIDDEN * (HIDDEN + 1)
     b2 = tl.load(w2 + HIDDEN)
-    for down in range(0, ROWS, STEP):
+    stop = tl.minimum(high - first, ROWS).to(tl.int32)  # not known at compile time, or some compilers unroll and spill
+    for down in range(0, stop, STEP):
         i = down + tl.arange(0, STEP)
         rows = first + i
         row_mask = (rows >= low) & (rows < high)
@@ -59,7 +63,7 @@ def direction_kernel(tiles, boxes, pointers, theta, G: tl.constexpr, P: tl.const
         h = ()
         for k in tl.static_range(HIDDEN):
             h = h + (tl.load(row_bias + k * height + rows, mask=row_mask, other=0.0)[:, None]
-                     + tl.load(col_bias + k * width, mask=col_mask, other=0.0)[None, :],)
+                     + col_bias[k][None, :],)
         for f in tl.static_range(FEATURES):
             h = add_products(h, x[f], w0 + f * HIDDEN)
         y = ()

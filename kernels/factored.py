@@ -17,7 +17,7 @@ from .tiles import OPTIONS
 VECTORS = ("v_row", "v_col", "row_pitch", "col_pitch", "row_size", "col_size", "row_total", "col_total", "row_factor",
            "col_factor", "weight", "row_bias", "col_bias", "squares", "matrices")
 VEC = tl.constexpr(len(VECTORS))
-BLOCK = 1024
+BLOCK = 512
 
 
 @triton.jit

@@ -26,7 +26,8 @@ def norms_kernel(tiles, boxes, pointers, squares, G: tl.constexpr, P: tl.constex
     row_factor = pointer(pointers, part, 7, tl.float32, False) + matrix * 3 * height
     col_factor = load_three(pointer(pointers, part, 8, tl.float32, False) + matrix * 3 * width + columns, width, col_mask)
     total = (tl.zeros([STEP, COLS], tl.float32),) * FEATURES
-    for down in range(0, ROWS, STEP):
+    stop = tl.minimum(high - first, ROWS).to(tl.int32)  # not known at compile time, or some compilers unroll and spill
+    for down in range(0, stop, STEP):
         i = down + tl.arange(0, STEP)
         rows = first + i
         row_mask = (rows >= low) & (rows < high)

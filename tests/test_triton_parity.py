@@ -1,7 +1,8 @@
 """The Triton kernels do what their plain-torch twins do: any shape, view, slice and dtype.
 
 Triton decides at import whether it interprets kernels, so the tests proper run in a process of their own, in which
-TRITON_INTERPRET=1 is set: outside of it, this file has a single test, which starts that process.
+TRITON_INTERPRET=1 is set, with those of test_triton_flat.py: outside of it, this file has a single test, which starts
+that process.
 """
 import os
 import subprocess
@@ -10,12 +11,15 @@ import sys
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="Triton is not installed")
+
 if os.environ.get("TRITON_INTERPRET") != "1":
     @pytest.mark.slow
-    def test_the_interpreted_kernels_pass_the_tests_of_this_file():
+    def test_the_interpreted_kernels_pass_their_tests():
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         environment.pop("PYTEST_ADDOPTS", None)
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
+                               __file__.replace("parity", "flat")],
                               env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         assert " passed" in done.stdout and "failed" not in done.stdout

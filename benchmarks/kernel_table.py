@@ -1,0 +1,60 @@
+"""What do the Triton kernels cost on each GPU? Compiled ahead of time, on any machine.
+
+    python benchmarks/kernel_table.py        -> results/kernels.csv, and the table on the screen
+
+`streamed` are the bytes that a kernel loads and stores for each element, `bound` what it can't do without; `shared` are
+bytes of vectors, weights and partial sums, which neighbouring programs share and caches serve. Kernels without a bound
+work on vectors and sums, which are small beside the tensors.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+from pathlib import Path
+
+from celo2_pretrain.kernels.resources import DTYPES, TARGETS, kernels, measure
+
+COLUMNS = ("kernel", "dtype", "aligned", "target", "registers", "spilled", "streamed", "bound", "shared")
+
+
+def rows(dtypes: list[str], targets: list[str]) -> list[tuple]:
+    """One row a kernel, dtype, alignment and target, in the order of COLUMNS."""
+    found, seen = [], set()
+    for target in targets:
+        for dtype in dtypes:
+            for aligned in (True, False):
+                for kernel in kernels(dtype, aligned, target.startswith("gfx")):
+                    vectors = kernel.elements == 0 and kernel.name != "symmetric_product"  # float32 whatever the dtype
+                    key = (kernel.name, target, *(() if vectors else (dtype, aligned)))
+                    if key in seen:
+                        continue
+                    seen.add(key)
+                    cost = measure(kernel, target)
+                    found.append((kernel.name, *(("fp32", "") if vectors else (dtype, "yes" if aligned else "no")), target,
+                                  cost.registers, cost.spilled, *((f"{cost.streamed:g}", kernel.bound, f"{cost.shared:.2f}")
+                                                                  if kernel.bound else ("", "", ""))))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), action="append", help="of parameters and gradients (all)")
+    parser.add_argument("--target", choices=sorted(TARGETS), action="append", help="(all)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels.csv")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("TRITON_INTERPRET=1 replaces the compiler that this measures: unset it")
+    table = rows(options.dtype or list(DTYPES), options.target or list(TARGETS))
+    widths = [max(len(str(row[k])) for row in [COLUMNS, *table]) for k in range(len(COLUMNS))]
+    for row in [COLUMNS, *table]:
+        print("  ".join(str(x).ljust(width) for x, width in zip(row, widths)).rstrip())
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(options.out, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *table])
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
