@@ -124,6 +124,16 @@ class Reference:
             for piece in part.pieces:
                 piece.of(direction).copy_(passes.direction(t, piece, part.shape, factor, layer, mlp))
 
+    def apply(self, slices: Sequence[tuple[Tensor, Tensor]], lr: float, weight_decay: float) -> None:
+        """Step 9 for flat (p, step) of each slice, p in any float dtype; `step` is used up."""
+        for p, step in slices:
+            p32 = p.float()  # p itself where it is float32
+            if weight_decay:
+                step.add_(p32, alpha=weight_decay)
+            p32.add_(step, alpha=-lr)
+            if p32 is not p:
+                p.copy_(p32)
+
 
 @dataclass
 class Factor:

@@ -189,16 +189,12 @@ class LearnedStep:
 
     def _apply(self, out: dict[int, Tensor]) -> None:
         """`p ← p − lr · (step + weight_decay · p)` (step 9) for the slices of a bucket; `out` is used up."""
-        for held, step in out.items():
-            p, storage = self.tensors[held].p, local(self.layout.slices[held].storage).detach()
-            p32 = p.float()  # p itself where it is float32
-            if self.group["weight_decay"]:
-                step.add_(p32, alpha=self.group["weight_decay"])
-            p32.add_(step, alpha=-self.group["lr"])
-            if p32 is not p:
-                p.copy_(p32)
+        self.backend.apply([(self.tensors[held].p, step) for held, step in out.items()], self.group["lr"],
+                           self.group["weight_decay"])
+        for held in out:
+            storage = local(self.layout.slices[held].storage).detach()
             if not storage.is_contiguous():  # p is a copy then
-                storage.copy_(p.view(storage.shape))
+                storage.copy_(self.tensors[held].p.view(storage.shape))
 
     def _row_col(self, part: Part) -> tuple[Tensor, Tensor]:
         """v_row (3, *row) and v_col (3, *col) of a block, as views of the storage's state; empty for a vector."""

@@ -7,6 +7,7 @@ kernels don't cover (vectors, stacks whose factored axes aren't the last two) go
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import weakref
 from dataclasses import dataclass, field
@@ -18,8 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels.accumulate import accumulate
+from ..kernels.apply import apply
 from ..kernels.direction import direction
 from ..kernels.factored import VECTORS, factors, update_factored
+from ..kernels.flat import make_chunks
 from ..kernels.fold import flat_theta, fold
 from ..kernels.norms import norms
 from ..kernels.tiles import Box, Size, Tiles, make_tiles
@@ -154,6 +157,18 @@ class Triton(Reference):
                 direction(self._tiles(some, device), _table(pointers, device), theta, group.g_dtype, group.p_dtype,
                           group.aligned)
 
+    def apply(self, slices: Sequence[tuple[Tensor, Tensor]], lr: float, weight_decay: float) -> None:
+        found: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+        for p, step in slices:
+            aligned = p.numel() % 4 == 0 and p.data_ptr() % 16 == 0 and step.data_ptr() % 16 == 0
+            found.setdefault((p.dtype, aligned), []).append((p, step))
+        for (dtype, aligned), some in found.items():
+            device = some[0][0].device
+            rows = [(p.data_ptr(), step.data_ptr(), p.numel()) for p, step in some]
+            with _on(device):
+                apply(_chunks(tuple(p.numel() for p, _ in some), device), _table(rows, device), float(lr),
+                      float(weight_decay), DTYPES[dtype], aligned)
+
     def _factors(self, parts: Sequence[Part], found: Sequence[Vectors]) -> None:
         """Row and column factors of all blocks that the kernels cover, in one buffer."""
         chosen = [k for k, part in enumerate(parts) if covered(part.shape)]
@@ -209,6 +224,11 @@ class Triton(Reference):
             for part in parts:  # the ids of dead parts may be given to others
                 weakref.finalize(part, self.kept.pop, key, None)
         return self.kept[key]
+
+
+@functools.lru_cache(maxsize=1024)
+def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    return make_chunks(list(sizes), device)
 
 
 def interpreted() -> bool:
