@@ -22,9 +22,9 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 SIGNATURES = {
-    "celo2_accumulate": [_POINTER] * 5 + [_LONG] * 3 + [_POINTER] * 2,
-    "celo2_norms": [_POINTER] * 6 + [_LONG] * 3 + [_POINTER] * 3,
-    "celo2_direction": [_POINTER] * 7 + [_LONG] * 3 + [_POINTER] * 8 + [ctypes.c_float],
+    "accumulate": [_POINTER] * 5 + [_LONG] * 3 + [_POINTER] * 2 + [ctypes.c_int64, _POINTER],
+    "norms": [_POINTER] * 6 + [_LONG] * 3 + [_POINTER] * 3,
+    "direction": [_POINTER] * 7 + [_LONG] * 3 + [_POINTER] * 8 + [ctypes.c_float],
 }
 
 
@@ -46,8 +46,9 @@ def library() -> ctypes.CDLL:
     except OSError as error:
         raise Unavailable(f"{path} does not load: {error}") from None
     for name, arguments in SIGNATURES.items():
-        function = getattr(found, name)
-        function.argtypes, function.restype = arguments, None
+        for accumulators in ("f32", "bf16"):
+            function = getattr(found, f"celo2_{name}_{accumulators}")
+            function.argtypes, function.restype = arguments, None
     return found
 
 

@@ -87,6 +87,25 @@ def test_bf16_parameters_have_float32_states_that_survive_saving():
 
 
 @pytest.mark.parametrize("orthogonalize", [True, False])
+def test_bf16_states_have_half_the_size_and_go_on_bit_for_bit(orthogonalize):
+    net = model()
+    optimizer = Celo2(net.parameters(), lr=1e-2, orthogonalize=orthogonalize, state_dtype="bf16")
+    train(net, optimizer, range(3))
+    state = optimizer.state[net[0].weight]
+    assert {state[key].dtype for key in ("momentum_0", "momentum_1", "momentum_2", "rms")} == {torch.bfloat16}
+    other = copy.deepcopy(net)
+    restored = Celo2(other.parameters(), lr=1e-2, orthogonalize=orthogonalize, state_dtype="bf16")
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(net, optimizer, range(3, 6))
+    train(other, restored, range(3, 6))
+    assert same(weights(net), weights(other))
+    exact = model()
+    train(exact, Celo2(exact.parameters(), lr=1e-2, orthogonalize=orthogonalize), range(6))
+    assert not same(weights(net), weights(exact))
+    assert (weights(net)[0] - weights(exact)[0]).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("orthogonalize", [True, False])
 def test_a_saved_state_goes_on_bit_for_bit(orthogonalize):
     net = model()
     optimizer = Celo2(net.parameters(), lr=1e-2, orthogonalize=orthogonalize, weight_decay=0.1)
@@ -219,7 +238,7 @@ def test_a_bad_gradient_changes_nothing(bad, caplog):
 
 @pytest.mark.parametrize("arguments,word", [
     (dict(lr=-1.0), "lr must be"), (dict(lr=float("nan")), "lr must be"), (dict(weight_decay=-0.1), "weight_decay"),
-    (dict(adamw_betas=(0.9, 1.0)), "adamw_betas"), (dict(nonfinite="hope"), "nonfinite"), (dict(bucket_size=0), "bucket_size"),
+    (dict(adamw_betas=(0.9, 1.0)), "adamw_betas"), (dict(state_dtype="fp8"), "state_dtype"), (dict(nonfinite="hope"), "nonfinite"), (dict(bucket_size=0), "bucket_size"),
     (dict(weights="no/such/file.safetensors"), "no/such/file"),
 ])
 def test_bad_arguments_are_refused_with_their_value(arguments, word):

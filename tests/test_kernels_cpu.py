@@ -68,6 +68,37 @@ def test_the_kernels_are_their_twins(compiled, shape, view, dtype, monkeypatch):
                 torch.testing.assert_close(ours, twin, rtol=2e-5, atol=2e-5 * scale + 1e-30)
 
 
+@pytest.mark.parametrize("shape,view", [case for case in CASES if len(case[0]) >= 2])  # vectors stay float32
+def test_bfloat16_accumulators_are_rounded_alike_in_any_slice(compiled, shape, view, monkeypatch):
+    """Kernel and twin use the same random bits, and cutting a tensor into slices changes none of them."""
+    monkeypatch.setattr(backends, "JOB", 64)
+    total = torch.Size(shape).numel()
+    mlp = MLP(*(torch.randn(s) / 3 for s in [DIMS[:2], DIMS[1:2], DIMS[1:3], DIMS[2:3], DIMS[2:], DIMS[3:]]))
+    base = 1 << 33  # of the slice in a huge tensor: indices are of 64 bits
+    values = [torch.randn(total, generator=torch.Generator().manual_seed(k)) for k in range(6)]
+    values[5] = values[5].square()
+
+    def slice_of(start: int, stop: int) -> Tensors:
+        p, g, *accumulators = (x[start:stop].clone() for x in values)
+        return Tensors(p, g, [x.bfloat16() for x in accumulators[:3]], accumulators[3].bfloat16(), [], base + start,
+                       (11, 22, 33, 44))
+
+    for block in view.blocks(shape):
+        made = []
+        for backend, cuts in ((compiled, [0, total]), (Reference(), [0, total]), (compiled, [0, total // 3, total])):
+            slices = [slice_of(a, b) for a, b in zip(cuts, cuts[1:])]
+            for t, start, stop in zip(slices, cuts, cuts[1:]):
+                out = step(backend, t, Shape(block), pieces(block, start, stop, most=50), mlp)
+                if len(slices) == 1:
+                    assert out[3].isfinite().all()
+            made.append([torch.cat([t.momentum[k] for t in slices]) for k in range(3)] + [torch.cat([t.rms for t in slices])])
+        for ours, twin, cut in zip(*made):
+            assert torch.equal(ours, cut)
+            # A fused multiply-add may move a value across a rounding threshold, once in ten thousand.
+            assert (ours != twin).float().mean() <= 2e-3
+            torch.testing.assert_close(ours, twin, rtol=2 ** -7, atol=1e-30)
+
+
 def test_the_kernels_cover_every_matrix_of_a_transformer():
     assert all(inner_axis(Shape(block)) is not None for shape, view in CASES[:14] for block in view.blocks(shape))
     assert inner_axis(Shape(MatrixView().blocks((6, 5, 3, 3))[0])) is None  # plain torch

@@ -7,6 +7,7 @@
 """
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import os
@@ -33,17 +34,19 @@ BACKENDS = ("auto", "triton", "compile", "reference")
 JOB = 1 << 18  # elements of one call; fixed, so that sums don't depend on the number of threads
 
 
-def backend_for(device: torch.device) -> Reference:
-    """The backend for tensors of this device, by CELO2_BACKEND. Raises ValueError for an unknown name."""
+def backend_for(device: torch.device, accumulators: torch.dtype = torch.float32) -> Reference:
+    """The backend for tensors of this device and accumulators, by CELO2_BACKEND. Raises ValueError for an unknown name."""
     wanted = os.environ.get("CELO2_BACKEND", "auto")
     if wanted not in BACKENDS:
         raise ValueError(f"CELO2_BACKEND={wanted!r} is none of {', '.join(BACKENDS)}")
-    return _choose(wanted, device.type)
+    return _choose(wanted, device.type, accumulators)
 
 
 @functools.cache
-def _choose(wanted: str, device: str) -> Reference:
-    if wanted == "reference":
+def _choose(wanted: str, device: str, accumulators: torch.dtype) -> Reference:
+    if (wanted == "triton" or device != "cpu") and accumulators != torch.float32:
+        chosen, why = Reference(), f"there are no Triton kernels for accumulators of {accumulators} yet"
+    elif wanted == "reference":
         chosen, why = Reference(), "CELO2_BACKEND asks for it"
     elif wanted == "triton" or device != "cpu":
         chosen, why = _choose_triton(wanted, device)
@@ -269,6 +272,7 @@ class Compiled(Reference):
         # v_row's sum is over d0: along d1 it is the storage's row or column sum.
         d1_is_inner = shape.block.factored[0] == len(shape.full) + inner
         outer_total, inner_total = (col_sum, row_sum) if d1_is_inner else (row_sum, col_sum)
+        keys = (ctypes.c_uint32 * 4)(*t.keys)
         outer_total = outer_total.view(-1, shape.full[-3 - inner])
         inner_total = inner_total.view(-1, shape.full[inner])
         for box in boxes_of(piece, shape, inner):
@@ -276,9 +280,9 @@ class Compiled(Reference):
 
             def call(box: Box = box, rows: Tensor = rows, cols: Tensor = cols) -> None:
                 g, = _float32(box, t.g)
-                self.kernels.celo2_accumulate(
+                self._kernel("accumulate", t)(
                     g.data_ptr(), *(_at(x, box) for x in (*t.momentum, t.rms)), box.rows, box.cols, box.stride,
-                    rows.data_ptr(), cols.data_ptr())
+                    rows.data_ptr(), cols.data_ptr(), t.start + box.offset, keys)
 
             def add(box: Box = box, rows: Tensor = rows, cols: Tensor = cols) -> None:
                 outer_total[box.matrix, box.row:box.row + box.rows].add_(rows)
@@ -294,7 +298,7 @@ class Compiled(Reference):
 
             def call(box: Box = box, total: Tensor = total, columns: Tensor = columns) -> None:
                 g, p = _float32(box, t.g, t.p)
-                self.kernels.celo2_norms(
+                self._kernel("norms", t)(
                     g.data_ptr(), p.data_ptr(), *(_at(x, box) for x in (*t.momentum, t.rms)), box.rows, box.cols,
                     box.stride, factor.outer[box.matrix, box.row].data_ptr(), columns.data_ptr(), total.data_ptr())
 
@@ -309,13 +313,16 @@ class Compiled(Reference):
 
             def call(box: Box = box, columns: Tensor = columns, bias: Tensor = bias) -> None:
                 g, p = _float32(box, t.g, t.p)
-                self.kernels.celo2_direction(
+                self._kernel("direction", t)(
                     g.data_ptr(), p.data_ptr(), *(_at(x, box) for x in (*t.momentum, t.rms, out)), box.rows, box.cols,
                     box.stride, factor.outer[box.matrix, box.row].data_ptr(), columns.data_ptr(),
                     layer.weight[box.matrix].data_ptr(), layer.outer[box.matrix, box.row].data_ptr(), bias.data_ptr(),
                     w1.data_ptr(), b1.data_ptr(), w2.data_ptr(), b2)
 
             self._submit(call, None)
+
+    def _kernel(self, name: str, t: Tensors) -> Callable[..., None]:
+        return getattr(self.kernels, f"celo2_{name}_{'f32' if t.rms.dtype == torch.float32 else 'bf16'}")
 
     def _submit(self, call: Callable[[], None], then: Callable[[], None] | None) -> None:
         self.pending.append((self.pool.submit(call), then))
@@ -330,7 +337,7 @@ class Compiled(Reference):
 
 
 def _at(x: Tensor, box: Box) -> int:
-    return x.data_ptr() + 4 * box.offset
+    return x.data_ptr() + x.element_size() * box.offset
 
 
 def _float32(box: Box, *tensors: Tensor) -> list[Tensor]:

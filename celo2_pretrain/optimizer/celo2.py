@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 RULES = ("celo2", "adamw")
 NONFINITE = ("error", "skip", "ignore")
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Celo2(torch.optim.Optimizer):
@@ -49,6 +50,9 @@ class Celo2(torch.optim.Optimizer):
             anything is changed, `"skip"` leaves the step out (all ranks alike) with a warning, `"ignore"` doesn't look.
         check_replicas_every: compare checksums of all replicated values over the ranks after every so many steps, and
             raise DriftError where they differ; 0: never.
+        state_dtype: of the momenta and second moments of matrices under the learned rule: `"fp32"` (16 bytes a
+            parameter) or `"bf16"` (8, as AdamW's), written with stochastic rounding that is the same however the
+            parameters are sharded.
         bucket_size: matrix elements whose directions are in memory or under way at the same time (4 bytes each).
 
     Raises:
@@ -59,11 +63,15 @@ class Celo2(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weights: Any = "default", weight_decay: float = 0.0,
                  orthogonalize: bool = True, adamw_lr_multiplier: float = 20.0, *,
                  newton_schulz: str = "celo2", adamw_betas: tuple[float, float] = (0.9, 0.95), adamw_eps: float = 1e-8, nonfinite: str = "error",
-                 check_replicas_every: int = 0, bucket_size: int = 1 << 25) -> None:
+                 check_replicas_every: int = 0, state_dtype: str = "fp32",
+                 bucket_size: int = 1 << 25) -> None:
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {NONFINITE}, got {nonfinite!r}")
         if bucket_size < 1:
             raise ValueError(f"bucket_size must be at least 1 element, got {bucket_size}")
+        if state_dtype not in STATE_DTYPES:
+            raise ValueError(f"state_dtype must be one of {tuple(STATE_DTYPES)}, got {state_dtype!r}")
+        self.state_dtype = state_dtype
         if weights == "default" and not orthogonalize:
             weights = "default-base"
         self.mlp: MLP = load_weights(weights)
@@ -83,8 +91,8 @@ class Celo2(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps nothing but groups and states."""
-        kept = ("mlp", "nonfinite", "check_replicas_every", "bucket_size", "skipped_steps", "_steps", "_originals",
-                "_stepped")
+        kept = ("mlp", "nonfinite", "state_dtype", "check_replicas_every", "bucket_size", "skipped_steps", "_steps",
+                "_originals", "_stepped")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in kept}, "_plans": {}, "_mlps": {}}
 
     # ---- parameter groups -------------------------------------------------------------------------------------
@@ -185,7 +193,8 @@ class Celo2(torch.optim.Optimizer):
             self.state[param].update(step=torch.zeros((), dtype=torch.float32, device=local(param).device),
                                      exp_avg=_zeros_like(param), exp_avg_sq=_zeros_like(param))
         else:
-            self.state[param].update(init_state(param, [p for plan in plans for p in plan.parts_in(param)], _zeros_like))
+            self.state[param].update(init_state(param, [p for plan in plans for p in plan.parts_in(param)], _zeros_like,
+                                                STATE_DTYPES[self.state_dtype]))
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, and theta: a run goes on with the weights it began with."""
@@ -277,10 +286,10 @@ def _nonfinite(x: Tensor) -> Tensor:
     return ~torch.isfinite(torch.stack(torch.aminmax(x))).all()
 
 
-def _zeros_like(param: Tensor) -> Tensor:
+def _zeros_like(param: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if isinstance(param, DTensor):
-        return torch.zeros_like(param, dtype=torch.float32)
-    return torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+        return torch.zeros_like(param, dtype=dtype)
+    return torch.zeros(param.shape, dtype=dtype, device=param.device)
 
 
 def _moved(value: Any, param: Tensor) -> Any:

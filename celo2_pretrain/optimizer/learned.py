@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.newton_schulz import COEFFICIENTS
+from ..kernels.rounding import key_of
 from .backends import backend_for
 from .layouts import Layout, Slice, collective_device, local
 from .orthogonalize import Exchange, Unit, choose_owners, units_of
@@ -78,15 +79,21 @@ def make_plan(layout: Layout, orthogonalize: bool, bucket_size: int) -> Plan:
     return plan
 
 
-def init_state(param: Tensor, parts: list[Part], zeros_like: Any) -> dict[str, Tensor]:
-    """Zero accumulators for a storage (a tensor, or a flat partition of several) that consists of `parts`, float32.
+def init_state(param: Tensor, parts: list[Part], zeros_like: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Zero accumulators for a storage (a tensor, or a flat partition of several) that consists of `parts`.
 
-    momentum_0, _1, _2 (decays 0.9, 0.99, 0.999) and rms are of the storage's shape and lie like it. v_row and v_col are
-    (3, n): the factored second moments of all its matrices, replicated over the ranks; vectors have v_full_0, _1, _2.
+    momentum_0, _1, _2 (decays 0.9, 0.99, 0.999) and rms are of the storage's shape and lie like it; of `dtype`, and if
+    that is bfloat16 there is a step count, which stochastic rounding needs. v_row and v_col are (3, n): the factored
+    second moments of all its matrices, replicated over the ranks, float32. Vectors have v_full_0, _1, _2, all float32.
     """
-    state = {key: zeros_like(param) for key in ("momentum_0", "momentum_1", "momentum_2", "rms")}
-    if any(not part.shape.matrix for part in parts):
-        return {**state, **{f"v_full_{k}": zeros_like(param) for k in range(3)}}
+    vectors = any(not part.shape.matrix for part in parts)
+    if vectors:
+        dtype = torch.float32
+    state = {key: zeros_like(param, dtype) for key in ("momentum_0", "momentum_1", "momentum_2", "rms")}
+    if dtype != torch.float32:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+    if vectors:
+        return {**state, **{f"v_full_{k}": zeros_like(param, dtype) for k in range(3)}}
     device = local(param).device
     return {**state, "v_row": torch.zeros(3, sum(prod(part.shape.row) for part in parts), device=device),
             "v_col": torch.zeros(3, sum(prod(part.shape.col) for part in parts), device=device)}
@@ -100,10 +107,13 @@ class LearnedStep:
         self.plan, self.state, self.mlp, self.group = plan, state, mlp, group
         self.layout = plan.layout
         self.device = local(self.layout.slices[0].storage).device
-        self.backend = backend_for(self.device)
-        self.tensors = [_tensors(held, state[held.storage]) for held in self.layout.slices]
+        self.backend = backend_for(self.device, state[self.layout.slices[0].storage]["rms"].dtype)
 
     def run(self) -> None:
+        for state in {id(held.storage): self.state[held.storage] for held in self.layout.slices}.values():
+            if "step" in state:
+                state["step"] += 1
+        self.tensors = [_tensors(held, self.state[held.storage]) for held in self.layout.slices]
         self._accumulate()
         self.factors = [self.backend.factor(part.shape, *self._row_col(part)) for part in self.plan.parts]
         squares = self._norms()
@@ -210,7 +220,9 @@ def _tensors(held: Slice, state: Mapping[str, Tensor]) -> Tensors:
     """A slice's flat tensors: views, but for a parameter or gradient that is not contiguous."""
     flat = lambda x: held.of(local(x).detach().reshape(-1))  # noqa: E731
     several = lambda key: [flat(state[f"{key}_{k}"]) for k in range(3)] if f"{key}_0" in state else []  # noqa: E731
-    return Tensors(flat(held.storage), flat(held.storage.grad), several("momentum"), flat(state["rms"]), several("v_full"))
+    keys = tuple(key_of(held.name, int(state["step"]), k) for k in range(4)) if "step" in state else ()
+    return Tensors(flat(held.storage), flat(held.storage.grad), several("momentum"), flat(state["rms"]), several("v_full"),
+                   held.start, keys)
 
 
 def reduce(x: Tensor, layout: Layout, op: Any = dist.ReduceOp.SUM) -> None:

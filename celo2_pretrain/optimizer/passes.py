@@ -20,6 +20,7 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
+from ..kernels.rounding import stochastic_round
 from .reference import (FACTORED_DECAYS, GRAD_CLAMP, MLP, MOMENTUM_DECAYS, NORM_EPS, RMS_DECAY)
 from .views import Block, Piece
 
@@ -78,13 +79,18 @@ class Shape:
 
 @dataclass
 class Tensors:
-    """A rank's flat slice of one tensor: parameter, gradient (any float dtype) and accumulators, each 1-D."""
+    """A rank's flat slice of one tensor: parameter, gradient (any float dtype) and accumulators, each 1-D.
+
+    momentum and rms are float32, or bfloat16 and then written with stochastic rounding by `start` and `keys`.
+    """
 
     p: Tensor
     g: Tensor
     momentum: list[Tensor]
     rms: Tensor
     v_full: list[Tensor]  # of a 1-D tensor; else empty
+    start: int = 0  # of the slice, in the whole tensor
+    keys: tuple[int, ...] = ()  # for rounding momentum[0], [1], [2] and rms in this step
 
 
 def clamp_gradient(g: Tensor) -> Tensor:
@@ -100,9 +106,17 @@ def rest(decay: float) -> float:
 def accumulate(t: Tensors, piece: Piece, shape: Shape, row_sum: Tensor, col_sum: Tensor) -> None:
     """Pass A on one piece, in place. `row_sum`, `col_sum` (of shape row, col) gain this piece's sums of g² + 1e-30."""
     g = clamp_gradient(piece.of(t.g))
-    for decay, momentum in zip(MOMENTUM_DECAYS, t.momentum):
-        piece.of(momentum).mul_(decay).add_(g, alpha=rest(decay))
-    piece.of(t.rms).mul_(RMS_DECAY).addcmul_(g, g, value=1 - RMS_DECAY)
+    if t.rms.dtype == torch.float32:
+        for decay, momentum in zip(MOMENTUM_DECAYS, t.momentum):
+            piece.of(momentum).mul_(decay).add_(g, alpha=rest(decay))
+        piece.of(t.rms).mul_(RMS_DECAY).addcmul_(g, g, value=1 - RMS_DECAY)
+    else:
+        index = piece.of(torch.arange(t.start, t.start + t.rms.numel(), device=g.device))
+        for decay, momentum, key in zip(MOMENTUM_DECAYS, t.momentum, t.keys):
+            m = piece.of(momentum)
+            m.copy_(stochastic_round(m.float() * decay + g * rest(decay), index, key))
+        v = piece.of(t.rms)
+        v.copy_(stochastic_round(v.float() * RMS_DECAY + g * g * (1 - RMS_DECAY), index, t.keys[3]))
     s = g * g + 1e-30
     if shape.matrix:
         d1, d0 = shape.block.factored
@@ -129,8 +143,8 @@ def factors(v_row: Tensor, v_col: Tensor, shape: Shape) -> tuple[Tensor, Tensor]
 def elementwise_features(t: Tensors, piece: Piece, shape: Shape, factor: tuple[Tensor, Tensor] | None
                          ) -> Iterator[Tensor]:
     """The 18 (1-D: 15) features that differ from element to element, in ascending order of their index."""
-    g, p, v = clamp_gradient(piece.of(t.g)), piece.of(t.p).float(), piece.of(t.rms)
-    momentum = [piece.of(m) for m in t.momentum]
+    g, p, v = clamp_gradient(piece.of(t.g)), piece.of(t.p).float(), piece.of(t.rms).float()
+    momentum = [piece.of(m).float() for m in t.momentum]
     inverse = (v + 1e-8).rsqrt()
     yield g
     yield g.clamp(-0.1, 0.1)

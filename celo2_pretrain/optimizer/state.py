@@ -290,6 +290,8 @@ def _shared(optimizer: torch.optim.Optimizer, held: Iterable[Held]) -> dict[str,
             step = h.state["step"] if "step" in h.state else h.group.get("step", 0)
             shared[f"{h.name}|step"] = torch.tensor(float(step))
         elif not h.vector:
+            if "step" in h.state:  # counts for stochastic rounding
+                shared[f"{h.name}|step"] = torch.tensor(float(h.state["step"]))
             for key, (start, stop) in (("v_row", h.rows), ("v_col", h.cols)):
                 shared[f"{h.name}|{key}"] = h.state[key][:, start:stop].to("cpu", copy=True).contiguous()
     return shared
@@ -360,14 +362,17 @@ def _restore(h: Held, reader: StateReader) -> None:
 
 
 def _restore_steps(held: list[Held], reader: StateReader) -> None:
-    """AdamW's step counts. A flat partition has one for all its tensors, so the largest of theirs is taken."""
+    """Step counts, of AdamW and of bfloat16 accumulators (0 where the saved ones were float32).
+
+    A flat partition has one for all its tensors, so the largest of theirs is taken.
+    """
     steps: dict[int, float] = {}
     for h in held:
-        if h.rule == "adamw":
-            storage = id(h.slice.storage)
-            steps[storage] = max(steps.get(storage, 0.0), float(reader.shared(f"{h.name}|step")))
+        if h.rule == "adamw" or "step" in h.state:
+            storage, saved = id(h.slice.storage), reader.shared(f"{h.name}|step")
+            steps[storage] = max(steps.get(storage, 0.0), 0.0 if saved is None else float(saved))
     for h in held:
-        if h.rule == "adamw":
+        if id(h.slice.storage) in steps:
             step = steps[id(h.slice.storage)]
             if isinstance(h.state.get("step"), Tensor):
                 h.state["step"].fill_(step)
