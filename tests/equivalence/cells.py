@@ -59,6 +59,8 @@ class Cell:
         if zero == 0:
             if self.precision == "bf16+fp32acc":
                 return "DeepSpeed refuses fp32 accumulation of bf16 gradients without ZeRO (unsupported mix of dtypes)"
+            if self.precision == "fp16":
+                return "DeepSpeed 0.19 divides these gradients by a loss scale that it never multiplied the loss by"
             if self.reduce_scatter:
                 return "without ZeRO gradients are always all-reduced"
             if self.offload:

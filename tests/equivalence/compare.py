@@ -82,6 +82,12 @@ def error(got: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
     return (difference / size).item() if size > 0 else (0.0 if difference == 0 else float("inf"))
 
 
+def relative(got: list[Tensor], expected: list[Tensor]) -> float:
+    """‖got − expected‖ / ‖expected‖ of tensors taken together."""
+    flat = [torch.cat([x.float().reshape(-1) for x in tensors]) for tensors in (got, expected)]
+    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
+
+
 def update_error(before: Tensor, after: Tensor, expected: Tensor) -> float:
     """‖after − expected‖ over ‖expected − before‖, leaving out one rounding of the stored parameter."""
     difference = (after - expected).abs() - torch.finfo(torch.float32).eps * expected.abs().max()
@@ -114,7 +120,7 @@ def everything(run: DeepSpeedRun | FSDP2Run) -> str:
 
 
 class Plain:
-    """The same model in one process on the whole batch: where full gradients come from in float32 cells."""
+    """The same model in one process on the whole batch, float32."""
 
     def __init__(self, scalar_shape: tuple[int, ...]) -> None:
         self.model = Awkward(scalar_shape)
@@ -145,7 +151,7 @@ def compare(cell: Cell) -> dict[str, Any]:
     mine = set(names[rank::world])  # the ranks share the work of comparing
     unsharded = {name: Unsharded(name, run.shape(name), run.options[name], tag_of(run.params[name]).view, run.mlp)
                  for name in names}
-    plain = Plain(run.shape("gain")) if cell.precision == "fp32" and (rank == 0 or cell.gradients_from_plain) else None
+    plain = Plain(run.shape("gain")) if rank == 0 or cell.gradients_from_plain else None
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(cell.precision, torch.bfloat16)
 
     gradients: dict[str, Tensor | None] = {}
@@ -158,10 +164,17 @@ def compare(cell: Cell) -> dict[str, Any]:
             factor = 1e30 if overflow and rank == world - 1 and micro == cell.accumulation - 1 else 1.0
             run.backward(micro_batch(step, micro, rank), use_sometimes, factor, micro == cell.accumulation - 1)
         before = after or {name: run.parameter(name) for name in names}
-        values = run.model_values() if cell.precision == "fp32" else {}
+        values = run.model_values()
         expected = plain.gradients(values, step, use_sometimes, cell, world) if plain else {}
         previous = gradients
         gradients = expected if cell.gradients_from_plain else {name: run.gradient(name) for name in names}
+        if overflow:
+            expected = {}
+        if cell.precision != "fp32" and expected:  # right in size and direction
+            used = [name for name in expected if name != "sometimes" or use_sometimes]
+            note("gradient", relative([gradients[name] for name in used], [expected[name] for name in used]),
+                 f"all together at step {step}")
+            expected = {}
         for name, gradient in expected.items():
             got = gradients[name] if gradients[name] is not None else torch.zeros_like(gradient)
             wrong = error(got, gradient)
