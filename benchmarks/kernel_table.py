@@ -32,9 +32,9 @@ def rows(dtypes: list[str], targets: list[str]) -> list[tuple]:
                         continue
                     seen.add(key)
                     cost = measure(kernel, target)
-                    found.append((kernel.name, *(("fp32", "") if vectors else (dtype, "yes" if aligned else "no")), target,
-                                  cost.registers, cost.spilled, *((f"{cost.streamed:g}", kernel.bound, f"{cost.shared:.2f}")
-                                                                  if kernel.bound else ("", "", ""))))
+                    kind = ("fp32", "") if vectors else (dtype, "yes" if aligned else "no")
+                    moved = (f"{cost.streamed:g}", kernel.bound, f"{cost.shared:.2f}") if kernel.bound else ("", "", "")
+                    found.append((kernel.name, *kind, target, cost.registers, cost.spilled, *moved))
     return found
 
 

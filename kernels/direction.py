@@ -42,7 +42,8 @@ def direction_kernel(tiles, boxes, pointers, theta, G: tl.constexpr, P: tl.const
     elements = element_pointers(pointers, part, at, G, P, ALIGNED)
     out = pointer(pointers, part, 6, tl.float32, ALIGNED) + at
     row_factor = pointer(pointers, part, 7, tl.float32, False) + matrix * 3 * height
-    col_factor = load_three(pointer(pointers, part, 8, tl.float32, False) + matrix * 3 * width + columns, width, col_mask)
+    col_factor_at = pointer(pointers, part, 8, tl.float32, False) + matrix * 3 * width + columns
+    col_factor = load_three(col_factor_at, width, col_mask)
     w0 = pointer(pointers, part, 9, tl.float32, False) + matrix * FEATURES * HIDDEN
     row_bias = pointer(pointers, part, 10, tl.float32, False) + matrix * HIDDEN * height
     col_bias_at = pointer(pointers, part, 11, tl.float32, False) + matrix * HIDDEN * width + columns
@@ -77,7 +78,8 @@ def direction_kernel(tiles, boxes, pointers, theta, G: tl.constexpr, P: tl.const
         tl.store(out + place, result, mask=mask)
 
 
-def direction(tiles: Tiles, pointers: Tensor, theta: Tensor, g_dtype: tl.dtype, p_dtype: tl.dtype, aligned: bool) -> None:
+def direction(tiles: Tiles, pointers: Tensor, theta: Tensor, g_dtype: tl.dtype, p_dtype: tl.dtype, aligned: bool
+              ) -> None:
     """Write all parts' directions, float32, to their `out`.
 
     Args: as of `norms`; `pointers` also has out, and what `fold` made: weight (matrices, 18, 8), row_bias

@@ -69,7 +69,7 @@ def fold_kernel(matrices, vectors, theta, BLOCK: tl.constexpr):
 
 
 def fold(matrices: Tensor, vectors: Tensor, theta: Tensor) -> None:
-    """Write weight (matrices, 18, 8), row_bias (matrices, 8, row_size) with b0 inside, col_bias (matrices, 8, col_size).
+    """Write weight (matrices, 18, 8), row_bias (matrices, 8, row_size) with b0 inside, col_bias (…, col_size).
 
     Args:
         matrices, vectors: as of `update_factored`; squares (18, matrices) are pass B's sums, v_row and v_col updated.

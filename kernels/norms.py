@@ -24,7 +24,8 @@ def norms_kernel(tiles, boxes, pointers, squares, G: tl.constexpr, P: tl.constex
                                                                                              ALIGNED)
     elements = element_pointers(pointers, part, at, G, P, ALIGNED)
     row_factor = pointer(pointers, part, 7, tl.float32, False) + matrix * 3 * height
-    col_factor = load_three(pointer(pointers, part, 8, tl.float32, False) + matrix * 3 * width + columns, width, col_mask)
+    col_factor_at = pointer(pointers, part, 8, tl.float32, False) + matrix * 3 * width + columns
+    col_factor = load_three(col_factor_at, width, col_mask)
     total = (tl.zeros([STEP, COLS], tl.float32),) * FEATURES
     stop = tl.minimum(high - first, ROWS).to(tl.int32)  # not known at compile time, or some compilers unroll and spill
     for down in range(0, stop, STEP):

@@ -127,7 +127,8 @@ def _nvidia(asm: dict[str, Any]) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        said = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        said = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True,
+                              check=True)
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said.stdout)}
     return found["REG"], found["STACK"] + found["LOCAL"]
 
@@ -146,7 +147,8 @@ _ACCESS = (re.compile(r"tt\.(?:load|store) .*: (?:tensor<((?:\d+x)+))?!tt\.ptr<[
 def traffic(ttgir: str, unknown: int, dims: int) -> tuple[int, int]:
     """Bytes (streamed, shared) that one program loads and stores, from its GPU code.
 
-    What is streamed has `dims` dimensions. Loops whose number of rounds the code doesn't say count `unknown` times. Raises ValueError for loads that it can't read.
+    What is streamed has `dims` dimensions. Loops whose number of rounds the code doesn't say count `unknown` times.
+    Raises ValueError for loads that it can't read.
     """
     streamed = shared = 0
     rounds: list[int] = []  # of each open brace: how often what is inside runs

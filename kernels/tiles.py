@@ -158,8 +158,8 @@ def add_sums_kernel(order, targets, pointers, scratch, PITCH: tl.constexpr, CHUN
     for n in range(start, stop, CHUNK):
         some = n + tl.arange(0, CHUNK)
         tile = tl.load(order + some, mask=some < stop, other=0).to(tl.int64)
-        chunk += tl.load(scratch + tile[:, None] * PITCH + i[None, :], mask=(some < stop)[:, None] & (i < (COUNT or PITCH))[None, :],
-                         other=0.0)
+        mask = (some < stop)[:, None] & (i < (COUNT or PITCH))[None, :]
+        chunk += tl.load(scratch + tile[:, None] * PITCH + i[None, :], mask=mask, other=0.0)
     total = tl.sum(chunk, 0)
     row = pointers + part * TARGETS
     totals = tl.load(row + TARGET).to(tl.pointer_type(tl.float32))

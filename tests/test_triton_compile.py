@@ -8,7 +8,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from celo2_pretrain.kernels import resources  # noqa: E402
 from celo2_pretrain.kernels.resources import TARGETS, Kernel, kernels, measure, traffic  # noqa: E402
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1",
+                                reason="the interpreter replaces the compiler")
 LAUNCHES = [("fp32", True), ("fp32", False), ("bf16", True), ("fp16", False)]
 # Registers of a thread, of 255: with 128 threads a program and 65536 registers, 128 leave room for 4 programs.
 MOST = {"fold": 168, "symmetric_product": 255}

@@ -143,7 +143,8 @@ class Triton(Reference):
         device = tensors[numbers[0]].rms.device
         theta = flat_theta(*mlp)
         # The addresses point into the buffer: it must live until the last launch.
-        made, _buffer_of_addresses = self._fold(_pick(parts, numbers), _pick(factors, numbers), _pick(layers, numbers), theta, device)
+        made, _buffer_of_addresses = self._fold(
+            _pick(parts, numbers), _pick(factors, numbers), _pick(layers, numbers), theta, device)
         folded = dict(zip(numbers, made))
         for group in self._groups(parts, tensors, out):
             some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
@@ -256,8 +257,8 @@ def _elements(t: Tensors) -> list[int]:
     return [x.data_ptr() for x in (t.g, t.p, *t.momentum, t.rms)]
 
 
-def _pointers(t: Tensors, out: int = 0, factor: tuple[int, int] = (0, 0), weight: int = 0, bias: tuple[int, int] = (0, 0)
-              ) -> list[int]:
+def _pointers(t: Tensors, out: int = 0, factor: tuple[int, int] = (0, 0), weight: int = 0,
+              bias: tuple[int, int] = (0, 0)) -> list[int]:
     """A row of the kernels' pointer table."""
     return [*_elements(t), out, *factor, weight, *bias]
 
