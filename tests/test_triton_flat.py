@@ -7,6 +7,7 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
 
+from celo2_pretrain import Celo2  # noqa: E402
 from celo2_pretrain.kernels import flat, tiles  # noqa: E402
 from celo2_pretrain.kernels.adamw import adamw, adamw_twin  # noqa: E402
 from celo2_pretrain.kernels.apply import apply_twin  # noqa: E402
@@ -63,6 +64,25 @@ def test_adamw_is_torchs(dtype, aligned):
     for tensors, twin in zip(ours, twins):
         for x, y, kind in zip(tensors, twin, (dtype, dtype, torch.float32, torch.float32)):
             torch.testing.assert_close(x, y, rtol=3 * TOLERANCE[kind], atol=3 * TOLERANCE[kind])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_optimizers_adamw_needs_no_copy_of_low_precision_parameters(dtype, monkeypatch):
+    stepped = []
+    for backend in ("triton", "reference"):
+        monkeypatch.setenv("CELO2_BACKEND", backend)
+        torch.manual_seed(3)
+        params = [torch.nn.Parameter(draw(n, dtype)) for n in (9, 16, 100)]
+        optimizer = Celo2([{"params": params, "rule": "adamw"}], lr=1e-3, weight_decay=0.1)
+        for _ in range(3):
+            for p in params:
+                p.grad = draw(p.numel(), dtype)
+            optimizer.step()
+        stepped.append(params)
+        assert all(optimizer.state[p]["step"] == 3 and optimizer.state[p]["exp_avg"].dtype == torch.float32
+                   for p in params)
+    for ours, twin in zip(*stepped):
+        torch.testing.assert_close(ours, twin, rtol=3 * TOLERANCE[dtype], atol=3 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -10,15 +10,20 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from .backends import backend_for
 from .layouts import local
 
 
 def adamw_step(group: dict[str, Any], params: list[Tensor], state: dict[Tensor, dict[str, Any]]) -> None:
     """One bias-corrected, decoupled AdamW step at `adamw_lr_multiplier` × lr, states in float32.
 
-    Parameters of lower precision are stepped as a float32 copy and rounded back.
+    Parameters of lower precision are stepped as a float32 copy and rounded back, or by a kernel that needs no copy.
     """
     whole = [local(p).detach() for p in params]
+    backend = backend_for(whole[0].device)
+    if backend.name == "triton" and any(p.dtype != torch.float32 for p in whole) and backend.adamw(
+            group, whole, [local(p.grad) for p in params], [state[p] for p in params]):
+        return
     masters = [p if p.dtype == torch.float32 else p.float() for p in whole]
     grads = [local(p.grad).to(torch.float32) for p in params]
     states = [state[p] for p in params]

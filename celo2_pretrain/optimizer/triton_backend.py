@@ -12,13 +12,14 @@ import os
 import weakref
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from ..kernels.accumulate import accumulate
+from ..kernels.adamw import adamw
 from ..kernels.apply import apply
 from ..kernels.direction import direction
 from ..kernels.factored import VECTORS, factors, update_factored
@@ -27,6 +28,7 @@ from ..kernels.fold import flat_theta, fold
 from ..kernels.norms import norms
 from ..kernels.tiles import Box, Size, Tiles, make_tiles
 from .backends import Reference, boxes_of, inner_axis
+from .layouts import local
 from .passes import Shape, Tensors
 from .reference import MLP
 
@@ -169,6 +171,27 @@ class Triton(Reference):
             with _on(device):
                 apply(_chunks(tuple(p.numel() for p, _ in some), device), _table(rows, device), float(lr),
                       float(weight_decay), DTYPES[dtype], aligned)
+
+    def adamw(self, group: Mapping[str, Any], params: Sequence[Tensor], grads: Sequence[Tensor],
+              states: Sequence[Mapping[str, Any]]) -> bool:
+        """One AdamW step of whole tensors in place; False (and nothing done) where some don't lie contiguously."""
+        rows = [(p, g, local(s["exp_avg"]), local(s["exp_avg_sq"])) for p, g, s in zip(params, grads, states)]
+        if not all(x.is_contiguous() for row in rows for x in row):
+            return False
+        steps = [s["step"] for s in states]
+        torch._foreach_add_(steps, 1)
+        found: dict[tuple, list[int]] = {}
+        for k, row in enumerate(rows):
+            aligned = row[0].numel() % 4 == 0 and all(x.data_ptr() % 16 == 0 for x in row)
+            found.setdefault((row[0].dtype, row[1].dtype, aligned), []).append(k)
+        for (p_dtype, g_dtype, aligned), some in found.items():
+            device = rows[some[0]][0].device
+            table = _table([(*(x.data_ptr() for x in rows[k]), rows[k][0].numel()) for k in some], device)
+            with _on(device):
+                adamw(_chunks(tuple(rows[k][0].numel() for k in some), device), table, torch.stack(_pick(steps, some)),
+                      float(group["lr"] * group["adamw_lr_multiplier"]), group["adamw_betas"], group["adamw_eps"],
+                      float(group["weight_decay"]), DTYPES[g_dtype], DTYPES[p_dtype], aligned)
+        return True
 
     def _factors(self, parts: Sequence[Part], found: Sequence[Vectors]) -> None:
         """Row and column factors of all blocks that the kernels cover, in one buffer."""
