@@ -21,7 +21,7 @@ from celo2_pretrain.train.errors import UserError
 
 
 ANY_WORLD = "any_world"  # folder of the state that goes on with another of these:
-OF_THE_WORLD = ("number of ranks", "train.zero_stage", "train.precision")
+OF_THE_WORLD = ("number of ranks", "train.zero_stage", "train.precision", "optimizer.state_dtype")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -56,6 +56,7 @@ def describe(config: Config, index: dict, world_size: int) -> dict:
         "model.vocab_size": config.model.vocab_size or index["vocab_size"],  # null is the data's
         "data.path's tokenizer": index["tokenizer"]["sha256"][:12],
         "optimizer.name": config.optimizer.name, "optimizer.weights": config.optimizer.weights,
+        "optimizer.state_dtype": config.optimizer.state_dtype,
         "train.seed": config.train.seed, "train.precision": config.train.precision,
         "train.zero_stage": config.train.zero_stage, "number of ranks": world_size,
     }

@@ -1,0 +1,195 @@
+"""How long does an optimizer step take, beside fused AdamW and torch's Muon, all in one run?
+
+    python benchmarks/optimizer_step.py                        GPT-2 124M's shapes on this machine
+    python benchmarks/optimizer_step.py --model 350m 1.3b      larger ones (a GPU)
+    python benchmarks/optimizer_step.py --profile              and where Celo2's time goes, pass by pass, with the bound
+
+Every optimizer steps every tensor of the model (Celo2 and Muon: hidden matrices; embeddings and 1-D tensors by AdamW;
+Celo2-base: the learned rule on every tensor; so the same work that a user's step would be). The optimizers take
+turns, round by round; shown are the median and the quartiles of the ratio to fused AdamW in the same round.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Callable
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from celo2_pretrain import Celo2, param_groups, register
+from celo2_pretrain.optimizer.backends import backend_for
+from celo2_pretrain.optimizer.learned import LearnedStep
+from celo2_pretrain.optimizer.rules import tag_of
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = {"124m": (12, 768, 12), "350m": (24, 1024, 16), "1.3b": (24, 2048, 16)}
+# Bytes a parameter that a pass must move at least, float32: A reads g, m, v and writes m, v; B and C read p, g, m, v
+# (C writes the direction); apply reads p and the direction and writes p.
+BOUND = {"A accumulate": 40, "B norms": 24, "C direction": 28, "apply": 12}
+
+
+def build(name: str, device: torch.device) -> nn.Module:
+    layers, width, heads = MODELS[name]
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=layers, n_embd=width, n_head=heads))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) * 1e-3
+    return model
+
+
+class Muon:
+    """torch's Muon on the hidden matrices and fused AdamW on the rest, as one optimizer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        tagged = list(model.parameters())
+        hidden = [p for p in tagged if tag_of(p).rule == "celo2"]
+        self.parts = [torch.optim.Muon(hidden, lr=1e-6),
+                      torch.optim.AdamW([p for p in tagged if tag_of(p).rule == "adamw"], lr=1e-6, fused=True)]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+
+def optimizers(model: nn.Module) -> dict[str, Callable[[], None]]:
+    register(model)
+    return {"AdamW (fused)": torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True).step,
+            "Celo2-base": Celo2(model.parameters(), lr=1e-6, orthogonalize=False).step,
+            "Celo2": Celo2(param_groups(model), lr=1e-6).step,
+            "Muon (torch)": Muon(model).step}
+
+
+def timed(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one step."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def compare(name: str, device: torch.device, rounds: int) -> list[dict]:
+    model = build(name, device)
+    steps = optimizers(model)
+    times: dict[str, list[float]] = {key: [] for key in steps}
+    for number in range(rounds + 1):
+        for key, step in steps.items():
+            seconds = timed(step, device)
+            if number:  # the first round makes states and plans
+                times[key].append(seconds)
+    rows = []
+    for key, seconds in times.items():
+        ratios = [a / b for a, b in zip(seconds, times["AdamW (fused)"])]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        rows.append({"device": device_name(device), "threads": torch.get_num_threads(), "model": name,
+                     "parameters": sum(p.numel() for p in model.parameters()), "optimizer": key,
+                     "ms": round(1e3 * statistics.median(seconds), 2), "ratio": round(middle, 2),
+                     "ratio_q1": round(low, 2), "ratio_q3": round(high, 2), "rounds": rounds})
+    return rows
+
+
+def profile(name: str, device: torch.device, rounds: int) -> list[dict]:
+    """Milliseconds of each pass over the hidden matrices, and what the bound's bytes take at a copy's bandwidth."""
+    model = build(name, device)
+    optimizer = Celo2(param_groups(model), lr=1e-6)
+    optimizer.step()
+    group = optimizer.param_groups[0]
+    plan, = optimizer._plan(group, group["params"])
+    step = LearnedStep(plan, optimizer.state, optimizer._mlp_on(device), group)
+    count = sum(p.numel() for p in group["params"])
+    x, y = torch.empty(1 << 26, device=device), torch.empty(1 << 26, device=device)
+    copies = [timed(lambda: y.copy_(x), device) for _ in range(rounds + 1)][1:]
+    bandwidth = 8 * x.numel() / statistics.median(copies)
+    with torch.no_grad():
+        step.run()
+        directions: dict[int, torch.Tensor] = {}
+
+        def c() -> None:
+            for bucket in plan.buckets:
+                directions.update(step._directions(bucket))
+
+        passes = {"A accumulate": step._accumulate, "B norms": step._norms, "C direction": c,
+                  "apply": lambda: step._apply(directions)}
+        rows = []
+        for key, run in passes.items():
+            ms = 1e3 * statistics.median([timed(run, device) for _ in range(rounds + 1)][1:])
+            bound = 1e3 * BOUND[key] * count / bandwidth
+            rows.append({"pass": key, "ms": round(ms, 2), "bytes bound ms": round(bound, 2),
+                         "bandwidth share": round(bound / ms, 3)})
+        whole = 1e3 * statistics.median([timed(step.run, device) for _ in range(max(2, rounds // 2))])
+        rest = whole - sum(row["ms"] for row in rows)
+        rows.append({"pass": "Newton-Schulz and the rest", "ms": round(rest, 2), "bytes bound ms": "", "bandwidth share": ""})
+    return [{"device": device_name(device), "model": name, "backend": backend_for(device).name, **row} for row in rows]
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {path}")
+
+
+def plot(path: Path, rows: list[dict]) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 1 + 0.5 * len(rows)))
+    labels = [f"{row['optimizer']}, {row['model']}" for row in rows]
+    axes.barh(labels, [row["ratio"] for row in rows],
+              xerr=[[row["ratio"] - row["ratio_q1"] for row in rows], [row["ratio_q3"] - row["ratio"] for row in rows]])
+    for y, row in enumerate(rows):
+        axes.text(row["ratio_q3"], y, f"  {row['ratio']:g} × ({row['ms']:g} ms)", va="center")
+    axes.set_xlim(0, 1.35 * max(row["ratio_q3"] for row in rows))
+    axes.invert_yaxis()
+    axes.set_xlabel("time of a step, as a multiple of fused AdamW's in the same round (median, quartiles)")
+    axes.set_title(f"{rows[0]['device']}, {rows[0]['threads']} threads", fontsize=10)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    print(f"wrote {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="*", choices=MODELS, default=["124m"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV and PNG (default: benchmarks/results)")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    rows = [row for name in args.model for row in compare(name, device, args.rounds)]
+    for row in rows:
+        print(f"{row['model']:>5}  {row['optimizer']:14s} {row['ms']:10.2f} ms   {row['ratio']:7.2f} x AdamW "
+              f"(quartiles {row['ratio_q1']:.2f} to {row['ratio_q3']:.2f})")
+    write(args.out / f"optimizer_step_{device.type}.csv", rows)
+    plot(args.out / f"optimizer_step_{device.type}.png", rows)
+    if args.profile:
+        rows = [row for name in args.model for row in profile(name, device, args.rounds)]
+        for row in rows:
+            print(f"{row['model']:>5}  {row['pass']:28s} {row['ms']:10.2f} ms   bound {row['bytes bound ms'] or '-':>8} ms")
+        write(args.out / f"optimizer_profile_{device.type}.csv", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Does the loss hold when Celo2's accumulators have half the size? A small GPT, several seeds, both state dtypes.
+
+    python benchmarks/state_dtype.py --seeds 3      -> results/state_dtype.csv and .png
+
+Each run is the driver's (`celo2-pretrain train`, configs/tiny_cpu.yaml, one process): the text of the installed Python,
+the seed of weights and data order from 0 on. The two dtypes of a seed share everything else.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from celo2_pretrain.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+DTYPES = ("fp32", "bf16")
+
+
+def driver(*arguments: str, log: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    with open(log, "w") as file:
+        done = subprocess.run([sys.executable, "-m", "celo2_pretrain.cli", *arguments], cwd=ROOT, env=environment,
+                              stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)} failed; see {log}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--parallel", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/state_dtype")
+    args = parser.parse_args()
+    args.runs.mkdir(parents=True, exist_ok=True)
+    data = ROOT / "data/python"
+    if not (data / "index.json").exists():
+        driver("prepare", "--python", "--out", str(data), "--vocab-size", "2048", "--tokenizer-mb", "2",
+               log=args.runs / "prepare.log")
+
+    def train(case: tuple[str, int]) -> None:
+        dtype, seed = case
+        run = args.runs / f"{dtype}_{seed}"
+        driver("train", "--config", "configs/tiny_cpu.yaml", "--overwrite", f"run_dir={run}", f"data.path={data}",
+               f"train.seed={seed}", f"train.max_steps={args.steps}", f"optimizer.state_dtype={dtype}", "eval.every=25",
+               "eval.prompt=", "checkpoint.every=1000000", "checkpoint.any_world=false", log=args.runs / f"{dtype}_{seed}.log")
+
+    cases = [(dtype, seed) for seed in range(args.seeds) for dtype in DTYPES]
+    with ThreadPoolExecutor(args.parallel) as pool:
+        for case, _ in zip(cases, pool.map(train, cases)):
+            print(f"trained {case[0]}, seed {case[1]}", flush=True)
+
+    rows, curves = [], {dtype: [] for dtype in DTYPES}
+    for dtype, seed in cases:
+        points = [(r["step"], r["val_loss"]) for r in read_metrics(args.runs / f"{dtype}_{seed}") if "val_loss" in r]
+        curves[dtype].append(points)
+        rows += [{"state_dtype": dtype, "seed": seed, "step": step, "val_loss": round(loss, 5)} for step, loss in points]
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / "state_dtype.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    final = {dtype: [points[-1][1] for points in curves[dtype]] for dtype in DTYPES}
+    for dtype, losses in final.items():
+        print(f"{dtype}: validation loss {statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f} over {len(losses)} "
+              f"seeds ({', '.join(f'{loss:.4f}' for loss in losses)})")
+    gaps = [b - a for a, b in zip(final["fp32"], final["bf16"])]
+    print(f"bf16 − fp32, seed by seed: {statistics.mean(gaps):+.4f} ({', '.join(f'{gap:+.4f}' for gap in gaps)})")
+
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for number, dtype in enumerate(DTYPES):
+        for seed, points in enumerate(curves[dtype]):
+            axes.plot(*zip(*points[1:]), color=f"C{number}", linewidth=1, linestyle=("-", "--", ":", "-.")[seed % 4],
+                      label=f"{dtype}: {statistics.mean(final[dtype]):.3f} ± {statistics.stdev(final[dtype]):.3f}"
+                      if seed == 0 else None)
+    axes.set(xlabel="step", ylabel="validation loss (nats per token)",
+             title="Celo2's accumulators in float32 and bfloat16 (a line style is a seed)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(RESULTS / "state_dtype.png", dpi=120)
+    print(f"wrote {RESULTS / 'state_dtype.csv'} and .png")
+
+
+if __name__ == "__main__":
+    main()
