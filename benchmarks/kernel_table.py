@@ -26,13 +26,14 @@ def rows(dtypes: list[str], targets: list[str]) -> list[tuple]:
         for dtype in dtypes:
             for aligned in (True, False):
                 for kernel in kernels(dtype, aligned, target.startswith("gfx")):
-                    vectors = kernel.elements == 0 and kernel.name != "symmetric_product"  # float32 whatever the dtype
-                    key = (kernel.name, target, *(() if vectors else (dtype, aligned)))
+                    product = kernel.name == "symmetric_product"
+                    kind = (dtype if product or {"G", "P"} & set(kernel.constants) else "fp32",  # else always float32
+                            ("yes" if aligned else "no") if product or "ALIGNED" in kernel.constants else "")
+                    key = (kernel.name, target, *kind)
                     if key in seen:
                         continue
                     seen.add(key)
                     cost = measure(kernel, target)
-                    kind = ("fp32", "") if vectors else (dtype, "yes" if aligned else "no")
                     moved = (f"{cost.streamed:g}", kernel.bound, f"{cost.shared:.2f}") if kernel.bound else ("", "", "")
                     found.append((kernel.name, *kind, target, cost.registers, cost.spilled, *moved))
     return found

@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import accumulate, adamw, apply, direction, factored, flat, fold, norms, symmetric_product, tiles
+from . import accumulate, adamw, apply, direction, factored, flat, fold, norms, rescale, symmetric_product, tiles
 from .tiles import OPTIONS, Size
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
@@ -60,7 +60,8 @@ class Resources:
 def kernels(dtype: str, aligned: bool, amd: bool = False) -> list[Kernel]:
     """The kernels of a step, as launched for parameters and gradients of `dtype`."""
     size, wide = Size(), {"fp32": 4, "bf16": 2, "fp16": 2}[dtype]
-    g = {"G": DTYPES[dtype], "ALIGNED": aligned, "ROWS": size.rows, "COLS": size.cols}
+    place = {"ALIGNED": aligned, "ROWS": size.rows, "COLS": size.cols}
+    g = {**place, "G": DTYPES[dtype]}
     gp = {**g, "P": DTYPES[dtype]}
     tile = size.rows * size.cols
     sums = {"order": "*i32", "targets": "*i64", "pointers": "*i64", "scratch": "*fp32"}
@@ -71,6 +72,10 @@ def kernels(dtype: str, aligned: bool, amd: bool = False) -> list[Kernel]:
                size.rows // norms.STEP, 16 + 2 * wide),
         Kernel("direction", direction.direction_kernel, {**TABLES, "theta": "*fp32"}, {**gp, "STEP": direction.STEP},
                tile, size.rows // direction.STEP, 20 + 2 * wide),
+        Kernel("output_squares", rescale.output_squares_kernel, {**TABLES, "squares": "*fp32"},
+               {**place, "STEP": rescale.STEP}, tile, size.rows // rescale.STEP, 4),
+        Kernel("rescale", rescale.rescale_kernel, {**TABLES, "totals": "*i64"}, {**place, "STEP": rescale.STEP}, tile,
+               size.rows // rescale.STEP, 8),
         Kernel("apply", apply.apply_kernel, {**CHUNKS, **_floats("lr", "weight_decay")},
                {"P": DTYPES[dtype], "ALIGNED": aligned, "BLOCK": flat.BLOCK}, flat.BLOCK, 1, 4 + 2 * wide),
         Kernel("adamw", adamw.adamw_kernel,

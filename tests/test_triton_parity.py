@@ -85,7 +85,11 @@ else:
                   for part, both, x in zip(parts, vectors, squares)]
         out = [torch.zeros(t.rms.shape) for t in tensors]
         backend.direction(parts, tensors, factors, layers, mlp, out)
-        made = [x for both in totals for x in both] + squares + out
+        sums = [torch.full(part.shape.lead, 0.5) for part in parts]
+        scaled = [x.clone() for x in out]
+        backend.output_squares(parts, scaled, sums)
+        backend.rescale(parts, scaled, sums)
+        made = sums + scaled + [x for both in totals for x in both] + squares + out
         return made + [x for t in tensors for x in (*t.momentum, t.rms, *t.v_full)]
 
     def compare(cases, cuts, dtypes, odd=0, size=SIZE) -> None:
@@ -120,7 +124,8 @@ else:
     @pytest.mark.parametrize("odd", [0, 1, 3])
     def test_many_tensors_share_a_launch_wherever_they_lie(odd):
         cases = [((7, 13), NONE), ((36, 12), MatrixView(transpose=True, split=(12, 12, 12))), (VECTOR, NONE),
-                 ((9, 1), NONE), ((8, 16), NONE), ((3, 9, 7), MatrixView(batch=1)), ((12, 8), MatrixView(transpose=True))]
+                 ((9, 1), NONE), ((8, 16), NONE), ((3, 9, 7), MatrixView(batch=1)),
+                 ((12, 8), MatrixView(transpose=True))]
         cuts = [(0, 91), (100, 432), (0, 13), (4, 4), (16, 128), (20, 180), (0, 96)]
         compare(cases, cuts, (torch.float32, torch.float32), odd)
         compare(cases, cuts, (torch.float32, torch.float32), odd, Size(rows=4, cols=32))

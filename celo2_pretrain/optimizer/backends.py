@@ -22,7 +22,7 @@ from torch import Tensor
 from ..kernels import cpu
 from . import passes
 from .passes import FirstLayer, Shape, Tensors
-from .reference import MLP
+from .reference import MLP, NORM_EPS
 from .views import Piece
 
 if TYPE_CHECKING:
@@ -126,6 +126,19 @@ class Reference:
         for part, t, factor, layer, direction in zip(parts, tensors, factors, layers, out):
             for piece in part.pieces:
                 piece.of(direction).copy_(passes.direction(t, piece, part.shape, factor, layer, mlp))
+
+    def output_squares(self, parts: Sequence[Part], out: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
+        """`squares` (*lead) of each part gain the sums of squares of its slice's direction `out`, over what is here."""
+        for part, x, square in zip(parts, out, squares):
+            for piece in part.pieces:
+                piece.within(square).add_(piece.of(x).square().sum(part.shape.norm_axes, keepdim=True))
+
+    def rescale(self, parts: Sequence[Part], out: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
+        """Step 8: divide the directions by their root mean square, in place."""
+        for part, x, square in zip(parts, out, squares):
+            scale = (square / part.shape.per_matrix + NORM_EPS).rsqrt()
+            for piece in part.pieces:
+                piece.of(x).mul_(piece.within(scale))
 
     def apply(self, slices: Sequence[tuple[Tensor, Tensor]], lr: float, weight_decay: float) -> None:
         """Step 9 for flat (p, step) of each slice, p in any float dtype; `step` is used up."""

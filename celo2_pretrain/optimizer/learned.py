@@ -19,7 +19,7 @@ from .backends import backend_for
 from .layouts import Layout, Slice, collective_device, local
 from .orthogonalize import Exchange, Unit, choose_owners, units_of
 from .passes import Shape, Tensors
-from .reference import MLP, NORM_EPS
+from .reference import MLP
 from .views import Piece, pieces
 
 
@@ -186,15 +186,10 @@ class LearnedStep:
             out, parts = self._directions(bucket), [self.plan.parts[k] for k in self.plan.parts_of(bucket)]
             flat, chunks = self._zeros([prod(part.shape.lead) for part in parts])
             squares = [chunk.view(part.shape.lead) for chunk, part in zip(chunks, parts)]
-            for part, square in zip(parts, squares):
-                for piece in part.pieces:
-                    piece.within(square).add_(
-                        piece.of(out[part.held]).square().sum(part.shape.norm_axes, keepdim=True))
+            directions = [out[part.held] for part in parts]
+            self.backend.output_squares(parts, directions, squares)
             reduce(flat, self.layout)
-            for part, square in zip(parts, squares):
-                scale = (square / part.shape.per_matrix + NORM_EPS).rsqrt()
-                for piece in part.pieces:
-                    piece.of(out[part.held]).mul_(piece.within(scale))
+            self.backend.rescale(parts, directions, squares)
             self._apply(out)
 
     def _apply(self, out: dict[int, Tensor]) -> None:

@@ -26,6 +26,7 @@ from ..kernels.factored import VECTORS, factors, update_factored
 from ..kernels.flat import make_chunks
 from ..kernels.fold import flat_theta, fold
 from ..kernels.norms import norms
+from ..kernels.rescale import output_squares, rescale
 from ..kernels.tiles import Box, Size, Tiles, make_tiles
 from .backends import Reference, boxes_of, inner_axis
 from .layouts import local
@@ -159,6 +160,29 @@ class Triton(Reference):
             with _on(device):
                 direction(self._tiles(some, device), _table(pointers, device), theta, group.g_dtype, group.p_dtype,
                           group.aligned)
+
+    def output_squares(self, parts: Sequence[Part], out: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
+        rest = [k for k, part in enumerate(parts) if not covered(part.shape)]
+        super().output_squares(*(_pick(x, rest) for x in (parts, out, squares)))
+        self._outputs(output_squares, parts, out, squares)
+
+    def rescale(self, parts: Sequence[Part], out: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
+        rest = [k for k, part in enumerate(parts) if not covered(part.shape)]
+        super().rescale(*(_pick(x, rest) for x in (parts, out, squares)))
+        self._outputs(rescale, parts, out, squares)
+
+    def _outputs(self, launch: Any, parts: Sequence[Part], out: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
+        """Launch a kernel of rescale.py for the parts that it covers."""
+        for aligned in (True, False):
+            numbers = [k for k, part in enumerate(parts) if covered(part.shape) and part.pieces
+                       and (_aligned(part) and out[k].data_ptr() % 16 == 0) == aligned]
+            if numbers:
+                device = out[numbers[0]].device
+                pointers = [[0] * 6 + [out[k].data_ptr()] + [0] * 5 for k in numbers]
+                totals = [(squares[k].data_ptr(), squares[k].numel()) for k in numbers]
+                with _on(device):
+                    launch(self._tiles(_pick(parts, numbers), device), _table(pointers, device), _table(totals, device),
+                           aligned)
 
     def apply(self, slices: Sequence[tuple[Tensor, Tensor]], lr: float, weight_decay: float) -> None:
         found: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
