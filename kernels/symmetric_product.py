@@ -80,5 +80,5 @@ def symmetric_product(x: Tensor, scale: float = 1.0, add: float = 0.0) -> Tensor
         # NVIDIA's tensor cores take three products of TF32 for one of float32; AMD's have float32.
         precision = "ieee" if x.device.type == "cpu" or torch.version.hip else "tf32x3"
         symmetric_product_kernel[(blocks, blocks, batch)](
-            x, out, n, k, scale, add, add != 0, precision, block, depth, num_warps=warps)
+            x, out, n, k, scale, add, add != 0, precision, block, depth, num_warps=warps, enable_fp_fusion=True)
     return out

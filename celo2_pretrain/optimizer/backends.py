@@ -65,13 +65,16 @@ def _choose(wanted: str, device: str, accumulators: torch.dtype) -> Reference:
 
 def _choose_triton(wanted: str, device: str) -> tuple[Reference, str]:
     """The Triton backend, or (unless it was asked for by name) plain torch, and why."""
+    if wanted == "compile":
+        return Reference(), "CELO2_BACKEND=compile has kernels for CPU tensors only"
     try:
         from .triton_backend import Triton, interpreted
     except ImportError as error:
         if wanted == "triton":
             raise RuntimeError(f"CELO2_BACKEND=triton, but Triton can't be imported ({error}); install triton, or set "
                                "CELO2_BACKEND=auto") from None
-        return Reference(), f"Triton can't be imported ({error}); the plain-torch passes are many times slower"
+        logger.warning("Triton can't be imported (%s): the plain-torch passes on %s are many times slower", error, device)
+        return Reference(), "Triton can't be imported"
     if device == "cuda":  # also what torch calls AMD's GPUs
         return Triton(), "Triton kernels"
     if wanted == "triton" and device == "cpu":
