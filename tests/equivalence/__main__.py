@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 def summary(everything: dict[int, list[Result]]) -> str:
     """A Markdown table by stage and precision: cells that hold, and the largest errors over cells and worlds."""
     kinds = ("update", "gradient", "state")
-    lines = ["| stage | precision | " + " | ".join(f"{world} ranks" for world in everything) + " | "
+    lines = ["| stage | precision | " + " | ".join(f"{world} rank{'s' * (world > 1)}" for world in everything) + " | "
              + " | ".join(kinds) + " |", "| --- " * (2 + len(everything) + len(kinds)) + "|"]
     rows = dict.fromkeys((result.cell.stage, result.cell.precision) for results in everything.values()
                          for result in results)
@@ -62,9 +62,7 @@ def summary(everything: dict[int, list[Result]]) -> str:
         numbers = [max((result.errors[kind][0] for results in found.values() for result in results
                         if kind in result.errors and not result.cell.gradients_from_plain), default=float("nan"))
                    for kind in kinds]
-        shown = [f"{number:.1e}" if kind != "gradient" or precision == "fp32" else "–"
-                 for kind, number in zip(kinds, numbers)]
-        lines.append(" | ".join([f"| {stage}", precision, *counts, *shown]) + " |")
+        lines.append(" | ".join([f"| {stage}", precision, *counts, *(f"{number:.1e}" for number in numbers)]) + " |")
     return "\n".join(lines)
 
 
