@@ -1,6 +1,7 @@
 """Pass A for all tensors of a plan in one launch: momenta and second moment in place, row and column sums of g².
 
 Plain twin: `accumulate` in celo2_pretrain/optimizer/passes.py. Per element 5 loads and 4 stores, 36 bytes in float32.
+Accumulators in bfloat16 are written with stochastic rounding, whose twin is kernels/rounding.py.
 Every tile writes its partial sums to a scratch buffer, which a second kernel adds up in a fixed order: no atomics,
 so a step can be repeated bit for bit.
 """
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import OPTIONS, Tiles, add_sums, find_tile, pointer
+from .tiles import OPTIONS, PTR, Tiles, add_sums, find_tile, pointer
 
 STEP = 4  # rows at a time
 CLAMP = tl.constexpr(1000.0)
@@ -21,14 +22,34 @@ NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
-def accumulate_kernel(tiles, boxes, pointers, row_sums, col_sums, G: tl.constexpr, ALIGNED: tl.constexpr,
-                      ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr):
+def store_rounded(at, x, index, key, mask, S: tl.constexpr):
+    """Store float32 `x` in dtype S: as it is, or rounded to bfloat16 by bits that depend on index and key alone."""
+    if S == tl.float32:
+        tl.store(at, x, mask=mask)
+    else:
+        bits = x.to(tl.uint32, bitcast=True)
+        r = index.to(tl.uint32) ^ ((index >> 32).to(tl.uint32) * 0x9E3779B1) ^ key
+        r = (r ^ (r >> 16)) * 0x85EBCA6B
+        r = (r ^ (r >> 13)) * 0xC2B2AE35
+        r = (r ^ (r >> 16)) >> 16
+        finite = (bits & 0x7F800000) != 0x7F800000
+        bits = tl.where(finite, bits + r, tl.where(x != x, bits | 0x400000, bits))
+        tl.store(at, (bits >> 16).to(tl.uint16).to(S, bitcast=True), mask=mask)
+
+
+@triton.jit
+def accumulate_kernel(tiles, boxes, pointers, row_sums, col_sums, G: tl.constexpr, S: tl.constexpr,
+                      ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr):
     part, _, first, low, high, _, col_mask, _, _, at, stride = find_tile(tiles, boxes, ROWS, COLS, ALIGNED)
     g_at = pointer(pointers, part, 0, G, ALIGNED) + at
-    m0_at = pointer(pointers, part, 2, tl.float32, ALIGNED) + at
-    m1_at = pointer(pointers, part, 3, tl.float32, ALIGNED) + at
-    m2_at = pointer(pointers, part, 4, tl.float32, ALIGNED) + at
-    v_at = pointer(pointers, part, 5, tl.float32, ALIGNED) + at
+    m0_at = pointer(pointers, part, 2, S, ALIGNED) + at
+    m1_at = pointer(pointers, part, 3, S, ALIGNED) + at
+    m2_at = pointer(pointers, part, 4, S, ALIGNED) + at
+    v_at = pointer(pointers, part, 5, S, ALIGNED) + at
+    start = tl.load(pointers + part * PTR + 12) + at  # of the tile's corner in the whole tensor
+    key = pointers + part * PTR + 13
+    m0_key, m1_key = tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32)
+    m2_key, v_key = tl.load(key + 2).to(tl.uint32), tl.load(key + 3).to(tl.uint32)
     tile = tl.program_id(0).to(tl.int64)
     col_total = tl.zeros([STEP, COLS], tl.float32)
     for down in range(0, ROWS, STEP):
@@ -38,29 +59,31 @@ def accumulate_kernel(tiles, boxes, pointers, row_sums, col_sums, G: tl.constexp
         place = i[:, None] * stride + tl.arange(0, COLS)[None, :]
         g = tl.load(g_at + place, mask=mask, other=0.0).to(tl.float32)
         g = tl.clamp(g, -CLAMP, CLAMP, propagate_nan=NAN)
-        m0 = tl.load(m0_at + place, mask=mask, other=0.0)
-        m1 = tl.load(m1_at + place, mask=mask, other=0.0)
-        m2 = tl.load(m2_at + place, mask=mask, other=0.0)
-        v = tl.load(v_at + place, mask=mask, other=0.0)
-        tl.store(m0_at + place, m0 * 0.9 + g * REST_0, mask=mask)
-        tl.store(m1_at + place, m1 * 0.99 + g * REST_1, mask=mask)
-        tl.store(m2_at + place, m2 * 0.999 + g * REST_2, mask=mask)
+        m0 = tl.load(m0_at + place, mask=mask, other=0.0).to(tl.float32)
+        m1 = tl.load(m1_at + place, mask=mask, other=0.0).to(tl.float32)
+        m2 = tl.load(m2_at + place, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_at + place, mask=mask, other=0.0).to(tl.float32)
+        store_rounded(m0_at + place, m0 * 0.9 + g * REST_0, start + place, m0_key, mask, S)
+        store_rounded(m1_at + place, m1 * 0.99 + g * REST_1, start + place, m1_key, mask, S)
+        store_rounded(m2_at + place, m2 * 0.999 + g * REST_2, start + place, m2_key, mask, S)
         square = g * g
-        tl.store(v_at + place, v * 0.95 + square * 0.05, mask=mask)
+        store_rounded(v_at + place, v * 0.95 + square * 0.05, start + place, v_key, mask, S)
         s = tl.where(mask, square + 1e-30, 0.0)
         col_total += s
         tl.store(row_sums + tile * ROWS + i, tl.sum(s, 1))
     tl.store(col_sums + tile * COLS + tl.arange(0, COLS), tl.sum(col_total, 0))
 
 
-def accumulate(tiles: Tiles, pointers: Tensor, totals: Tensor, g_dtype: tl.dtype, aligned: bool) -> None:
+def accumulate(tiles: Tiles, pointers: Tensor, totals: Tensor, g_dtype: tl.dtype, s_dtype: tl.dtype,
+               aligned: bool) -> None:
     """Update m0, m1, m2, v of all parts, and add the sums of g² + 1e-30 to their row and column totals.
 
     Args:
         tiles: from `make_tiles`.
-        pointers: (parts, 12) int64, addresses in the order of POINTERS.
+        pointers: (parts, 17) int64, in the order of POINTERS.
         totals: (parts, 2) int64, addresses of the (matrices, height) row sums and (matrices, width) column sums.
         g_dtype: of all parts' gradients.
+        s_dtype: of all parts' m0, m1, m2, v: float32 or bfloat16.
         aligned: all addresses are multiples of 16 bytes; offsets, strides, columns and widths multiples of 4.
     """
     if not len(tiles):
@@ -68,7 +91,7 @@ def accumulate(tiles: Tiles, pointers: Tensor, totals: Tensor, g_dtype: tl.dtype
     size = tiles.size
     row_sums = torch.empty(len(tiles), size.rows, device=pointers.device)
     col_sums = torch.empty(len(tiles), size.cols, device=pointers.device)
-    accumulate_kernel[(len(tiles),)](tiles.tiles, tiles.boxes, pointers, row_sums, col_sums, g_dtype, aligned, *size,
-                                     min(STEP, size.rows), **OPTIONS)
+    accumulate_kernel[(len(tiles),)](tiles.tiles, tiles.boxes, pointers, row_sums, col_sums, g_dtype, s_dtype,
+                                     aligned, *size, min(STEP, size.rows), **OPTIONS)
     add_sums(tiles.rows, totals, 0, row_sums)
     add_sums(tiles.cols, totals, 1, col_sums)

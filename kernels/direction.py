@@ -35,11 +35,11 @@ def add_products(y, x, weights):
 
 
 @triton.jit
-def direction_kernel(tiles, boxes, pointers, theta, G: tl.constexpr, P: tl.constexpr, ALIGNED: tl.constexpr,
-                     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr):
+def direction_kernel(tiles, boxes, pointers, theta, G: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
+                     ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr):
     part, matrix, first, low, high, columns, col_mask, height, width, at, stride = find_tile(tiles, boxes, ROWS, COLS,
                                                                                              ALIGNED)
-    elements = element_pointers(pointers, part, at, G, P, ALIGNED)
+    elements = element_pointers(pointers, part, at, G, P, S, ALIGNED)
     out = pointer(pointers, part, 6, tl.float32, ALIGNED) + at
     row_factor = pointer(pointers, part, 7, tl.float32, False) + matrix * 3 * height
     col_factor_at = pointer(pointers, part, 8, tl.float32, False) + matrix * 3 * width + columns
@@ -78,8 +78,8 @@ def direction_kernel(tiles, boxes, pointers, theta, G: tl.constexpr, P: tl.const
         tl.store(out + place, result, mask=mask)
 
 
-def direction(tiles: Tiles, pointers: Tensor, theta: Tensor, g_dtype: tl.dtype, p_dtype: tl.dtype, aligned: bool
-              ) -> None:
+def direction(tiles: Tiles, pointers: Tensor, theta: Tensor, g_dtype: tl.dtype, p_dtype: tl.dtype, s_dtype: tl.dtype,
+              aligned: bool) -> None:
     """Write all parts' directions, float32, to their `out`.
 
     Args: as of `norms`; `pointers` also has out, and what `fold` made: weight (matrices, 18, 8), row_bias
@@ -87,5 +87,5 @@ def direction(tiles: Tiles, pointers: Tensor, theta: Tensor, g_dtype: tl.dtype, 
         theta: the MLP's weights as `flat_theta` lays them out.
     """
     if len(tiles):
-        direction_kernel[(len(tiles),)](tiles.tiles, tiles.boxes, pointers, theta, g_dtype, p_dtype, aligned,
-                                        *tiles.size, min(STEP, tiles.size.rows), **OPTIONS)
+        direction_kernel[(len(tiles),)](tiles.tiles, tiles.boxes, pointers, theta, g_dtype, p_dtype, s_dtype,
+                                        aligned, *tiles.size, min(STEP, tiles.size.rows), **OPTIONS)

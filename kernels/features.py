@@ -12,11 +12,12 @@ NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
-def element_pointers(pointers, part, at, G: tl.constexpr, P: tl.constexpr, ALIGNED: tl.constexpr):
+def element_pointers(pointers, part, at, G: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
+                     ALIGNED: tl.constexpr):
     """g, p, m0, m1, m2, v at the tile's corner."""
     return (pointer(pointers, part, 0, G, ALIGNED) + at, pointer(pointers, part, 1, P, ALIGNED) + at,
-            pointer(pointers, part, 2, tl.float32, ALIGNED) + at, pointer(pointers, part, 3, tl.float32, ALIGNED) + at,
-            pointer(pointers, part, 4, tl.float32, ALIGNED) + at, pointer(pointers, part, 5, tl.float32, ALIGNED) + at)
+            pointer(pointers, part, 2, S, ALIGNED) + at, pointer(pointers, part, 3, S, ALIGNED) + at,
+            pointer(pointers, part, 4, S, ALIGNED) + at, pointer(pointers, part, 5, S, ALIGNED) + at)
 
 
 @triton.jit
@@ -32,10 +33,10 @@ def load_features(elements, place, mask, row_factor, col_factor):
     rsqrt(v + 1e-8). `row_factor`: 3 × (STEP,), `col_factor`: 3 × (COLS,)."""
     g = tl.load(elements[0] + place, mask=mask, other=0.0).to(tl.float32)
     p = tl.load(elements[1] + place, mask=mask, other=0.0).to(tl.float32)
-    m0 = tl.load(elements[2] + place, mask=mask, other=0.0)
-    m1 = tl.load(elements[3] + place, mask=mask, other=0.0)
-    m2 = tl.load(elements[4] + place, mask=mask, other=0.0)
-    v = tl.load(elements[5] + place, mask=mask, other=0.0)
+    m0 = tl.load(elements[2] + place, mask=mask, other=0.0).to(tl.float32)
+    m1 = tl.load(elements[3] + place, mask=mask, other=0.0).to(tl.float32)
+    m2 = tl.load(elements[4] + place, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(elements[5] + place, mask=mask, other=0.0).to(tl.float32)
     f0 = row_factor[0][:, None] * col_factor[0][None, :]
     f1 = row_factor[1][:, None] * col_factor[1][None, :]
     f2 = row_factor[2][:, None] * col_factor[2][None, :]

@@ -27,6 +27,7 @@ from .tiles import OPTIONS, Size
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
            "gfx942": GPUTarget("hip", "gfx942", 64)}
 DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 TABLES = {"tiles": "*i32", "boxes": "*i64", "pointers": "*i64"}
 CHUNKS = {"chunks": "*i32", "slices": "*i64"}
 VECTORS = {"matrices": "*i64", "vectors": "*i64"}
@@ -57,21 +58,21 @@ class Resources:
     shared: float
 
 
-def kernels(dtype: str, aligned: bool, amd: bool = False) -> list[Kernel]:
-    """The kernels of a step, as launched for parameters and gradients of `dtype`."""
-    size, wide = Size(), {"fp32": 4, "bf16": 2, "fp16": 2}[dtype]
+def kernels(dtype: str, aligned: bool, amd: bool = False, states: str = "fp32") -> list[Kernel]:
+    """The kernels of a step, as launched for parameters and gradients of `dtype`, accumulators of `states`."""
+    size, wide, state = Size(), WIDTHS[dtype], WIDTHS[states]
     place = {"ALIGNED": aligned, "ROWS": size.rows, "COLS": size.cols}
-    g = {**place, "G": DTYPES[dtype]}
+    g = {**place, "G": DTYPES[dtype], "S": DTYPES[states]}
     gp = {**g, "P": DTYPES[dtype]}
     tile = size.rows * size.cols
     sums = {"order": "*i32", "targets": "*i64", "pointers": "*i64", "scratch": "*fp32"}
     return [
         Kernel("accumulate", accumulate.accumulate_kernel, {**TABLES, "row_sums": "*fp32", "col_sums": "*fp32"},
-               {**g, "STEP": accumulate.STEP}, tile, size.rows // accumulate.STEP, 32 + wide),
+               {**g, "STEP": accumulate.STEP}, tile, size.rows // accumulate.STEP, 8 * state + wide),
         Kernel("norms", norms.norms_kernel, {**TABLES, "squares": "*fp32"}, {**gp, "STEP": norms.STEP}, tile,
-               size.rows // norms.STEP, 16 + 2 * wide),
+               size.rows // norms.STEP, 4 * state + 2 * wide),
         Kernel("direction", direction.direction_kernel, {**TABLES, "theta": "*fp32"}, {**gp, "STEP": direction.STEP},
-               tile, size.rows // direction.STEP, 20 + 2 * wide),
+               tile, size.rows // direction.STEP, 4 + 4 * state + 2 * wide),
         Kernel("output_squares", rescale.output_squares_kernel, {**TABLES, "squares": "*fp32"},
                {**place, "STEP": rescale.STEP}, tile, size.rows // rescale.STEP, 4),
         Kernel("rescale", rescale.rescale_kernel, {**TABLES, "totals": "*i64"}, {**place, "STEP": rescale.STEP}, tile,

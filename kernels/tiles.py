@@ -42,8 +42,10 @@ class Box(NamedTuple):
 
 
 BOX = tl.constexpr(len(Box._fields))
-# What a part is, as addresses: a row of the pointer table. A kernel reads the ones that it needs.
-POINTERS = ("g", "p", "m0", "m1", "m2", "v", "out", "row_factor", "col_factor", "weight", "row_bias", "col_bias")
+# What a part is, a row of the pointer table: addresses, then where the slice begins in the whole tensor and the keys by
+# which m0, m1, m2 and v are rounded. A kernel reads the ones that it needs.
+POINTERS = ("g", "p", "m0", "m1", "m2", "v", "out", "row_factor", "col_factor", "weight", "row_bias", "col_bias",
+            "start", "m0_key", "m1_key", "m2_key", "v_key")
 PTR = tl.constexpr(len(POINTERS))
 
 

@@ -1,4 +1,4 @@
-"""Which backend serves GPU tensors, and that the optimizer's own launches compile: with Triton's compiler, without a GPU.
+"""Which backend serves GPU tensors; and the optimizer's own launches compile, with Triton's compiler, without a GPU.
 
 Triton is told that there is an H100, and only compiles what would be launched there, so no value is right.
 """
@@ -54,9 +54,9 @@ def launched(monkeypatch) -> dict[str, list]:
     driver._active = before
 
 
-def step(orthogonalize: bool, p_dtype: torch.dtype) -> None:
+def step(orthogonalize: bool, p_dtype: torch.dtype, state_dtype: str = "fp32") -> None:
     params = [torch.nn.Parameter(torch.randn(shape).to(p_dtype)) for shape in ((16, 32), (5, 7), (16,))]
-    optimizer = Celo2(params, orthogonalize=orthogonalize)
+    optimizer = Celo2(params, orthogonalize=orthogonalize, state_dtype=state_dtype)
     for p in params:
         p.grad = torch.randn_like(p)
     optimizer.step()
@@ -69,6 +69,7 @@ def test_every_launch_of_a_step_compiles_as_it_is_made(launched, monkeypatch):
         step(True, dtype)
         step(False, dtype)
         symmetric_product(torch.ones(2, 16, 32, dtype=dtype))
+    step(True, torch.float32, "bf16")
     names = {kernel.function.fn.__name__ for kernel in kernels("fp32", True)}
     assert set(launched) == names  # the gates of test_triton_compile.py leave none out
     for name, compiled in launched.items():

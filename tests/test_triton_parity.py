@@ -57,7 +57,7 @@ else:
     def random_mlp() -> MLP:
         return MLP(*(torch.randn(s) / 3 for s in [DIMS[:2], DIMS[1:2], DIMS[1:3], DIMS[2:3], DIMS[2:], DIMS[3:]]))
 
-    def draw(shape, start, stop, seed, dtypes, odd=0) -> Tensors:
+    def draw(shape, start, stop, seed, dtypes, odd=0, states=torch.float32) -> Tensors:
         """A slice's tensors, with gradients over many magnitudes, each lying `odd` elements into its storage."""
         generator = torch.Generator().manual_seed(seed)
         n = stop - start
@@ -68,8 +68,9 @@ else:
             return (x * scale).to(dtype)[odd:]
 
         scale = 10.0 ** torch.randint(-4, 4, (n + odd,), generator=generator)
-        return Tensors(some(dtypes[0]), some(dtypes[1], scale), [some() for _ in range(3)], some(square=True),
-                       [some(square=True) for _ in range(3)] if len(shape) == 1 else [])
+        return Tensors(some(dtypes[0]), some(dtypes[1], scale), [some(states) for _ in range(3)],
+                       some(states, square=True), [some(square=True) for _ in range(3)] if len(shape) == 1 else [],
+                       start, (1, 2**31, 2**32 - 1, 12345))
 
     def passes(backend: Reference, parts: list[Part], tensors: list[Tensors], mlp: MLP) -> list[torch.Tensor]:
         """All three passes over a plan's parts; returns everything that they make."""
@@ -92,14 +93,14 @@ else:
         made = sums + scaled + [x for both in totals for x in both] + squares + out
         return made + [x for t in tensors for x in (*t.momentum, t.rms, *t.v_full)]
 
-    def compare(cases, cuts, dtypes, odd=0, size=SIZE) -> None:
+    def compare(cases, cuts, dtypes, odd=0, size=SIZE, states=torch.float32) -> None:
         """The kernels against plain torch, for a plan of the cases' blocks, each cut as `cuts` says."""
         torch.manual_seed(0)
         mlp, made = random_mlp(), []
         for backend in (Triton(size), Reference()):
             parts, tensors = [], []
             for number, ((shape, view), (start, stop)) in enumerate(zip(cases, cuts)):
-                t = draw(shape, start, stop, number, dtypes, odd)
+                t = draw(shape, start, stop, number, dtypes, odd, states)
                 for block in view.blocks(shape):
                     parts.append(Part(number, Shape(block), pieces(block, start, stop, most=50), 0, 0))
                     tensors.append(t)
@@ -120,6 +121,20 @@ else:
     def test_parameters_and_gradients_may_have_any_dtype(p_dtype, g_dtype):
         compare([((12, 20), NONE)], [(0, 240)], (p_dtype, g_dtype))
         compare([((7, 13), NONE)], [(5, 80)], (p_dtype, g_dtype))
+
+    def test_accumulators_in_bfloat16_are_rounded_like_their_twins():
+        compare([((12, 20), NONE), ((14, 9), MatrixView(transpose=True))], [(0, 240), (11, 120)],
+                (torch.float32, torch.float32), states=torch.bfloat16)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_a_nan_or_inf_in_an_accumulator_stays_one(value):
+        shape = Shape(NONE.blocks((2, 4))[0])
+        t = draw((2, 4), 0, 8, 0, (torch.float32, torch.float32), states=torch.bfloat16)
+        t.momentum[2][5] = value
+        Triton(SIZE).accumulate([Part(0, shape, pieces(shape.block, 0, 8), 0, 0)], [t],
+                                [(torch.zeros(shape.row), torch.zeros(shape.col))])
+        assert torch.isfinite(t.momentum[2]).tolist() == [k != 5 for k in range(8)]
+        torch.testing.assert_close(t.momentum[2][5].float(), torch.tensor(value), equal_nan=True)
 
     @pytest.mark.parametrize("odd", [0, 1, 3])
     def test_many_tensors_share_a_launch_wherever_they_lie(odd):

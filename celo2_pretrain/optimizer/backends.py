@@ -34,19 +34,17 @@ BACKENDS = ("auto", "triton", "compile", "reference")
 JOB = 1 << 18  # elements of one call; fixed, so that sums don't depend on the number of threads
 
 
-def backend_for(device: torch.device, accumulators: torch.dtype = torch.float32) -> Reference:
-    """The backend for tensors of this device and accumulators, by CELO2_BACKEND. Raises ValueError for an unknown name."""
+def backend_for(device: torch.device) -> Reference:
+    """The backend for tensors of this device, by CELO2_BACKEND. Raises ValueError for an unknown name."""
     wanted = os.environ.get("CELO2_BACKEND", "auto")
     if wanted not in BACKENDS:
         raise ValueError(f"CELO2_BACKEND={wanted!r} is none of {', '.join(BACKENDS)}")
-    return _choose(wanted, device.type, accumulators)
+    return _choose(wanted, device.type)
 
 
 @functools.cache
-def _choose(wanted: str, device: str, accumulators: torch.dtype) -> Reference:
-    if (wanted == "triton" or device != "cpu") and accumulators != torch.float32:
-        chosen, why = Reference(), f"there are no Triton kernels for accumulators of {accumulators} yet"
-    elif wanted == "reference":
+def _choose(wanted: str, device: str) -> Reference:
+    if wanted == "reference":
         chosen, why = Reference(), "CELO2_BACKEND asks for it"
     elif wanted == "triton" or device != "cpu":
         chosen, why = _choose_triton(wanted, device)

@@ -107,7 +107,7 @@ class LearnedStep:
         self.plan, self.state, self.mlp, self.group = plan, state, mlp, group
         self.layout = plan.layout
         self.device = local(self.layout.slices[0].storage).device
-        self.backend = backend_for(self.device, state[self.layout.slices[0].storage]["rms"].dtype)
+        self.backend = backend_for(self.device)
 
     def run(self) -> None:
         for state in {id(held.storage): self.state[held.storage] for held in self.layout.slices}.values():

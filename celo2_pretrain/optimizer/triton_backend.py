@@ -77,6 +77,7 @@ class Group:
     numbers: list[int]
     g_dtype: tl.dtype
     p_dtype: tl.dtype
+    s_dtype: tl.dtype  # of the accumulators
     aligned: bool
 
 
@@ -106,7 +107,7 @@ class Triton(Reference):
                     for part, (row, col) in zip(some, _pick(totals, group.numbers))]
             with _on(device):
                 accumulate(self._tiles(some, device), _table([_pointers(t) for t in held], device),
-                           _table(sums, device), group.g_dtype, group.aligned)
+                           _table(sums, device), group.g_dtype, group.s_dtype, group.aligned)
 
     def update_factored(self, parts: Sequence[Part], totals: Sequence[tuple[Tensor, Tensor]],
                         vectors: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -133,7 +134,7 @@ class Triton(Reference):
             sums = [(x.data_ptr(), x[0].numel()) for x in _pick(squares, group.numbers)]
             with _on(device):
                 norms(self._tiles(some, device), _table(pointers, device), _table(sums, device), group.g_dtype,
-                      group.p_dtype, group.aligned)
+                      group.p_dtype, group.s_dtype, group.aligned)
 
     def direction(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Vectors],
                   layers: Sequence[Layer], mlp: MLP, out: Sequence[Tensor]) -> None:
@@ -159,7 +160,7 @@ class Triton(Reference):
                     _by_storage(part.shape, row_bias, col_bias)))
             with _on(device):
                 direction(self._tiles(some, device), _table(pointers, device), theta, group.g_dtype, group.p_dtype,
-                          group.aligned)
+                          group.s_dtype, group.aligned)
 
     def output_squares(self, parts: Sequence[Part], out: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
         rest = [k for k, part in enumerate(parts) if not covered(part.shape)]
@@ -178,7 +179,7 @@ class Triton(Reference):
                        and (_aligned(part) and out[k].data_ptr() % 16 == 0) == aligned]
             if numbers:
                 device = out[numbers[0]].device
-                pointers = [[0] * 6 + [out[k].data_ptr()] + [0] * 5 for k in numbers]
+                pointers = [[0] * 6 + [out[k].data_ptr()] + [0] * 10 for k in numbers]
                 totals = [(squares[k].data_ptr(), squares[k].numel()) for k in numbers]
                 with _on(device):
                     launch(self._tiles(_pick(parts, numbers), device), _table(pointers, device), _table(totals, device),
@@ -252,8 +253,9 @@ class Triton(Reference):
             if covered(part.shape) and part.pieces:
                 aligned = _aligned(part) and all(address % 16 == 0 for address in (
                     *_elements(t), *((out[k].data_ptr(),) if out else ())))
-                found.setdefault((t.g.dtype, t.p.dtype, aligned), []).append(k)
-        return [Group(numbers, DTYPES[g], DTYPES[p], aligned) for (g, p, aligned), numbers in found.items()]
+                found.setdefault((t.g.dtype, t.p.dtype, t.rms.dtype, aligned), []).append(k)
+        return [Group(numbers, DTYPES[g], DTYPES[p], DTYPES[s], aligned)
+                for (g, p, s, aligned), numbers in found.items()]
 
     def _tiles(self, parts: Sequence[Part], device: torch.device) -> Tiles:
         return self._keep("tiles", parts, device, lambda: make_tiles(
@@ -307,7 +309,7 @@ def _elements(t: Tensors) -> list[int]:
 def _pointers(t: Tensors, out: int = 0, factor: tuple[int, int] = (0, 0), weight: int = 0,
               bias: tuple[int, int] = (0, 0)) -> list[int]:
     """A row of the kernels' pointer table."""
-    return [*_elements(t), out, *factor, weight, *bias]
+    return [*_elements(t), out, *factor, weight, *bias, t.start, *(t.keys or (0, 0, 0, 0))]
 
 
 def _vectors(vectors: Vectors, **values: int) -> list[int]:
