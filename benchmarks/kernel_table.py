@@ -2,9 +2,10 @@
 
     python benchmarks/kernel_table.py        -> results/kernels.csv, and the table on the screen
 
-`streamed` are the bytes that a kernel loads and stores for each element, `bound` what it can't do without; `shared` are
-bytes of vectors, weights and partial sums, which neighbouring programs share and caches serve. Kernels without a bound
-work on vectors and sums, which are small beside the tensors.
+`dtype` is that of parameters and gradients, `states` that of the accumulators. `streamed` are the bytes that a kernel
+loads and stores for each element, `bound` what it can't do without; `shared` are bytes of vectors, weights and partial
+sums, which neighbouring programs share and caches serve. Kernels without a bound work on vectors and sums, which are
+small beside the tensors.
 """
 from __future__ import annotations
 
@@ -12,30 +13,30 @@ import argparse
 import csv
 import os
 import sys
+from itertools import product
 from pathlib import Path
 
 from celo2_pretrain.kernels.resources import DTYPES, TARGETS, kernels, measure
 
-COLUMNS = ("kernel", "dtype", "aligned", "target", "registers", "spilled", "streamed", "bound", "shared")
+COLUMNS = ("kernel", "dtype", "states", "aligned", "target", "registers", "spilled", "streamed", "bound", "shared")
 
 
 def rows(dtypes: list[str], targets: list[str]) -> list[tuple]:
-    """One row a kernel, dtype, alignment and target, in the order of COLUMNS."""
+    """One row a kernel, dtype, dtype of the accumulators, alignment and target, in the order of COLUMNS."""
     found, seen = [], set()
-    for target in targets:
-        for dtype in dtypes:
-            for aligned in (True, False):
-                for kernel in kernels(dtype, aligned, target.startswith("gfx")):
-                    product = kernel.name == "symmetric_product"
-                    kind = (dtype if product or {"G", "P"} & set(kernel.constants) else "fp32",  # else always float32
-                            ("yes" if aligned else "no") if product or "ALIGNED" in kernel.constants else "")
-                    key = (kernel.name, target, *kind)
-                    if key in seen:
-                        continue
-                    seen.add(key)
-                    cost = measure(kernel, target)
-                    moved = (f"{cost.streamed:g}", kernel.bound, f"{cost.shared:.2f}") if kernel.bound else ("", "", "")
-                    found.append((kernel.name, *kind, target, cost.registers, cost.spilled, *moved))
+    for target, dtype, states, aligned in product(targets, dtypes, ("fp32", "bf16"), (True, False)):
+        for kernel in kernels(dtype, aligned, target.startswith("gfx"), states):
+            varies = {"G", "P", "S", "ALIGNED"} & set(kernel.constants)  # the rest is always float32
+            if kernel.name == "symmetric_product":
+                varies = {"P", "ALIGNED"}
+            kind = (dtype if varies & {"G", "P"} else "fp32", states if "S" in varies else "",
+                    ("yes" if aligned else "no") if "ALIGNED" in varies else "")
+            if (kernel.name, target, kind) in seen:
+                continue
+            seen.add((kernel.name, target, kind))
+            cost = measure(kernel, target)
+            moved = (f"{cost.streamed:g}", kernel.bound, f"{cost.shared:.2f}") if kernel.bound else ("", "", "")
+            found.append((kernel.name, *kind, target, cost.registers, cost.spilled, *moved))
     return found
 
 

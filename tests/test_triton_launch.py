@@ -3,6 +3,7 @@
 Triton is told that there is an H100, and only compiles what would be launched there, so no value is right.
 """
 import builtins
+import gc
 import logging
 import os
 from types import SimpleNamespace
@@ -20,6 +21,9 @@ from celo2_pretrain.kernels.resources import kernels  # noqa: E402
 from celo2_pretrain.kernels.symmetric_product import symmetric_product  # noqa: E402
 from celo2_pretrain.optimizer import backends, triton_backend  # noqa: E402
 from celo2_pretrain.optimizer.backends import backend_for  # noqa: E402
+from celo2_pretrain.optimizer.learned import Part  # noqa: E402
+from celo2_pretrain.optimizer.passes import Shape  # noqa: E402
+from celo2_pretrain.optimizer.views import MatrixView, pieces  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1",
                                 reason="the interpreter replaces the compiler")
@@ -74,6 +78,17 @@ def test_every_launch_of_a_step_compiles_as_it_is_made(launched, monkeypatch):
     assert set(launched) == names  # the gates of test_triton_compile.py leave none out
     for name, compiled in launched.items():
         assert all("cubin" in kernel.asm for kernel in compiled), name
+
+
+def test_tables_are_kept_as_long_as_the_plan_they_are_for():
+    backend, shape = triton_backend.Triton(), Shape(MatrixView().blocks((6, 5))[0])
+    parts = [Part(0, shape, pieces(shape.block, 0, 30), 0, 0) for _ in range(2)]
+    assert backend._tiles(parts, CPU) is backend._tiles(list(parts), CPU)
+    assert backend._tiles(parts[:1], CPU) is not backend._tiles(parts, CPU)
+    assert len(backend.kept) == 2
+    parts.clear()
+    gc.collect()
+    assert not backend.kept
 
 
 def test_gpu_tensors_get_triton(monkeypatch, caplog):
