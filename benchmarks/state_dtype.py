@@ -42,7 +42,7 @@ def main() -> None:
     args.runs.mkdir(parents=True, exist_ok=True)
     data = ROOT / "data/python"
     if not (data / "index.json").exists():
-        driver("prepare", "--python", "--out", str(data), "--vocab-size", "2048", "--tokenizer-mb", "2",
+        driver("prepare", "--stdlib", "--out", str(data), "--vocab-size", "2048", "--tokenizer-mb", "2",
                log=args.runs / "prepare.log")
 
     def train(case: tuple[str, int]) -> None:
