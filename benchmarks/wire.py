@@ -102,14 +102,20 @@ def count(ranks: int, stage: int, bucket_size: int) -> list[dict]:
 
 def check() -> None:
     """Two processes, ZeRO-2 ranges of a small model: planned and really sent elements must be the same."""
+    import socket
+
     import torch.multiprocessing
-    torch.multiprocessing.spawn(_check_rank, nprocs=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_check_rank, args=(port,), nprocs=2)
 
 
-def _check_rank(rank: int) -> None:
+def _check_rank(rank: int, port: int) -> None:
     import os
+
     import torch.distributed as dist
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29533", RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=3, n_head=4,
@@ -156,7 +162,7 @@ def main() -> None:
     parser.add_argument("--stage", type=int, nargs="*", default=[2, 3])
     parser.add_argument("--bucket-size", type=int, default=1 << 25)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS / "wire.csv")
+    parser.add_argument("--out", type=Path, help="CSV to write (default: results/wire.csv for the whole table, else none)")
     args = parser.parse_args()
     if args.check:
         check()
@@ -165,12 +171,15 @@ def main() -> None:
     for row in rows:
         print(f"ZeRO-{row['stage']}  {row['ranks']:4d} ranks  {row['case']:34s} {row['bytes'] / 1e6:12.2f} MB  "
               f"{row['of ZeRO']:8.2%} of ZeRO's own")
-    args.out.parent.mkdir(exist_ok=True)
-    with open(args.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {args.out}")
+    whole = (args.ranks, args.stage, args.bucket_size) == ([8, 64, 512], [2, 3], 1 << 25)
+    out = args.out or (RESULTS / "wire.csv" if whole else None)
+    if out:
+        out.parent.mkdir(exist_ok=True)
+        with open(out, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -218,6 +218,9 @@ def _product(ranges: list[range]) -> list[tuple[int, ...]]:
     return found
 
 
+Calls = list[tuple[Future, Callable[[], None] | None]]  # under way, and what adds up what they made
+
+
 class Compiled(Reference):
     """The C++ kernels, on as many threads as torch uses. Raises cpu.Unavailable where they can't be built."""
 
@@ -226,7 +229,6 @@ class Compiled(Reference):
     def __init__(self) -> None:
         self.kernels = cpu.library()
         self.pool = ThreadPoolExecutor(max(1, torch.get_num_threads()), "celo2")
-        self.pending: list[tuple[Future, Callable[[], None] | None]] = []
 
     def factor(self, shape: Shape, v_row: Tensor, v_col: Tensor) -> Factor:
         plain = super().factor(shape, v_row, v_col)
@@ -251,38 +253,42 @@ class Compiled(Reference):
 
     def accumulate(self, parts: Sequence[Part], tensors: Sequence[Tensors], totals: Sequence[tuple[Tensor, Tensor]]
                    ) -> None:
+        calls: Calls = []
         for part, t, total in zip(parts, tensors, totals):
             inner = inner_axis(part.shape)
             if inner is None:
                 super().accumulate([part], [t], [total])
             else:
                 for piece in part.pieces:
-                    self._accumulate(t, piece, part.shape, inner, *total)
-        self._wait()
+                    self._accumulate(calls, t, piece, part.shape, inner, *total)
+        _wait(calls)
 
     def norms(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Factor],
               squares: Sequence[Tensor]) -> None:
+        calls: Calls = []
         for part, t, factor, total in zip(parts, tensors, factors, squares):
             inner = inner_axis(part.shape)
             if inner is None:
                 super().norms([part], [t], [factor.plain], [total])
             else:
                 for piece in part.pieces:
-                    self._norms(t, piece, part.shape, inner, factor, total)
-        self._wait()
+                    self._norms(calls, t, piece, part.shape, inner, factor, total)
+        _wait(calls)
 
     def direction(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Factor],
                   layers: Sequence[Layer], mlp: MLP, out: Sequence[Tensor]) -> None:
+        calls: Calls = []
         for part, t, factor, layer, direction in zip(parts, tensors, factors, layers, out):
             inner = inner_axis(part.shape)
             if inner is None:
                 super().direction([part], [t], [factor.plain], [layer.plain], mlp, [direction])
             else:
                 for piece in part.pieces:
-                    self._direction(t, piece, part.shape, inner, factor, layer, direction)
-        self._wait()
+                    self._direction(calls, t, piece, part.shape, inner, factor, layer, direction)
+        _wait(calls)
 
-    def _accumulate(self, t: Tensors, piece: Piece, shape: Shape, inner: int, row_sum: Tensor, col_sum: Tensor) -> None:
+    def _accumulate(self, calls: Calls, t: Tensors, piece: Piece, shape: Shape, inner: int, row_sum: Tensor,
+                    col_sum: Tensor) -> None:
         # v_row's sum is over d0: along d1 it is the storage's row or column sum.
         d1_is_inner = shape.block.factored[0] == len(shape.full) + inner
         outer_total, inner_total = (col_sum, row_sum) if d1_is_inner else (row_sum, col_sum)
@@ -302,9 +308,10 @@ class Compiled(Reference):
                 outer_total[box.matrix, box.row:box.row + box.rows].add_(rows)
                 inner_total[box.matrix, box.col:box.col + box.cols].add_(cols)
 
-            self._submit(call, add)
+            calls.append((self.pool.submit(call), add))
 
-    def _norms(self, t: Tensors, piece: Piece, shape: Shape, inner: int, factor: Factor, squares: Tensor) -> None:
+    def _norms(self, calls: Calls, t: Tensors, piece: Piece, shape: Shape, inner: int, factor: Factor, squares: Tensor
+               ) -> None:
         flat = squares.view(18, -1)
         for box in boxes_of(piece, shape, inner):
             total = torch.zeros(18, dtype=torch.float64)
@@ -316,10 +323,10 @@ class Compiled(Reference):
                     g.data_ptr(), p.data_ptr(), *(_at(x, box) for x in (*t.momentum, t.rms)), box.rows, box.cols,
                     box.stride, factor.outer[box.matrix, box.row].data_ptr(), columns.data_ptr(), total.data_ptr())
 
-            self._submit(call, lambda box=box, total=total: flat[:, box.matrix].add_(total))
+            calls.append((self.pool.submit(call), lambda box=box, total=total: flat[:, box.matrix].add_(total)))
 
-    def _direction(self, t: Tensors, piece: Piece, shape: Shape, inner: int, factor: Factor, layer: Layer, out: Tensor
-                   ) -> None:
+    def _direction(self, calls: Calls, t: Tensors, piece: Piece, shape: Shape, inner: int, factor: Factor, layer: Layer,
+                   out: Tensor) -> None:
         w1, b1, w2, b2 = layer.second
         for box in boxes_of(piece, shape, inner):
             columns = factor.inner[box.matrix, :, box.col:box.col + box.cols].contiguous()
@@ -333,21 +340,18 @@ class Compiled(Reference):
                     layer.weight[box.matrix].data_ptr(), layer.outer[box.matrix, box.row].data_ptr(), bias.data_ptr(),
                     w1.data_ptr(), b1.data_ptr(), w2.data_ptr(), b2)
 
-            self._submit(call, None)
+            calls.append((self.pool.submit(call), None))
 
     def _kernel(self, name: str, t: Tensors) -> Callable[..., None]:
         return getattr(self.kernels, f"celo2_{name}_{'f32' if t.rms.dtype == torch.float32 else 'bf16'}")
 
-    def _submit(self, call: Callable[[], None], then: Callable[[], None] | None) -> None:
-        self.pending.append((self.pool.submit(call), then))
 
-    def _wait(self) -> None:
-        """Until all calls of a pass are done; sums are added in order, whichever thread was first."""
-        pending, self.pending = self.pending, []
-        for future, then in pending:
-            future.result()
-            if then is not None:
-                then()
+def _wait(calls: Calls) -> None:
+    """Until all calls of a pass are done; sums are added in order, whichever thread was first."""
+    for future, then in calls:
+        future.result()
+        if then is not None:
+            then()
 
 
 def _at(x: Tensor, box: Box) -> int:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from typing import Any, Callable, Iterable, Mapping
 
 import torch
@@ -13,7 +14,7 @@ from ..kernels.newton_schulz import COEFFICIENTS
 from ..weights import load_weights
 from .adamw import adamw_step
 from .layouts import Layout, Original, called_to_initialize, local, locate
-from .learned import LearnedStep, Plan, init_state, make_plan, reduce
+from .learned import LearnedStep, Plan, init_state, make_plan, reduce, set_state_dtype
 from .reference import MLP
 from .replicas import check_replicas
 from .rules import tag_of
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 RULES = ("celo2", "adamw")
 NONFINITE = ("error", "skip", "ignore")
+PLANS = 16  # kept for each group: where other tensors lack a gradient in each step (routed experts), they would pile up
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -30,7 +32,8 @@ class Celo2(torch.optim.Optimizer):
     """Celo2 (arXiv 2602.19142): a step whose direction a small MLP computes from normalised features of each element.
 
     The same class serves one process, DDP, DeepSpeed ZeRO 0–3 (also offloaded) and FSDP2, and takes the same step
-    in all of them up to float32 round-off. States are float32 whatever the parameters' dtype.
+    in all of them up to float32 round-off. States are float32 whatever the parameters' dtype, unless `state_dtype` says
+    otherwise.
 
     Args:
         params: tensors, `named_parameters()`, or param groups (dicts). A group may set any argument below that is
@@ -48,12 +51,16 @@ class Celo2(torch.optim.Optimizer):
         adamw_betas, adamw_eps: of the AdamW rule (group).
         nonfinite: what a NaN or Inf in a gradient does: `"error"` raises FloatingPointError naming the tensors before
             anything is changed, `"skip"` leaves the step out (all ranks alike) with a warning, `"ignore"` doesn't look.
+            DeepSpeed leaves such steps out by itself (fp16, and bf16 unless `check_grad_overflow` is false), before it
+            calls the optimizer; where it doesn't, it steps one param group after the other, and "before anything"
+            means the group at hand.
         check_replicas_every: compare checksums of all replicated values over the ranks after every so many steps, and
             raise DriftError where they differ; 0: never.
         state_dtype: of the momenta and second moments of matrices under the learned rule: `"fp32"` (16 bytes a
             parameter) or `"bf16"` (8, as AdamW's), written with stochastic rounding that is the same however the
             parameters are sharded.
-        bucket_size: matrix elements whose directions are in memory or under way at the same time (4 bytes each).
+        bucket_size: elements of whole matrices in a bucket. Three buckets are under way at a time, of which a rank has its
+            own part (4 bytes an element) and what it received as an owner, some 1/world of each.
 
     Raises:
         ValueError: an argument out of range, an unknown rule, weights of a wrong shape.
@@ -80,7 +87,7 @@ class Celo2(torch.optim.Optimizer):
         self.skipped_steps = 0
         self._steps: dict[int, int] = {}  # of each group: DeepSpeed steps them one by one
         self._originals: dict[int, list[Original]] = {}
-        self._plans: dict[tuple, tuple[list[Tensor], list[Plan]]] = {}
+        self._plans: OrderedDict[tuple, tuple[list[Tensor], list[Plan]]] = OrderedDict()
         self._mlps: dict[torch.device, MLP] = {}
         self._stepped = False
         if isinstance(params, (set, frozenset)):
@@ -93,7 +100,7 @@ class Celo2(torch.optim.Optimizer):
         """For copy and pickle; torch's own keeps nothing but groups and states."""
         kept = ("mlp", "nonfinite", "state_dtype", "check_replicas_every", "bucket_size", "skipped_steps", "_steps",
                 "_originals", "_stepped")
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in kept}, "_plans": {}, "_mlps": {}}
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in kept}, "_plans": OrderedDict(), "_mlps": {}}
 
     # ---- parameter groups -------------------------------------------------------------------------------------
 
@@ -178,7 +185,7 @@ class Celo2(torch.optim.Optimizer):
         what = f"NaN or Inf in the gradient of {', '.join(names[:5])}" + (
             f" and {len(names) - 5} more tensors" if len(names) > 5 else "")
         if self.nonfinite == "error":
-            raise FloatingPointError(f"{what}; nothing was changed. Lower the learning rate, clip gradients, or use "
+            raise FloatingPointError(f"{what}; this step was not taken. Lower the learning rate, clip gradients, or use "
                                      "nonfinite=\"skip\" to leave such steps out")
         self.skipped_steps += 1
         logger.warning("%s: step skipped (%d so far)", what, self.skipped_steps)
@@ -203,7 +210,7 @@ class Celo2(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore states bit for bit (torch's own would cast float32 states to a bf16 parameter's dtype).
 
-        Raises ValueError where the groups differ from those that were saved.
+        States that were saved in another `state_dtype` are converted. Raises ValueError where the groups differ from those that were saved.
         """
         saved = state_dict["param_groups"]
         if len(saved) != len(self.param_groups) or any(
@@ -218,6 +225,8 @@ class Celo2(torch.optim.Optimizer):
         for number, entry in state.items():
             param = params[number]
             self.state[param] = {key: _moved(value, param) for key, value in entry.items()}
+            if "v_row" in entry:
+                set_state_dtype(self.state[param], STATE_DTYPES[self.state_dtype])
         if "theta" in state_dict:
             theta = load_weights(state_dict["theta"])
             if any(not torch.equal(a, b) for a, b in zip(theta, self.mlp)):
@@ -229,11 +238,15 @@ class Celo2(torch.optim.Optimizer):
     # ---- plans ------------------------------------------------------------------------------------------------
 
     def _plan(self, group: dict[str, Any], params: list[Tensor]) -> list[Plan]:
-        key = (self._group_number(group), *map(id, params))
-        if key not in self._plans:
+        key = (self._group_number(group), group["orthogonalize"], *map(id, params))
+        if key in self._plans:
+            self._plans.move_to_end(key)
+        else:
             layouts = locate(self._originals[self._group_number(group)], params)
             # With the tensors themselves, so that no other tensor can get an id of the key.
             self._plans[key] = params, [self._make_plan(group, layout) for layout in layouts]
+            while len(self._plans) > PLANS * len(self.param_groups):
+                self._plans.popitem(last=False)
         return self._plans[key][1]
 
     def _make_plan(self, group: dict[str, Any], layout: Layout) -> Plan:
@@ -256,8 +269,8 @@ def _named(params: Any, offset: int) -> list[tuple[str, Tensor]]:
         name, param = item if isinstance(item, tuple) else (f"param {offset + number}", item)
         if not isinstance(param, Tensor):
             raise TypeError(f"Celo2 takes tensors, got {type(param).__name__}")
-        if not param.dtype.is_floating_point:
-            raise ValueError(f"{name} has dtype {param.dtype}; Celo2 optimizes real floating-point tensors")
+        if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} has dtype {param.dtype}; Celo2 optimizes tensors of float32, bfloat16 or float16")
         named.append((name, param))
     return named
 

@@ -96,12 +96,15 @@ def locate(originals: Sequence[Original], params: Sequence[Tensor]) -> list[Layo
 
     Returns one layout for each set of ranks involved. Raises LayoutError for a form it doesn't know.
     """
-    given = {id(original.param) for original in originals}
-    if all(id(param) in given for param in params):
-        by_id = {id(original.param): original for original in originals}
+    by_id = {id(original.param): original for original in originals}
+    trainable = [original for original in originals if original.trainable]
+    if all(id(param) in by_id for param in params):
         layouts = _given([by_id[id(param)] for param in params])
+    elif len(params) == len(trainable) and any(isinstance(param, DTensor) for param in params) and all(
+            whole(tuple(param.shape)) == original.shape for param, original in zip(params, trainable)):
+        # accelerate puts FSDP2's parameters in the place of those that the optimizer was constructed with.
+        layouts = _given([Original(param, o.name, o.view) for param, o in zip(params, trainable)])
     else:
-        trainable = [original for original in originals if original.trainable]
         layouts = [_replaced(trainable, params)]
     for layout in layouts:
         _check_cover(layout)
@@ -110,7 +113,8 @@ def locate(originals: Sequence[Original], params: Sequence[Tensor]) -> list[Layo
 
 def _given(originals: list[Original]) -> list[Layout]:
     """The user's own parameters: whole tensors, or DTensors."""
-    plain, sharded = [], {}
+    plain: dict[torch.device, list[Slice]] = {}
+    sharded: dict[Any, list[Slice]] = {}
     for original in originals:
         param = original.param
         _refuse_unknown(original)
@@ -119,9 +123,8 @@ def _given(originals: list[Original]) -> list[Layout]:
             if group is not None:
                 sharded.setdefault(group, []).append(Slice(original, start, stop, 0, param))
                 continue
-        plain.append(Slice(original, 0, prod(original.shape), 0, param))
-    layouts = [Layout("whole", plain)] if plain else []
-    return layouts + [Layout("DTensor", slices, group) for group, slices in sharded.items()]
+        plain.setdefault(param.device, []).append(Slice(original, 0, prod(original.shape), 0, param))
+    return [Layout("whole", slices) for slices in plain.values()] + [Layout("DTensor", slices, group) for group, slices in sharded.items()]
 
 
 def _refuse_unknown(original: Original) -> None:
@@ -173,6 +176,9 @@ def _replaced(originals: list[Original], params: Sequence[Tensor]) -> Layout:
         return _zero12(originals, params)
     if len(params) == len(originals) and all(
             whole(tuple(param.shape)) == original.shape for param, original in zip(params, originals)):
+        if first.dtype == torch.float16:
+            raise LayoutError("fp16 without ZeRO: DeepSpeed 0.19 divides the gradients by a loss scale that the loss was "
+                              "never multiplied by; set \"zero_optimization\": {\"stage\": 1}, or use bf16")
         return Layout("whole", [Slice(original, 0, prod(original.shape), 0, param)
                                 for original, param in zip(originals, params)])
     raise LayoutError(f"the group holds {len(params)} tensors of shapes {[tuple(p.shape) for p in params[:4]]} instead "
@@ -263,6 +269,10 @@ def _check_cover(layout: Layout) -> None:
         dist.all_gather(everyone, mine.to(device), group=layout.process_group)
         layout.ranges = torch.stack(everyone).cpu()
     for number, held in enumerate(layout.slices):
+        there = local(held.storage).numel()
+        if held.start < held.stop and held.offset + held.stop - held.start > there:
+            raise LayoutError(f"{held.name!r}: elements {held.start} to {held.stop} should lie at {held.offset} of a tensor "
+                              f"that has only {there} elements on this rank ({layout.kind})")
         spans = sorted((start, stop) for start, stop in layout.ranges[:, number].tolist() if start < stop)
         ends = [0, *(stop for _, stop in spans)]
         if [start for start, _ in spans] != ends[:-1] or ends[-1] != prod(held.shape):

@@ -99,6 +99,16 @@ def init_state(param: Tensor, parts: list[Part], zeros_like: Any, dtype: torch.d
             "v_col": torch.zeros(3, sum(prod(part.shape.col) for part in parts), device=device)}
 
 
+def set_state_dtype(state: dict[str, Any], dtype: torch.dtype) -> None:
+    """Convert the accumulators of a storage of matrices, in place of what they were saved in."""
+    if state["rms"].dtype != dtype:
+        state.update({key: state[key].to(dtype) for key in ("momentum_0", "momentum_1", "momentum_2", "rms")})
+    if dtype == torch.float32:
+        state.pop("step", None)
+    else:  # read in every step: it must not lie on a GPU
+        state["step"] = state.get("step", torch.zeros(())).to("cpu", torch.float32)
+
+
 class LearnedStep:
     """The step of one plan, with its tensors at hand. Call `run` once."""
 
@@ -110,10 +120,13 @@ class LearnedStep:
         self.backend = backend_for(self.device)
 
     def run(self) -> None:
-        for state in {id(held.storage): self.state[held.storage] for held in self.layout.slices}.values():
+        steps = {}
+        for key, state in {id(held.storage): self.state[held.storage] for held in self.layout.slices}.items():
             if "step" in state:
                 state["step"] += 1
-        self.tensors = [_tensors(held, self.state[held.storage]) for held in self.layout.slices]
+                steps[key] = int(state["step"])
+        self.tensors = [_tensors(held, self.state[held.storage], steps.get(id(held.storage)))
+                        for held in self.layout.slices]
         self._accumulate()
         self.factors = [self.backend.factor(part.shape, *self._row_col(part)) for part in self.plan.parts]
         squares = self._norms()
@@ -211,11 +224,14 @@ class LearnedStep:
                 state["v_col"][:, part.col_at:part.col_at + prod(shape.col)].unflatten(1, shape.col))
 
 
-def _tensors(held: Slice, state: Mapping[str, Tensor]) -> Tensors:
-    """A slice's flat tensors: views, but for a parameter or gradient that is not contiguous."""
+def _tensors(held: Slice, state: Mapping[str, Tensor], step: int | None) -> Tensors:
+    """A slice's flat tensors: views, but for a parameter or gradient that is not contiguous.
+
+    `step`: the storage's step count where its accumulators are rounded stochastically.
+    """
     flat = lambda x: held.of(local(x).detach().reshape(-1))  # noqa: E731
     several = lambda key: [flat(state[f"{key}_{k}"]) for k in range(3)] if f"{key}_0" in state else []  # noqa: E731
-    keys = tuple(key_of(held.name, int(state["step"]), k) for k in range(4)) if "step" in state else ()
+    keys = tuple(key_of(held.name, step, k) for k in range(4)) if step is not None else ()
     return Tensors(flat(held.storage), flat(held.storage.grad), several("momentum"), flat(state["rms"]), several("v_full"),
                    held.start, keys)
 

@@ -170,8 +170,8 @@ class Exchange:
             parts = [part for rank in range(self.world) for part in back[rank]]
             self._all_to_all(torch.cat(parts) if parts else self._empty(), come, to)
 
-    def finish(self) -> list[Tensor]:
-        """The orthogonalised, unit-RMS step: what this rank holds of each slice of the bucket."""
+    def finish(self) -> None:
+        """The directions now hold the orthogonalised, unit-RMS step: this rank's part of each slice of the bucket."""
         if self._travels:
             received, cursor = self._wait(self._device()), 0
             for owner in range(self.world):
@@ -184,7 +184,6 @@ class Exchange:
                         part.of(self.directions[unit.held]).copy_(
                             received[cursor:cursor + part.numel].view(part.shape))
                         cursor += part.numel
-        return self.directions
 
 
 def _inside(x: Tensor, unit: Unit, part: Piece) -> Tensor:

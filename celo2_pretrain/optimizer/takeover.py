@@ -1,9 +1,8 @@
 """Take over a running AdamW run with Celo2, and back: convert one optimizer's state into the other's.
 
-    engine = deepspeed.initialize(model, optimizer=Celo2(param_groups(model), lr=…, adamw_lr_multiplier=…))[0]
-    if rank == 0:
-        from_adamw("checkpoints", "taken_over", engine)     # prints the learning rates that go with it
-    barrier(); load_state(engine, "taken_over")
+    rates = from_adamw("checkpoints", "taken_over", Celo2(param_groups(model)))      # one process, beforehand
+    engine = deepspeed.initialize(model, optimizer=Celo2(param_groups(model), lr=rates["lr"], …))[0]
+    load_state(engine, "taken_over")                                                 # every rank
 
 With betas (b1, b2) and t steps, AdamW's unbiased moments are m̂ = exp_avg / (1 − b1^t), v̂ = exp_avg_sq / (1 − b2^t).
 Celo2's accumulators are not bias-corrected, so they get what t steps at that average would have made of them:

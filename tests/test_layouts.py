@@ -1,0 +1,142 @@
+"""Layouts that a plain process can show: what is recognised, and what is refused."""
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from celo2_pretrain import Celo2
+from celo2_pretrain.optimizer.layouts import LayoutError
+
+
+def _swapped(rank: int, port: int, world: int, folder: str) -> None:
+    """What accelerate does with FSDP2: shard the model after the optimizer was made, and swap its parameters."""
+    from torch.distributed.fsdp import fully_shard
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5))
+    optimizer = Celo2(net.named_parameters(), lr=1e-2)
+    order = {id(p): name for name, p in net.named_parameters()}
+    names = [[order[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (world,)))
+    sharded = dict(net.named_parameters())
+    for group, some in zip(optimizer.param_groups, names):
+        group["params"] = [sharded[name] for name in some]
+    for step in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(4, 7, generator=torch.Generator().manual_seed(step))
+        net(x).square().sum().backward()
+        optimizer.step()
+    full = {name: p.full_tensor().detach() for name, p in net.named_parameters()}
+    if rank == 0:
+        torch.save(full, f"{folder}/full.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.multiprocess
+def test_fsdp2_parameters_swapped_in_after_construction_take_the_unsharded_step(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_swapped, args=(port, 2, str(tmp_path)), nprocs=2)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5))
+    optimizer = Celo2(net.named_parameters(), lr=1e-2)
+    for step in range(3):
+        optimizer.zero_grad()
+        net(torch.randn(4, 7, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        optimizer.step()
+    for name, p in torch.load(tmp_path / "full.pt", weights_only=True).items():
+        torch.testing.assert_close(p, net.get_parameter(name).detach(), rtol=1e-4, atol=1e-5)
+
+
+def _ddp(rank: int, port: int, world: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    net = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5)))
+    optimizer = Celo2(net.named_parameters(), lr=1e-2, check_replicas_every=1)
+    for step in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(4, 7, generator=torch.Generator().manual_seed(step))[rank::world]
+        net(x).square().sum().backward()
+        optimizer.step()
+    torch.save({name: p.detach() for name, p in net.module.named_parameters()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.multiprocess
+def test_ddp_takes_the_step_of_one_process(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_ddp, args=(port, 2, str(tmp_path)), nprocs=2)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5))
+    optimizer = Celo2(net.parameters(), lr=1e-2)
+    for step in range(3):
+        optimizer.zero_grad()
+        # DDP averages the ranks' gradients.
+        (net(torch.randn(4, 7, generator=torch.Generator().manual_seed(step))).square().sum() / 2).backward()
+        optimizer.step()
+    for rank in range(2):
+        for name, p in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
+            torch.testing.assert_close(p, net.get_parameter(name).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_fp16_copies_without_zero_are_refused():
+    """DeepSpeed's fp16 wrapper without ZeRO puts fp32 copies in the group, and gives them wrong gradients."""
+    half = nn.Parameter(torch.randn(4, 5, dtype=torch.float16))
+    optimizer = Celo2([half])
+    master = half.detach().float().requires_grad_()
+    master.grad = torch.randn(4, 5)
+    optimizer.param_groups[0]["params"] = [master]
+    with pytest.raises(LayoutError, match="stage"):
+        optimizer.step()
+    optimizer = Celo2([nn.Parameter(torch.randn(4, 5, dtype=torch.bfloat16))])
+    optimizer.param_groups[0]["params"] = [master]
+    optimizer.step()  # bf16's copies are right
+
+
+def test_plans_do_not_pile_up_where_other_tensors_have_gradients_each_step():
+    params = [nn.Parameter(torch.randn(3, 3)) for _ in range(40)]
+    optimizer = Celo2(params)
+    for k in range(40):
+        for number, p in enumerate(params):
+            p.grad = torch.randn(3, 3) if number != k else None
+        optimizer.step()
+    assert len(optimizer._plans) <= 16
+
+
+def test_a_changed_orthogonalize_counts_after_loading():
+    p = nn.Parameter(torch.randn(6, 8))
+    q = nn.Parameter(p.detach().clone())
+    base, ours = Celo2([{"params": [p], "orthogonalize": False}]), Celo2([q])
+    for optimizer, x in ((base, p), (ours, q)):
+        x.grad = torch.ones(6, 8)
+        optimizer.step()
+    with torch.no_grad():
+        q.copy_(p)
+    ours.load_state_dict(base.state_dict())
+    for optimizer, x in ((base, p), (ours, q)):
+        x.grad = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("saved,now", [("fp32", "bf16"), ("bf16", "fp32")])
+def test_states_of_the_other_dtype_are_converted(saved, now):
+    p = nn.Parameter(torch.randn(6, 8))
+    first, second = Celo2([p], state_dtype=saved), Celo2([p], state_dtype=now)
+    p.grad = torch.randn(6, 8)
+    first.step()
+    second.load_state_dict(first.state_dict())
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    assert second.state[p]["rms"].dtype == dtypes[now] and ("step" in second.state[p]) == (now == "bf16")
+    second.step()
