@@ -125,6 +125,9 @@ def run_train(args) -> None:
     if args.list_keys:
         print(list_keys())
         return
+    if args.resume and "=" in args.resume and not os.path.exists(args.resume):  # --resume key=value …
+        args.overrides.insert(0, args.resume)
+        args.resume = ""
     path = args.config
     if args.resume and not path:
         from celo2_pretrain.model.export import run_config_path
@@ -210,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank found the same; one says it
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a node found the same; one says it
             print(f"celo2-pretrain: error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:

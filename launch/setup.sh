@@ -42,7 +42,7 @@ _celo2_setup() (  # a subshell: neither its options nor its variables reach a sh
             "need 3.11 or newer; remove $venv, or set VENV to another folder"
     fi
     command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler ${CXX:-g++}," \
-        "which DeepSpeed and torch.compile need; install it" \
+        "which DeepSpeed and the CPU kernels need; install it" \
         "(Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++)"
 
     if [ ! -x "$venv/bin/python" ]; then

@@ -14,6 +14,7 @@ from celo2_pretrain.cli import main
 from celo2_pretrain.data.loader import Windows
 from celo2_pretrain.train import checkpoint
 from celo2_pretrain.train.config import Schedule
+from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.metrics import read_metrics
 from celo2_pretrain.train.optim import lr_factor
 
@@ -123,6 +124,7 @@ def test_config_that_does_not_fit_data_or_ranks_is_refused(
 
 def test_other_ranks_keep_silent(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert main(["train", "optimizer.lrr=1"]) == 2
     assert capsys.readouterr().err == ""
 
@@ -214,3 +216,27 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
     assert factors[10] == 1 and factors[55] == pytest.approx(0.6) and 0.2 < factors[99] < 0.21
     assert all(a > b for a, b in zip(factors[10:], factors[11:]))
     assert lr_factor(150, Schedule(final=0.2, steps=100), 200) == pytest.approx(0.2)
+
+
+def test_srun_without_a_launcher_is_refused(monkeypatch):
+    from celo2_pretrain.train.ranks import world_from_environment
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    with pytest.raises(UserError, match="srun started 8 tasks"):
+        world_from_environment()
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert world_from_environment() == (3, 8)
+
+
+def test_this_runs_rates_count_after_a_checkpoint_brought_its_own():
+    from celo2_pretrain import Celo2
+    from celo2_pretrain.train.optim import Rates
+    optimizer = Celo2([torch.nn.Parameter(torch.zeros(3))], lr=1e-3, weight_decay=0.1, adamw_lr_multiplier=4.0)
+    rates = Rates(optimizer)
+    optimizer.param_groups[0].update(lr=9.0, weight_decay=9.0, adamw_lr_multiplier=9.0)
+    rates.set(0.5)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["adamw_lr_multiplier"]) == (5e-4, 0.1, 4.0)

@@ -107,6 +107,7 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
     if step == 0:
         validate(0)
     recent, since, steps_since = torch.zeros((), device=engine.device), time.time(), 0
+    skipped = engine.skipped_steps
     while step < size.max_steps:
         rates.set(lr_factor(step, config.schedule, size.max_steps))
         for micro in range(accumulation):
@@ -134,7 +135,12 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
                 "step": step, "loss": mean, "lr": rates.optimizer.param_groups[0]["lr"],
                 "grad_norm": None if norm is None else float(norm), "samples": samples,
                 "tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 3),
+                "skipped_steps": engine.skipped_steps,
             })
+            if engine.skipped_steps > skipped:
+                metrics.say(f"step {step}: DeepSpeed left out {engine.skipped_steps - skipped} step(s) with NaN or Inf in the "
+                            f"gradient ({engine.skipped_steps} in all)")
+                skipped = engine.skipped_steps
             recent, since, steps_since = torch.zeros((), device=engine.device), time.time(), 0
         paused = time.time()
         if step % config.eval.every == 0 or last:

@@ -47,13 +47,15 @@ def lr_factor(step: int, schedule: Schedule, max_steps: int) -> float:
 
 
 class Rates:
-    """Sets the learning rates of DeepSpeed's optimizer. The peaks are those at construction: a checkpoint that is
-    loaded afterwards brings its own lr and weight_decay, and `set` puts this run's back."""
+    """Sets the rates of DeepSpeed's optimizer. The peaks are those at construction: a checkpoint that is loaded
+    afterwards brings its own, and `set` puts this run's back."""
+
+    KEYS = ("lr", "weight_decay", "adamw_lr_multiplier")
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
-        self.peaks = [{"lr": group["lr"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups]
+        self.peaks = [{key: group[key] for key in self.KEYS if key in group} for group in optimizer.param_groups]
 
     def set(self, factor: float) -> None:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"], group["weight_decay"] = peak["lr"] * factor, peak["weight_decay"]
+            group.update(peak, lr=peak["lr"] * factor)

@@ -9,11 +9,19 @@ from pathlib import Path
 
 import deepspeed
 
+from celo2_pretrain.train.errors import UserError
+
 STALE_LOCK_SECONDS = 600
 
 
 def world_from_environment() -> tuple[int, int]:
-    """(rank, number of ranks) as the launcher set them; (0, 1) without one."""
+    """(rank, number of ranks) as the launcher set them; (0, 1) without one.
+
+    Raises UserError for the tasks of an `srun` without a launcher in each: every one would take itself for rank 0.
+    """
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
+        raise UserError(f"srun started {os.environ['SLURM_NTASKS']} tasks, but RANK and WORLD_SIZE are not set: start one "
+                        "task a node (srun --ntasks-per-node=1) with torchrun or deepspeed in it")
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
