@@ -2,6 +2,9 @@
 
 docs/equivalence.md says what is compared; `python -m tests.equivalence` runs everything and prints the table.
 """
+from collections import Counter
+from pathlib import Path
+
 import pytest
 from equivalence.cells import (Cell, PRECISIONS, STAGES, covering_cells, extra_cells, from_name, matching,
                                product_cells, valid_cells)
@@ -59,3 +62,10 @@ def test_a_result_without_numbers_or_with_nan_is_a_failure():
     assert Result(cell, {"update": (float("nan"), "w")}).failures()
     assert Result(cell, {"update": (1.1e-5, "w")}).failures()
     assert not Result(cell, {"update": (0.9e-5, "w")}).failures()
+
+
+def test_the_document_lists_the_invalid_cells_as_they_are():
+    text = (Path(__file__).parents[1] / "docs/equivalence.md").read_text()
+    counts = Counter(reason for cell in product_cells() + extra_cells() if (reason := cell.invalid()))
+    missing = [f"| {count} | {reason} |" for reason, count in counts.items() if f"| {count} | {reason} |" not in text]
+    assert not missing, "\n".join(missing)
