@@ -3,6 +3,8 @@
 Newton–Schulz spends its time on such products: A = X Xᵀ, and b A + c A² (A is symmetric, so A² = A Aᵀ). Half of
 the multiplications of a general product; the other half of the result is a mirror image, so that it is
 exactly symmetric.
+
+`newton_schulz.py` doesn't call it yet: whether it beats the vendor's products on a GPU has not been measured.
 """
 from __future__ import annotations
 
@@ -10,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 
 
 def sizes(dtype: torch.dtype, aligned: bool) -> tuple[int, int, int]:
