@@ -10,17 +10,14 @@ the direct float32 form.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
 from celo2_pretrain.kernels.newton_schulz import COEFFICIENTS, _direct, _gram, use_gram
-from optimizer_step import device_name
+from report import RESULTS, device_name, write_csv
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES = [(64, 64), (64, 256), (256, 256), (256, 512), (256, 1024), (768, 768), (768, 3072)]
 
 
@@ -77,12 +74,7 @@ def main() -> None:
                 print(f"{row['shape']:>9} {name:13s} {form:11s} round-off {row['roundoff']}  to polar {row['to_polar']:.3f}  "
                       f"{row['ms']:8.2f} ms  {row['ratio']:.2f} x ({row['ratio_q1']:.2f} to {row['ratio_q3']:.2f})"
                       f"{'  <- used' if row['chosen'] else ''}")
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / "newton_schulz.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {RESULTS / 'newton_schulz.csv'}")
+    write_csv(RESULTS / "newton_schulz.csv", rows)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ turns, round by round; shown are the median and the quartiles of the ratio to fu
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -26,8 +24,8 @@ from celo2_pretrain import Celo2, param_groups, register
 from celo2_pretrain.optimizer.backends import backend_for
 from celo2_pretrain.optimizer.learned import LearnedStep
 from celo2_pretrain.optimizer.rules import tag_of
+from report import RESULTS, device_name, write_csv
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = {"124m": (12, 768, 12), "350m": (24, 1024, 16), "1.3b": (24, 2048, 16)}
 # Bytes a parameter that a pass must move at least, float32: A reads g, m, v and writes m, v; B and C read p, g, m, v
 # (C writes the direction); apply reads p and the direction and writes p.
@@ -130,25 +128,6 @@ def profile(name: str, device: torch.device, rounds: int) -> list[dict]:
     return [{"device": device_name(device), "model": name, "backend": backend_for(device).name, **row} for row in rows]
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {path}")
-
-
 def plot(path: Path, rows: list[dict]) -> None:
     import matplotlib
     matplotlib.use("Agg")
@@ -182,13 +161,13 @@ def main() -> None:
     for row in rows:
         print(f"{row['model']:>5}  {row['optimizer']:14s} {row['ms']:10.2f} ms   {row['ratio']:7.2f} x AdamW "
               f"(quartiles {row['ratio_q1']:.2f} to {row['ratio_q3']:.2f})")
-    write(args.out / f"optimizer_step_{device.type}.csv", rows)
+    write_csv(args.out / f"optimizer_step_{device.type}.csv", rows)
     plot(args.out / f"optimizer_step_{device.type}.png", rows)
     if args.profile:
         rows = [row for name in args.model for row in profile(name, device, args.rounds)]
         for row in rows:
             print(f"{row['model']:>5}  {row['pass']:28s} {row['ms']:10.2f} ms   bound {row['bytes bound ms'] or '-':>8} ms")
-        write(args.out / f"optimizer_profile_{device.type}.csv", rows)
+        write_csv(args.out / f"optimizer_profile_{device.type}.csv", rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the seed of weights and data order from 0 on. The two dtypes of a seed share eve
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import subprocess
@@ -17,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from celo2_pretrain.train.metrics import read_metrics
+from report import RESULTS, write_csv
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results"
 DTYPES = ("fp32", "bf16")
 
 
@@ -62,11 +61,7 @@ def main() -> None:
         points = [(r["step"], r["val_loss"]) for r in read_metrics(args.runs / f"{dtype}_{seed}") if "val_loss" in r]
         curves[dtype].append(points)
         rows += [{"state_dtype": dtype, "seed": seed, "step": step, "val_loss": round(loss, 5)} for step, loss in points]
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / "state_dtype.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(RESULTS / "state_dtype.csv", rows)
     final = {dtype: [points[-1][1] for points in curves[dtype]] for dtype in DTYPES}
     for dtype, losses in final.items():
         print(f"{dtype}: validation loss {statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f} over {len(losses)} "
@@ -88,7 +83,7 @@ def main() -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(RESULTS / "state_dtype.png", dpi=120)
-    print(f"wrote {RESULTS / 'state_dtype.csv'} and .png")
+    print(f"wrote {RESULTS / 'state_dtype.png'}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ the unsharded step alone: p, g, three momenta and v of every matrix in 4 bytes.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -27,8 +26,8 @@ from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.optimizer.layouts import Layout, Original, Slice
 from celo2_pretrain.optimizer.learned import LearnedStep, Plan, make_plan
 from celo2_pretrain.optimizer.orthogonalize import Exchange
+from report import RESULTS, write_csv
 
-RESULTS = Path(__file__).parent / "results"
 
 
 def gpt3_xl() -> nn.Module:
@@ -174,12 +173,7 @@ def main() -> None:
     whole = (args.ranks, args.stage, args.bucket_size) == ([8, 64, 512], [2, 3], 1 << 25)
     out = args.out or (RESULTS / "wire.csv" if whole else None)
     if out:
-        out.parent.mkdir(exist_ok=True)
-        with open(out, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        print(f"wrote {out}")
+        write_csv(out, rows)
 
 
 if __name__ == "__main__":
