@@ -26,6 +26,7 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
         (3.3184196573706015, -2.488488024314874, 0.51004894012372),
         (2.300652019954817, -1.6689039845747493, 0.4188073119525673))),
 }
+SYMMETRIC_ROWS = 384  # from this size on half of a symmetric product is left out on the CPU
 GRAM_ASPECT, GRAM_ROWS = 2.0, 64  # from this long/short ratio on the Gram form needs fewer multiplications
 
 
@@ -37,6 +38,8 @@ def use_gram(shape: tuple[int, ...]) -> bool:
 
 def newton_schulz(x: Tensor, coefficients: Sequence[Triple]) -> Tensor:
     """Orthogonalise the last two axes of `x` (…, rows, cols), float32, in as many iterations as there are coefficients."""
+    if x.device.type == "cpu" and x.ndim > 2:  # one after the other: what a matrix needs stays in the cache
+        return torch.stack([newton_schulz(y, coefficients) for y in x]) if len(x) else x
     transposed = x.shape[-2] > x.shape[-1]
     if transposed:
         x = x.mT
@@ -47,19 +50,40 @@ def newton_schulz(x: Tensor, coefficients: Sequence[Triple]) -> Tensor:
 
 def _direct(x: Tensor, coefficients: Sequence[Triple]) -> Tensor:
     for a, b, c in coefficients:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = _symmetric(x, x.mT)
+        x = a * x + (b * gram + c * _symmetric(gram, gram)) @ x
     return x
 
 
 def _gram(x: Tensor, coefficients: Sequence[Triple]) -> Tensor:
-    gram, product = x @ x.mT, None
+    # All of these are polynomials of one symmetric matrix: they commute, and their products are symmetric.
+    gram, product = _symmetric(x, x.mT), None
     for step, (a, b, c) in enumerate(coefficients):
-        square = gram @ gram
+        square = _symmetric(gram, gram)
         factor = b * gram + c * square
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = factor if product is None else factor @ product
+        product = factor if product is None else _symmetric(factor, product)
         if step < len(coefficients) - 1:
-            gram = (a * gram + b * square + c * square @ gram) @ factor
+            gram = _symmetric(a * gram + b * square + c * _symmetric(square, gram), factor)
             gram = 0.5 * (gram + gram.mT)  # round-off must not make it lopsided
     return product @ x
+
+
+def _symmetric(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, which is known to be symmetric: for a large matrix on the CPU 5/8 of the multiplications, and a mirror."""
+    if a.ndim > 2 or a.device.type != "cpu" or a.dtype != torch.float32 or a.shape[0] < SYMMETRIC_ROWS:
+        return a @ b
+    out = a.new_empty(a.shape[0], a.shape[0])
+
+    def fill(low: int, high: int, depth: int) -> None:
+        if depth == 0:
+            torch.mm(a[low:high], b[:, low:high], out=out[low:high, low:high])
+            return
+        middle = (low + high) // 2
+        fill(low, middle, depth - 1)
+        fill(middle, high, depth - 1)
+        torch.mm(a[middle:high], b[:, low:middle], out=out[middle:high, low:middle])
+        out[low:middle, middle:high] = out[middle:high, low:middle].mT
+
+    fill(0, a.shape[0], 2)
+    return out

@@ -20,7 +20,8 @@ def ours(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("decades", [0, 1, 3, 5])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (13, 7), (40, 40), (63, 200), (64, 128), (200, 65), (64, 300)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (13, 7), (40, 40), (63, 200), (64, 128), (200, 65), (64, 300), (389, 401),
+                                   (384, 800)])
 def test_error_against_float64(shape, decades):
     torch.manual_seed(0)
     x = matrix(*shape, decades)
