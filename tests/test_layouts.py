@@ -12,13 +12,25 @@ from celo2_pretrain import Celo2
 from celo2_pretrain.optimizer.layouts import LayoutError
 
 
-def _swapped(rank: int, port: int, world: int, folder: str) -> None:
-    """What accelerate does with FSDP2: shard the model after the optimizer was made, and swap its parameters."""
-    from torch.distributed.fsdp import fully_shard
+def _spawn(run, world: int, folder) -> None:
+    """`run(rank, port, world, folder)` in so many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(run, args=(port, world, str(folder)), nprocs=world)
+
+
+def _join(rank: int, port: int, world: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     torch.manual_seed(0)
+
+
+def _swapped(rank: int, port: int, world: int, folder: str) -> None:
+    """What accelerate does with FSDP2: shard the model after the optimizer was made, and swap its parameters."""
+    from torch.distributed.fsdp import fully_shard
+    _join(rank, port, world)
     net = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5))
     optimizer = Celo2(net.named_parameters(), lr=1e-2)
     order = {id(p): name for name, p in net.named_parameters()}
@@ -40,10 +52,7 @@ def _swapped(rank: int, port: int, world: int, folder: str) -> None:
 
 @pytest.mark.multiprocess
 def test_fsdp2_parameters_swapped_in_after_construction_take_the_unsharded_step(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_swapped, args=(port, 2, str(tmp_path)), nprocs=2)
+    _spawn(_swapped, 2, tmp_path)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5))
     optimizer = Celo2(net.named_parameters(), lr=1e-2)
@@ -55,11 +64,40 @@ def test_fsdp2_parameters_swapped_in_after_construction_take_the_unsharded_step(
         torch.testing.assert_close(p, net.get_parameter(name).detach(), rtol=1e-4, atol=1e-5)
 
 
+def _nan_on_one_rank(rank: int, port: int, world: int, folder: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+    _join(rank, port, world)
+    net = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5))
+    fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (world,)))
+    messages = []
+    for nonfinite in ("error", "skip"):
+        optimizer = Celo2(net.named_parameters(), nonfinite=nonfinite)
+        before = [p.to_local().clone() for p in net.parameters()]
+        net(torch.ones(2, 7)).sum().backward()
+        if rank == 1:
+            net[1].weight.grad.to_local()[0, 0] = float("nan")
+        try:
+            optimizer.step()
+            messages.append(f"skipped {optimizer.skipped_steps}")
+        except FloatingPointError as error:
+            messages.append(str(error))
+        assert all(torch.equal(a, p.to_local()) for a, p in zip(before, net.parameters()))
+        assert not any(optimizer.state[p] for p in net.parameters())
+        optimizer.zero_grad()
+    torch.save(messages, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.multiprocess
+def test_a_nan_in_one_ranks_slice_is_named_and_stops_or_skips_all_ranks(tmp_path):
+    _spawn(_nan_on_one_rank, 3, tmp_path)
+    messages = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
+    assert messages[0] == messages[1] == messages[2]
+    assert "1.weight" in messages[0][0] and messages[0][1] == "skipped 1"
+
+
 def _ddp(rank: int, port: int, world: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    torch.manual_seed(0)
+    _join(rank, port, world)
     net = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5)))
     optimizer = Celo2(net.named_parameters(), lr=1e-2, check_replicas_every=1)
     for step in range(3):
@@ -73,10 +111,7 @@ def _ddp(rank: int, port: int, world: int, folder: str) -> None:
 
 @pytest.mark.multiprocess
 def test_ddp_takes_the_step_of_one_process(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_ddp, args=(port, 2, str(tmp_path)), nprocs=2)
+    _spawn(_ddp, 2, tmp_path)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5))
     optimizer = Celo2(net.parameters(), lr=1e-2)
