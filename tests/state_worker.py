@@ -187,6 +187,8 @@ def main():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # torch's own threads (FSDP2 over gloo) now and then abort the interpreter's exit
 
 
 if __name__ == "__main__":

@@ -27,6 +27,12 @@ def _join(rank: int, port: int, world: int) -> None:
     torch.manual_seed(0)
 
 
+def _leave() -> None:
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # torch's own threads (FSDP2 over gloo) now and then abort the interpreter's exit
+
+
 def _swapped(rank: int, port: int, world: int, folder: str) -> None:
     """What accelerate does with FSDP2: shard the model after the optimizer was made, and swap its parameters."""
     from torch.distributed.fsdp import fully_shard
@@ -47,7 +53,7 @@ def _swapped(rank: int, port: int, world: int, folder: str) -> None:
     full = {name: p.full_tensor().detach() for name, p in net.named_parameters()}
     if rank == 0:
         torch.save(full, f"{folder}/full.pt")
-    dist.destroy_process_group()
+    _leave()
 
 
 @pytest.mark.multiprocess
@@ -85,7 +91,7 @@ def _nan_on_one_rank(rank: int, port: int, world: int, folder: str) -> None:
         assert not any(optimizer.state[p] for p in net.parameters())
         optimizer.zero_grad()
     torch.save(messages, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    _leave()
 
 
 @pytest.mark.multiprocess
@@ -106,7 +112,7 @@ def _ddp(rank: int, port: int, world: int, folder: str) -> None:
         net(x).square().sum().backward()
         optimizer.step()
     torch.save({name: p.detach() for name, p in net.module.named_parameters()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    _leave()
 
 
 @pytest.mark.multiprocess

@@ -32,7 +32,7 @@ def end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def main() -> int:
+def main() -> None:
     order = json.load(sys.stdin)
     threading.Thread(target=end_with_parent, args=(order["launcher"],), daemon=True).start()
     rank = int(os.environ["RANK"])
@@ -70,8 +70,9 @@ def main() -> int:
         tell(event="done", cell=name, errors=errors, seconds=time.monotonic() - began)
     dist.barrier()
     dist.destroy_process_group()
-    return 0
+    lines.close()
+    os._exit(0)  # torch's own threads (FSDP2 over gloo) now and then abort the interpreter's exit
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
