@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The one command: sets up, collects a corpus that every machine has, and pretrains a small GPT-2-style model with
-# Celo2 under DeepSpeed, ZeRO-2, on two ranks: the GPUs there are, or two processes on the CPU (about four minutes).
+# Celo2 under DeepSpeed, ZeRO-2, on two ranks: the GPUs there are, or two processes on the CPU (2 to 3 minutes).
 #
 #   launch/quickstart.sh [--compare adamw] [key=value ...]
 #
