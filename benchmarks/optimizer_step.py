@@ -139,7 +139,7 @@ def plot(path: Path, rows: list[dict]) -> None:
               xerr=[[row["ratio"] - row["ratio_q1"] for row in rows], [row["ratio_q3"] - row["ratio"] for row in rows]])
     for y, row in enumerate(rows):
         axes.text(row["ratio_q3"], y, f"  {row['ratio']:g} × ({row['ms']:g} ms)", va="center")
-    axes.set_xlim(0, 1.35 * max(row["ratio_q3"] for row in rows))
+    axes.set_xlim(0, 1.6 * max(row["ratio_q3"] for row in rows))
     axes.invert_yaxis()
     axes.set_xlabel("time of a step, as a multiple of fused AdamW's in the same round (median, quartiles)")
     axes.set_title(f"{rows[0]['device']}, {rows[0]['threads']} threads", fontsize=10)
