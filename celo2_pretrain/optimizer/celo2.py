@@ -110,8 +110,7 @@ class Celo2(torch.optim.Optimizer):
         _check_options(options)
         named = _named(param_group["params"], offset=sum(len(known) for known in self._originals.values()))
         if not named:
-            super().add_param_group({**param_group, "params": [], "rule": options.get("rule") or "adamw"})
-            self._originals[len(self.param_groups) - 1] = []
+            self._add_group(options, options.get("rule") or "adamw", [])
             return
         split: dict[tuple[str, bool], list[Original]] = {}
         for name, param in named:
@@ -126,12 +125,12 @@ class Celo2(torch.optim.Optimizer):
         for rule, vectors in (("celo2", False), ("celo2", True), ("adamw", False)):
             originals = split.get((rule, vectors))
             if originals:
-                super().add_param_group({**options, "rule": rule, "params": [o.param for o in originals],
-                                         "group": len(self.param_groups)})
-                self._originals[len(self.param_groups) - 1] = originals
+                self._add_group(options, rule, originals)
 
-    def _group_number(self, group: dict[str, Any]) -> int:
-        return group["group"] if "group" in group else self.param_groups.index(group)
+    def _add_group(self, options: dict[str, Any], rule: str, originals: list[Original]) -> None:
+        number = len(self.param_groups)  # what finds the originals again, whatever a wrapper does to the group
+        super().add_param_group({**options, "rule": rule, "params": [o.param for o in originals], "group": number})
+        self._originals[number] = originals
 
     # ---- the step ---------------------------------------------------------------------------------------------
 
@@ -164,7 +163,7 @@ class Celo2(torch.optim.Optimizer):
                 for plan in plans:
                     mlp = self._mlp_on(local(plan.layout.slices[0].storage).device)
                     LearnedStep(plan, self.state, mlp, group).run()
-            number = self._group_number(group)
+            number = group["group"]
             self._steps[number] = self._steps.get(number, 0) + 1
             if self.check_replicas_every and self._steps[number] % self.check_replicas_every == 0:
                 for plan in plans:
@@ -238,11 +237,11 @@ class Celo2(torch.optim.Optimizer):
     # ---- plans ------------------------------------------------------------------------------------------------
 
     def _plan(self, group: dict[str, Any], params: list[Tensor]) -> list[Plan]:
-        key = (self._group_number(group), group["orthogonalize"], *map(id, params))
+        key = (group["group"], group["orthogonalize"], *map(id, params))
         if key in self._plans:
             self._plans.move_to_end(key)
         else:
-            layouts = locate(self._originals[self._group_number(group)], params)
+            layouts = locate(self._originals[group["group"]], params)
             # With the tensors themselves, so that no other tensor can get an id of the key.
             self._plans[key] = params, [self._make_plan(group, layout) for layout in layouts]
             while len(self._plans) > PLANS * len(self.param_groups):

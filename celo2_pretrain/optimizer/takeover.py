@@ -129,7 +129,7 @@ def _targets(optimizer: Any) -> tuple[Celo2, dict[str, tuple[Original, str]]]:
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Celo2):
         raise TypeError(f"expected the Celo2 (or its engine) that will go on, got {type(optimizer).__name__}")
-    rules = {optimizer._group_number(group): group["rule"] for group in optimizer.param_groups}
+    rules = {group["group"]: group["rule"] for group in optimizer.param_groups}
     return optimizer, {original.name: (original, rules[number]) for number, rule in rules.items()
                        for original in optimizer._originals[number] if original.trainable}
 
