@@ -33,6 +33,19 @@ def _leave() -> None:
     os._exit(0)  # torch's own threads (FSDP2 over gloo) now and then abort the interpreter's exit
 
 
+def _unsharded(scale: float) -> nn.Module:
+    """The same training in one plain process, its loss times `scale`."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5))
+    optimizer = Celo2(net.named_parameters(), lr=1e-2)
+    for step in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(4, 7, generator=torch.Generator().manual_seed(step))
+        (scale * net(x).square().sum()).backward()
+        optimizer.step()
+    return net
+
+
 def _swapped(rank: int, port: int, world: int, folder: str) -> None:
     """What accelerate does with FSDP2: shard the model after the optimizer was made, and swap its parameters."""
     from torch.distributed.fsdp import fully_shard
@@ -59,13 +72,7 @@ def _swapped(rank: int, port: int, world: int, folder: str) -> None:
 @pytest.mark.multiprocess
 def test_fsdp2_parameters_swapped_in_after_construction_take_the_unsharded_step(tmp_path):
     _spawn(_swapped, 2, tmp_path)
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5))
-    optimizer = Celo2(net.named_parameters(), lr=1e-2)
-    for step in range(3):
-        optimizer.zero_grad()
-        net(torch.randn(4, 7, generator=torch.Generator().manual_seed(step))).square().sum().backward()
-        optimizer.step()
+    net = _unsharded(1.0)
     for name, p in torch.load(tmp_path / "full.pt", weights_only=True).items():
         torch.testing.assert_close(p, net.get_parameter(name).detach(), rtol=1e-4, atol=1e-5)
 
@@ -118,14 +125,7 @@ def _ddp(rank: int, port: int, world: int, folder: str) -> None:
 @pytest.mark.multiprocess
 def test_ddp_takes_the_step_of_one_process(tmp_path):
     _spawn(_ddp, 2, tmp_path)
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5))
-    optimizer = Celo2(net.parameters(), lr=1e-2)
-    for step in range(3):
-        optimizer.zero_grad()
-        # DDP averages the ranks' gradients.
-        (net(torch.randn(4, 7, generator=torch.Generator().manual_seed(step))).square().sum() / 2).backward()
-        optimizer.step()
+    net = _unsharded(0.5)  # DDP averages the ranks' gradients
     for rank in range(2):
         for name, p in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
             torch.testing.assert_close(p, net.get_parameter(name).detach(), rtol=1e-4, atol=1e-5)
