@@ -47,7 +47,7 @@ def load_trained(path: str):
     if description["data.path's tokenizer"] != index["tokenizer"]["sha256"][:12]:
         raise UserError(f"{config.data.path} was prepared again with another tokenizer since {folder} was written: "
                         f"prepare it with the old one")
-    model = build_model(config.model, index["vocab_size"], index["eos_id"])
+    model = build_model(config.model, index["vocab_size"], index["eos_id"], pretrained=False)
     weights = {name: tensor.float() for name, tensor in master_weights(folder).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if config.model.tied:

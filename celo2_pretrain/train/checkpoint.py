@@ -8,7 +8,6 @@ import json
 import os
 import random
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import deepspeed.comm as dist
@@ -16,11 +15,13 @@ import numpy as np
 import torch
 
 from celo2_pretrain.optimizer.state import StateError, load_state, save_state
-from celo2_pretrain.train.config import Config
+from celo2_pretrain.train.config import Config, as_tree
 from celo2_pretrain.train.errors import UserError
 
 
 ANY_WORLD = "any_world"  # folder of the state that goes on with another of these:
+# How the model is computed or began: a resumed run may have it otherwise.
+NOT_OF_THE_MODEL = ("activation_checkpointing", "attention", "compile", "scaled_init")
 OF_THE_WORLD = ("number of ranks", "train.zero_stage", "train.precision", "optimizer.state_dtype")
 
 
@@ -52,7 +53,7 @@ def set_random_states(states: dict) -> None:
 def describe(config: Config, index: dict, world_size: int) -> dict:
     """What a checkpoint and the run that resumes it must have in common, each with the key it is set by."""
     return {
-        **{f"model.{k}": v for k, v in asdict(config.model).items() if k != "activation_checkpointing"},
+        **{f"model.{k}": v for k, v in as_tree(config.model).items() if k not in NOT_OF_THE_MODEL},
         "model.vocab_size": config.model.vocab_size or index["vocab_size"],  # null is the data's
         "data.path's tokenizer": index["tokenizer"]["sha256"][:12],
         "optimizer.name": config.optimizer.name, "optimizer.weights": config.optimizer.weights,

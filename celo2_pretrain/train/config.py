@@ -40,7 +40,12 @@ class Model:
     context: int = key(1024, "tokens in a training window", 2)
     vocab_size: int | None = key(None, "rows of the embedding; null: as many as the data's vocabulary", 2)
     tied: bool = key(True, "share the embedding's weights with the output head")
+    scaled_init: bool = key(True, "begin residual projections smaller by 1/sqrt(2 × layers), as GPT-2")
+    from_: str | None = key(None, "hub name or folder of a transformers model to train on; its shape is then the model's")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = key(
+        "sdpa", "sdpa (torch's fused kernels), eager, or flash_attention_2 (the flash-attn package, NVIDIA GPUs)")
     activation_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time")
+    compile: bool = key(False, "torch.compile the model: a slow first step, faster ones after it")
 
 
 @dataclass
@@ -66,6 +71,7 @@ class Train:
     micro_batch_size: int = key(8, "windows per rank in one forward pass", 1)
     global_batch_size: int = key(32, "windows per step over all ranks; a multiple of micro_batch_size × ranks", 1)
     grad_clip: float = key(1.0, "largest norm of the gradient; 0 turns clipping off", 0)
+    z_loss: float = key(0.0, "weight of the mean squared log-normaliser of the logits in the loss; PaLM: 1e-4", 0)
     seed: int = key(0, "seed of the initial weights and of the data order", 0)
     precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "arithmetic of the model; master weights are fp32 in each")
     zero_stage: Literal[0, 1, 2, 3] = key(2, "shards: 1 optimizer state, 2 also gradients, 3 also parameters")
@@ -107,11 +113,19 @@ def keys(cls=Config, prefix: str = "") -> dict[str, tuple[type, dataclasses.Fiel
         if dataclasses.is_dataclass(hints[field.name]):
             out |= keys(hints[field.name], f"{prefix}{field.name}.")
         else:
-            out[prefix + field.name] = hints[field.name], field
+            out[prefix + field.name.rstrip("_")] = hints[field.name], field
     return out
 
 
+def as_tree(section) -> dict:
+    """A dataclass of this file as nested mappings by key: as asdict, without the underscore of `from_`."""
+    return dataclasses.asdict(section, dict_factory=lambda items: {name.rstrip("_"): value for name, value in items})
+
+
 KEYS = keys()
+# What a model that training starts from brings itself.
+ARCHITECTURE = tuple(f"model.{name}" for name in (
+    "family", "layers", "width", "heads", "kv_heads", "mlp_width", "vocab_size", "tied", "scaled_init"))
 SECTIONS = {name.split(".")[0] for name in KEYS if "." in name}
 
 
@@ -225,8 +239,12 @@ def load_config(path: str | None, overrides: list[str] = ()) -> Config:
     config = Config()
     for name, value in flat.items():
         kind, field = KEYS[name]
-        section, _, last = name.rpartition(".")
-        setattr(getattr(config, section) if section else config, last, convert(name, value, kind, field))
+        section, _, _ = name.rpartition(".")
+        setattr(getattr(config, section) if section else config, field.name, convert(name, value, kind, field))
+    given = [name for name in ARCHITECTURE if name in flat]
+    if config.model.from_ is not None and given:
+        raise UserError(f"{given[0]}={flat[given[0]]} can't be given with model.from={config.model.from_}, which says what "
+                        f"the model is: leave out {', '.join(given)}")
     check(config)
     return config
 
@@ -240,6 +258,8 @@ def check(config: Config) -> None:
         raise UserError(f"model.kv_heads={model.kv_heads}: for llama only, and must divide model.heads={model.heads}")
     if model.family == "llama" and (model.width // model.heads) % 2:
         raise UserError(f"model.width / model.heads = {model.width // model.heads}: llama needs an even number")
+    if model.attention == "flash_attention_2" and config.train.precision == "fp32":
+        raise UserError("model.attention=flash_attention_2 has no float32: set train.precision=bf16, or model.attention=sdpa")
     if optimizer.lr == 0:
         raise UserError("optimizer.lr=0: nothing would be learned; give a rate such as 1e-3")
     if config.train.global_batch_size % config.train.micro_batch_size:
@@ -261,11 +281,14 @@ def accumulation_steps(config: Config, world_size: int) -> int:
 
 
 def dump_config(config: Config) -> str:
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    tree = as_tree(config)
+    if config.model.from_ is not None:  # the shape is that model's, and may not be given
+        tree["model"] = {name: value for name, value in tree["model"].items() if f"model.{name}" not in ARCHITECTURE}
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def list_keys() -> str:
     """One line a key: name, default, meaning."""
-    default = {name: value for name, value in flatten(dataclasses.asdict(Config()), "defaults").items()}
+    default = {name: value for name, value in flatten(as_tree(Config()), "defaults").items()}
     docs = {name: field.metadata["doc"] for name, (_, field) in KEYS.items()}
     return "\n".join(f"  {name:<32} {str(default[name]):<14} {doc}" for name, doc in docs.items())

@@ -13,6 +13,23 @@ def sequence_losses(model, windows: torch.Tensor) -> torch.Tensor:
     return losses.view(len(windows), -1).mean(1)
 
 
+def training_loss(model, windows: torch.Tensor, z_loss: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what is differentiated, mean cross-entropy in nats), both () float32. `windows` is int64 (B, context + 1).
+
+    The first has `z_loss` × mean(log Z²) added, Z the softmax's normaliser (PaLM, arXiv 2204.02311, section 5): it keeps
+    the logits from drifting.
+    """
+    if not z_loss:
+        loss = sequence_losses(model, windows).mean()
+        return loss, loss
+    logits, targets = model(input_ids=windows[:, :-1]).logits.flatten(0, 1), windows[:, 1:].flatten()
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    # −log p = log Z − logit of the target, so that no second pass over the logits is needed.
+    log_z = losses + logits.gather(1, targets[:, None])[:, 0].float()
+    cross_entropy = losses.mean()
+    return cross_entropy + z_loss * log_z.square().mean(), cross_entropy
+
+
 @torch.no_grad()
 def validation_loss(model, loader: ValLoader, device: torch.device) -> float:
     """Mean loss per token in nats over all ranks' windows. Every rank of the loader's world must call it."""

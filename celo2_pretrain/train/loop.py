@@ -23,7 +23,7 @@ from celo2_pretrain.train import checkpoint
 from celo2_pretrain.train.config import Config, dump_config
 from celo2_pretrain.train.deepspeed_config import deepspeed_config
 from celo2_pretrain.train.errors import UserError
-from celo2_pretrain.train.evaluate import sequence_losses, validation_loss
+from celo2_pretrain.train.evaluate import training_loss, validation_loss
 from celo2_pretrain.train.metrics import Metrics, origin
 from celo2_pretrain.train.optim import Rates, build_optimizer, lr_factor
 from celo2_pretrain.train.plot import plot_runs
@@ -72,6 +72,8 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
         start_run_dir(config, ds_config, world_size, resume_from if own else None)
     dist.barrier()
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    if config.model.compile:
+        engine.compile()
     rates = Rates(engine.optimizer)
     set_seeds(size.seed + start["step"], rank)
     if resume_from:
@@ -79,7 +81,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
 
     metrics = Metrics(config.run_dir, start["step"], size.max_steps, active=rank == 0)
     metrics.say(
-        f"{'resuming at step ' + str(start['step']) if resume else 'training'}: {config.model.family} with "
+        f"{'resuming at step ' + str(start['step']) if resume else 'training'}: {model.config.model_type} with "
         f"{parameters / 1e6:.1f} M parameters, {config.optimizer.name}, ZeRO-{size.zero_stage}, {size.precision}, "
         f"{world_size} rank(s), {size.global_batch_size * context:,} tokens a step, {loader.windows.count:,} windows"
     )
@@ -112,13 +114,13 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
         rates.set(lr_factor(step, config.schedule, size.max_steps))
         for micro in range(accumulation):
             windows = loader.batch(samples, micro).to(engine.device)
-            loss = sequence_losses(engine, windows).mean()
+            loss, cross_entropy = training_loss(engine, windows, size.z_loss)
             engine.backward(loss)
             try:
                 engine.step()
             except FloatingPointError as error:  # Celo2 found NaN or Inf in a gradient, on all ranks alike
                 raise UserError(f"training diverged in step {step + 1}: {error}") from None
-            recent += loss.detach() / accumulation
+            recent += cross_entropy.detach() / accumulation
         step, samples, steps_since = step + 1, samples + size.global_batch_size, steps_since + 1
         metrics.step(step)
 
