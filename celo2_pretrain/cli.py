@@ -31,12 +31,14 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     p = commands.add_parser("prepare", help="turn text into memory-mapped tokens", description=(
-        "Turn text into a folder of memory-mapped tokens, with a tokenizer trained on it or a given one."))
-    p.add_argument("paths", nargs="*", help="text or JSON Lines (.jsonl, .jsonl.gz) files, or folders of them")
+        "Turn text into a folder of memory-mapped tokens, with a tokenizer trained on it or a given one. An interrupted "
+        "call goes on where it stopped when it is given again."))
+    p.add_argument("paths", nargs="*", help="text, JSON Lines (.jsonl) or parquet files, also .gz and .zst, or folders")
     p.add_argument("--stdlib", action="store_true", help="the installed Python's sources: every machine has them")
     p.add_argument("--dataset", metavar="NAME[:CONFIG]", help="a Hugging Face dataset, or a folder of save_to_disk")
     p.add_argument("--dataset-split", default="train", help="its split (default: train)")
-    p.add_argument("--field", default="text", help="field of JSON Lines or rows that holds the text (default: text)")
+    p.add_argument("--download", action="store_true", help="fetch --dataset whole first instead of streaming its rows")
+    p.add_argument("--field", default="text", help="field of JSON Lines, or column, that holds the text (default: text)")
     p.add_argument("--out", required=True, help="the folder to make")
     p.add_argument("--tokenizer", help="a sentencepiece .model, or a transformers tokenizer's folder or hub name")
     p.add_argument("--vocab-size", type=int, default=4096, help="pieces of the tokenizer to train (default: 4096)")
@@ -44,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--val-fraction", type=float, default=0.05, help="documents kept for validation (default: 0.05)")
     p.add_argument("--max-mb", type=float, default=20, help="with --stdlib: MB of text to take (default: 20)")
     p.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens in one file (default: 100 million)")
+    p.add_argument("--workers", type=int, help="processes; any number gives the same bytes (default: one per core)")
     p.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
     p.set_defaults(run=run_prepare)
 
@@ -91,32 +94,27 @@ def parser() -> argparse.ArgumentParser:
 
 def run_prepare(args) -> None:
     from celo2_pretrain.data import sources
-    from celo2_pretrain.data.prepare import prepare, statistics
+    from celo2_pretrain.data.prepare import prepare
+    from celo2_pretrain.data.statistics import describe
 
     if bool(args.paths) + args.stdlib + bool(args.dataset) != 1:
         raise UserError("give one corpus: paths of text, or --stdlib, or --dataset NAME")
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val-fraction {args.val_fraction}: must lie between 0 and 1")
-    for option in ("max_mb", "tokenizer_mb", "shard_tokens"):
-        if not getattr(args, option) > 0:
+    for option in ("max_mb", "tokenizer_mb", "shard_tokens", "workers"):
+        if getattr(args, option) is not None and not getattr(args, option) > 0:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be above 0")
     if args.stdlib:
-        source = "the installed Python's sources"
-        def open_documents():
-            return sources.from_python(int(args.max_mb * 1e6), args.val_fraction)
+        source = sources.PythonSources(int(args.max_mb * 1e6), args.val_fraction)
     elif args.dataset:
-        source = f"dataset {args.dataset}"
-        def open_documents():
-            return sources.from_dataset(args.dataset, args.val_fraction, args.field, args.dataset_split)
+        source = sources.Dataset(args.dataset, args.val_fraction, args.field, args.dataset_split, args.download)
     else:
-        source = ", ".join(args.paths)
-        def open_documents():
-            return sources.from_files(args.paths, args.val_fraction, args.field)
+        source = sources.Files(args.paths, args.val_fraction, args.field)
     index = prepare(
-        open_documents, args.out, source=source, tokenizer=args.tokenizer, vocab_size=args.vocab_size,
+        source, args.out, tokenizer=args.tokenizer, vocab_size=args.vocab_size, workers=args.workers,
         tokenizer_bytes=int(args.tokenizer_mb * 1e6), shard_tokens=args.shard_tokens, overwrite=args.overwrite,
     )
-    print(statistics(index, args.out))
+    print(describe(index, args.out))
 
 
 def run_train(args) -> None:

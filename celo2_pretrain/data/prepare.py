@@ -1,105 +1,190 @@
-"""Turn a stream of documents into a folder of token shards, a tokenizer and an index; nothing half-written is left."""
+"""Turn a stream of documents into a folder of token shards, a tokenizer and an index.
+
+Work happens in a hidden folder beside `out`, which becomes `out` by a rename. Every few seconds it records how far it
+is (progress.json), so that the same call goes on after an interruption and ends with the same bytes. What is wrong
+with the input leaves nothing behind.
+"""
+import contextlib
+import fcntl
 import itertools
 import json
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
+import numpy as np
 
+from celo2_pretrain.data.encode import Chunk, Encoded, chunks, encode_in_order
+from celo2_pretrain.data.progress import Progress
 from celo2_pretrain.data.shards import FORMAT, SPLITS, ShardWriter
-from celo2_pretrain.data.sources import Document
+from celo2_pretrain.data.sources import Interrupted
+from celo2_pretrain.data.statistics import Statistics
 from celo2_pretrain.data.tokenizer import load_tokenizer, train_tokenizer
 from celo2_pretrain.train.errors import UserError
 
-BATCH_DOCUMENTS = 64
+SAVE_SECONDS = 10
 SINGLE = "the corpus is a single document: at least two are needed, for training and for validation"
 
 
-def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    while batch := list(itertools.islice(documents, BATCH_DOCUMENTS)):
-        yield batch
-
-
 def prepare(
-    open_documents: Callable[[], Iterator[Document]], out: str, *, source: str, tokenizer: str | None = None,
-    vocab_size: int = 4096, tokenizer_bytes: int = 4_000_000, shard_tokens: int = 100_000_000, overwrite: bool = False,
+    source, out: str, *, tokenizer: str | None = None, vocab_size: int = 4096, tokenizer_bytes: int = 4_000_000,
+    shard_tokens: int = 100_000_000, workers: int | None = 1, overwrite: bool = False,
 ) -> dict:
-    """Write the documents' tokens into the new folder `out`.
+    """Write the source's documents as tokens into the new folder `out`.
 
     Args:
-        open_documents: starts the stream of (split, text) from its beginning; called twice when a tokenizer is trained.
+        source: where the documents come from (data/sources.py); read twice when a tokenizer is trained.
         out: the folder to make. It appears whole, by a rename, or not at all.
-        source: a line on where the text is from, kept in the index.
         tokenizer: a sentencepiece `.model` file or a transformers tokenizer; None trains one of `vocab_size` pieces on
             the first `tokenizer_bytes` bytes of training text.
         shard_tokens: tokens per shard.
-        overwrite: replace `out` where it exists.
+        workers: processes that tokenize (data/encode.py); the result is the same with any number.
+        overwrite: replace `out` where it exists, and an interrupted call with other arguments.
 
     Returns: the index (see data/shards.py). Raises UserError for an empty corpus, one that cannot be split, a
-    vocabulary that the text does not support, or an `out` that exists.
+    vocabulary that the text does not support, an `out` that exists, or an interrupted call with other arguments; and
+    Interrupted when the same call can go on later.
     """
     target = Path(out)
     if target.exists() and not overwrite:
         raise UserError(f"{out!r} exists: choose another --out, or pass --overwrite to replace it")
     if target.exists() and any(target.iterdir()) and not (target / "index.json").exists():
         raise UserError(f"{out!r} exists and is not a folder of prepared data: choose another --out")
-    if next(iter(open_documents()), None) is None:
-        raise UserError(f"the corpus is empty: {source} holds no text")
-
-    if tokenizer is None:
-        started = time.time()
-        texts = (text for split, text in open_documents() if split == "train")
-        first = next(texts, None)
-        if first is None:
-            raise UserError(SINGLE)
-        tok = train_tokenizer(itertools.chain([first], texts), vocab_size, tokenizer_bytes)
-        print(f"trained a tokenizer of {vocab_size} pieces in {time.time() - started:.0f} s", flush=True)
+    given = None if tokenizer is None else load_tokenizer(tokenizer)
+    arguments = {**source.identity, "--shard-tokens": shard_tokens}
+    if given:
+        arguments["--tokenizer"] = f"{tokenizer} ({given.fingerprint[:12]})"
     else:
-        tok = load_tokenizer(tokenizer)
+        arguments |= {"--tokenizer": "trained here", "--vocab-size": vocab_size, "--tokenizer-mb": tokenizer_bytes / 1e6}
 
+    work = target.with_name(f".{target.name}.unfinished")
+    state = read_progress(work, arguments, overwrite)
+    tok = train(source, vocab_size, tokenizer_bytes) if state is None and given is None else given
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir()
-    try:
-        dtype = "uint16" if tok.vocab_size <= 2**16 else "uint32"
-        writers = {split: ShardWriter(unfinished, split, dtype, shard_tokens) for split in SPLITS}
-        with tqdm(unit="B", unit_scale=True, desc="tokenize", disable=not sys.stderr.isatty()) as bar:
-            for batch in batches(iter(open_documents())):
-                for (split, text), ids in zip(batch, tok.encode([text for _, text in batch])):
-                    size = len(text.encode())
-                    writers[split].write([*ids, tok.eos_id], size)
-                    bar.update(size)
-        for writer in writers.values():
-            writer.close()
-        if not writers["train"].tokens or not writers["val"].tokens:
-            raise UserError(SINGLE)
-        tok.save(unfinished)
-        index = {
-            "format": FORMAT, "dtype": dtype, "vocab_size": tok.vocab_size, "eos_id": tok.eos_id, "source": source,
-            "tokenizer": {"kind": tok.kind, "sha256": tok.fingerprint},
-            "splits": {split: writer.summary() for split, writer in writers.items()},
-        }
-        (unfinished / "index.json").write_text(json.dumps(index, indent=1) + "\n")
+    with only_one(work.with_name(f"{work.name}.lock"), out):
+        if state is None:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            tok.save(work)
+        else:
+            print(f"going on after {state['statistics']['bytes'] / 1e6:,.1f} MB that an interrupted call has done", flush=True)
+        try:
+            index = write(source, work, arguments, state, shard_tokens, workers)
+        except KeyboardInterrupt:
+            print("interrupted: the same command goes on where this one stopped", flush=True)
+            raise
+        except UserError as error:
+            if not isinstance(error, Interrupted):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
         if target.exists():
             shutil.rmtree(target)
-        unfinished.rename(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        work.rename(target)
+        (target / "progress.json").unlink()  # last, as a rename that didn't happen needs it
     return index
 
 
-def statistics(index: dict, out: str) -> str:
-    """A few lines for people about prepared data."""
-    kind = index["tokenizer"]["kind"]
-    lines = [f"{out}: vocabulary {index['vocab_size']:,} ({kind}), {index['dtype']}, from {index['source']}"]
-    for split, part in index["splits"].items():
-        ratio = part["bytes"] / part["tokens"]
-        lines.append(
-            f"  {split:5}  {part['documents']:>9,} documents  {part['bytes'] / 1e6:>9,.1f} MB"
-            f"  {part['tokens']:>13,} tokens  {ratio:.2f} bytes a token  {len(part['shards'])} file(s)"
-        )
-    return "\n".join(lines)
+@contextlib.contextmanager
+def only_one(path: Path, out: str) -> Iterator[None]:
+    """Hold the lock file `path`. Raises UserError when another process does."""
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another `prepare` is writing {out!r}: wait for it, or choose another --out") from None
+        try:
+            yield
+        finally:
+            path.unlink()
+
+
+def read_progress(work: Path, arguments: dict, overwrite: bool) -> dict | None:
+    """How far an interrupted call with these arguments came; None where there is none (or a replaced one)."""
+    try:
+        state = json.loads((work / "progress.json").read_text())
+    except FileNotFoundError:
+        return None
+    for name in sorted(arguments.keys() | state["arguments"].keys()):
+        ours, theirs = arguments.get(name), state["arguments"].get(name)
+        if ours != theirs and not overwrite:
+            raise UserError(f"an interrupted call left {str(work)!r}, made with {name} = {theirs}, not {ours}: give the same "
+                            f"arguments to go on, or pass --overwrite to begin anew")
+        if ours != theirs:
+            return None
+    return state
+
+
+def train(source, vocab_size: int, max_bytes: int):
+    started = time.time()
+    documents = source.read()
+    if (first := next(documents, None)) is None:
+        raise UserError(f"the corpus is empty: {source.identity['corpus']} holds no text")
+    texts = (text for split, text in itertools.chain([first], documents) if split == "train" and text)
+    if (text := next(texts, None)) is None:
+        raise UserError(SINGLE)
+    tokenizer = train_tokenizer(itertools.chain([text], texts), vocab_size, max_bytes)
+    print(f"trained a tokenizer of {vocab_size} pieces in {time.time() - started:.0f} s", flush=True)
+    return tokenizer
+
+
+def write(source, work: Path, arguments: dict, state: dict | None, shard_tokens: int, workers: int | None) -> dict:
+    """Tokenize the source from where `state` says into `work`, and return the index, which is written last."""
+    tok = load_tokenizer(work)
+    dtype = "uint16" if tok.vocab_size <= 2**16 else "uint32"
+    done = state or {"cursor": None, "fraction": None, "splits": {}, "statistics": None}
+    writers = {split: ShardWriter(work, split, dtype, shard_tokens, done["splits"].get(split)) for split in SPLITS}
+    counts = Statistics(tok.vocab_size, done["statistics"])
+    progress = Progress(done["fraction"], int(counts.lengths.sum()), int(counts.ids.sum()), counts.bytes)
+
+    def save(cursor: dict | None, fraction: float | None) -> None:
+        for writer in writers.values():
+            writer.flush()
+        record = {"arguments": arguments, "cursor": cursor, "fraction": fraction, "statistics": counts.state(),
+                  "splits": {split: writer.summary() for split, writer in writers.items()}}
+        write_durably(work / "progress.json", json.dumps(record))
+
+    try:
+        if state is None:
+            save(None, None)
+        saved = time.time()
+        for chunk, encoded in encode_in_order(chunks(source, done["cursor"]), work, dtype, workers):
+            add(chunk, encoded, writers, counts)
+            progress.add(chunk.fraction, len(encoded.lengths), len(encoded.ids), int(encoded.sizes.sum()))
+            if time.time() - saved >= SAVE_SECONDS:
+                save(chunk.cursor, chunk.fraction)
+                saved = time.time()
+    finally:
+        progress.close()
+        for writer in writers.values():
+            writer.close()
+    if not counts.ids.sum():
+        raise UserError(f"the corpus is empty: {source.identity['corpus']} holds no text")
+    if not writers["train"].tokens or not writers["val"].tokens:
+        raise UserError(SINGLE)
+    index = {
+        "format": FORMAT, "dtype": dtype, "vocab_size": tok.vocab_size, "eos_id": tok.eos_id,
+        "source": source.identity["corpus"], "tokenizer": {"kind": tok.kind, "sha256": tok.fingerprint},
+        "splits": {split: writer.summary() for split, writer in writers.items()},
+        "statistics": counts.summary(tok.unk_id, tok.byte_ids()),
+    }
+    write_durably(work / "index.json", json.dumps(index, indent=1) + "\n")
+    return index
+
+
+def add(chunk: Chunk, encoded: Encoded, writers: dict[str, ShardWriter], counts: Statistics) -> None:
+    counts.add(encoded.ids, encoded.lengths, int(encoded.sizes.sum()))
+    splits = np.array([split for split, _ in chunk.documents])
+    for split, writer in writers.items():
+        chosen = splits == split
+        writer.write(encoded.ids[np.repeat(chosen, encoded.lengths)], int(chosen.sum()), int(encoded.sizes[chosen].sum()))
+
+
+def write_durably(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.new")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

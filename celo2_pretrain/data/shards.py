@@ -4,6 +4,7 @@ A shard is a plain little-endian array of uint16 (uint32 for vocabularies above 
 other, each ended by the end-of-text id: that id is the document boundary.
 """
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +16,32 @@ SPLITS = ("train", "val")
 
 
 class ShardWriter:
-    """Writes one split's tokens into shards of at most `shard_tokens` tokens, and counts what it wrote."""
+    """Writes one split's tokens into shards of at most `shard_tokens` tokens, and counts what it wrote.
 
-    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int):
+    Args:
+        summary: what an earlier writer's summary() gave; the files are cut back to it, and writing goes on there.
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, summary: dict | None = None):
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, np.dtype(dtype), shard_tokens
-        self.shards: list[dict] = []
-        self.tokens = self.documents = self.bytes = 0
+        self.shards: list[dict] = list(map(dict, summary["shards"])) if summary else []
+        self.tokens, self.documents, self.bytes = (summary[k] if summary else 0 for k in ("tokens", "documents", "bytes"))
         self.file = None
+        names = [shard["file"] for shard in self.shards]
+        for path in folder.glob(f"{split}-*.bin"):
+            if path.name not in names:
+                path.unlink()
+        for shard in self.shards:
+            os.truncate(folder / shard["file"], shard["tokens"] * self.dtype.itemsize)
+        if self.shards:
+            self.file = open(folder / names[-1], "ab")
 
-    def write(self, ids: list[int], text_bytes: int) -> None:
-        """Append one document: its ids, the end-of-text id included, that encode `text_bytes` bytes of UTF-8."""
+    def write(self, ids: np.ndarray, documents: int, text_bytes: int) -> None:
+        """Append whole documents: their ids, each document's end-of-text id included, that encode so many bytes of
+        UTF-8."""
         array = np.asarray(ids, self.dtype)
-        self.tokens, self.documents, self.bytes = self.tokens + len(array), self.documents + 1, self.bytes + text_bytes
+        self.tokens, self.documents = self.tokens + len(array), self.documents + documents
+        self.bytes += text_bytes
         while len(array):
             if self.file is None or self.shards[-1]["tokens"] == self.shard_tokens:
                 self.close()
@@ -38,8 +53,15 @@ class ShardWriter:
             self.shards[-1]["tokens"] += len(part)
             array = array[len(part) :]
 
+    def flush(self) -> None:
+        """Have all that was written on the disk."""
+        if self.file is not None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
     def close(self) -> None:
         if self.file is not None:
+            self.flush()
             self.file.close()
             self.file = None
 

@@ -24,16 +24,20 @@ class SentencePieceTokenizer:
         self.model = model
         self.processor = spm.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self.processor.vocab_size()
-        self.eos_id = self.processor.eos_id()
+        self.eos_id, self.unk_id = self.processor.eos_id(), self.processor.unk_id()
         self.fingerprint = hashlib.sha256(model).hexdigest()
         if self.eos_id < 0:
             raise UserError("the sentencepiece model has no end-of-text piece (eos_id): train it with one")
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return self.processor.encode(texts, num_threads=2)
+        return self.processor.encode(texts, num_threads=1)  # `prepare` has one process a core
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
+
+    def byte_ids(self) -> list[int]:
+        """The ids that stand for single bytes of characters without a piece."""
+        return [i for i in range(self.vocab_size) if self.processor.is_byte(i)]
 
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.model").write_bytes(self.model)
@@ -68,7 +72,7 @@ class TransformersTokenizer:
         except Exception as error:  # the hub, the network, or a folder without a tokenizer
             raise UserError(f"cannot load tokenizer {name!r}: {str(error).splitlines()[0]}") from None
         self.vocab_size = len(self.tokenizer)
-        self.eos_id = self.tokenizer.eos_token_id
+        self.eos_id, self.unk_id = self.tokenizer.eos_token_id, self.tokenizer.unk_token_id
         if self.eos_id is None:
             raise UserError(f"tokenizer {name!r} has no end-of-text token: choose one that has")
         vocabulary = sorted(self.tokenizer.get_vocab().items())
@@ -79,6 +83,9 @@ class TransformersTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def byte_ids(self) -> list[int]:
+        return []  # byte-level vocabularies spell every text out of bytes; there is no fallback to count
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder / "tokenizer")
