@@ -23,8 +23,8 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 SIGNATURES = {
     "accumulate": [_POINTER] * 5 + [_LONG] * 3 + [_POINTER] * 2 + [ctypes.c_int64, _POINTER],
-    "norms": [_POINTER] * 6 + [_LONG] * 3 + [_POINTER] * 3,
-    "direction": [_POINTER] * 7 + [_LONG] * 3 + [_POINTER] * 8 + [ctypes.c_float],
+    "norms": [_POINTER] * 6 + [_LONG] * 3 + [_POINTER] * 5,
+    "direction": [_POINTER] * 7 + [_LONG] * 3 + [_POINTER] * 10 + [ctypes.c_float],
 }
 
 
@@ -46,9 +46,11 @@ def library() -> ctypes.CDLL:
     except OSError as error:
         raise Unavailable(f"{path} does not load: {error}") from None
     for name, arguments in SIGNATURES.items():
-        for accumulators in ("f32", "bf16"):
+        for accumulators in ("f32", "bf16", "packed"):
             function = getattr(found, f"celo2_{name}_{accumulators}")
             function.argtypes, function.restype = arguments, None
+    found.celo2_repack.argtypes = [_POINTER] * 2 + [_LONG] * 3 + [_POINTER] * 4 + [ctypes.c_int64, _POINTER]
+    found.celo2_repack.restype = None
     return found
 
 

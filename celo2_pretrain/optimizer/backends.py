@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..kernels import cpu
 from . import passes
-from .passes import FirstLayer, Shape, Tensors
+from .passes import FirstLayer, Scale, Shape, Tensors
 from .reference import MLP, NORM_EPS
 from .views import Piece
 
@@ -113,6 +113,17 @@ class Reference:
                 d1, d0 = part.shape.block.factored
                 passes.update_factored(v_row, row, part.shape.full[d0])
                 passes.update_factored(v_col, col, part.shape.full[d1])
+
+    def scales(self, parts: Sequence[Part], vectors: Sequence[tuple[Tensor, Tensor]]) -> list[Scale]:
+        """By which each part's packed accumulators are stored, from its v_row, v_col."""
+        return [passes.scales(v_row, v_col, part.shape) for part, (v_row, v_col) in zip(parts, vectors)]
+
+    def repack(self, parts: Sequence[Part], tensors: Sequence[Tensors], old: Sequence[Scale], new: Sequence[Scale]
+               ) -> None:
+        """Update packed accumulators, which pass A leaves alone: what `old` scaled is scaled by `new` afterwards."""
+        for part, t, before, after in zip(parts, tensors, old, new):
+            for piece in part.pieces:
+                passes.repack(t, piece, before, after)
 
     def norms(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Any], squares: Sequence[Tensor]
               ) -> None:
@@ -235,10 +246,7 @@ class Compiled(Reference):
         inner = inner_axis(shape)
         if inner is None:
             return Factor(plain)
-        # The row factor varies along d1, the column factor along d0.
-        by_axis = {axis - len(shape.full): x.reshape(3, -1, shape.full[axis])
-                   for axis, x in zip(shape.block.factored, plain)}  # (3, matrices, size)
-        return Factor(plain, by_axis[-3 - inner].permute(1, 2, 0).contiguous(), by_axis[inner].movedim(0, 1).contiguous())
+        return Factor(plain, *_by_storage(*plain, shape, inner))
 
     def first_layer(self, squares: Tensor, v_row: Tensor, v_col: Tensor, shape: Shape, mlp: MLP) -> Layer:
         plain = super().first_layer(squares, v_row, v_col, shape, mlp)
@@ -261,6 +269,26 @@ class Compiled(Reference):
             else:
                 for piece in part.pieces:
                     self._accumulate(calls, t, piece, part.shape, inner, *total)
+        _wait(calls)
+
+    def scales(self, parts: Sequence[Part], vectors: Sequence[tuple[Tensor, Tensor]]) -> list[Scale]:
+        found = super().scales(parts, vectors)
+        for part, scale in zip(parts, found):
+            inner = inner_axis(part.shape)
+            if inner is not None:
+                scale.outer, scale.inner = _by_storage(scale.row, scale.col, part.shape, inner)
+        return found
+
+    def repack(self, parts: Sequence[Part], tensors: Sequence[Tensors], old: Sequence[Scale], new: Sequence[Scale]
+               ) -> None:
+        calls: Calls = []
+        for part, t, before, after in zip(parts, tensors, old, new):
+            inner = inner_axis(part.shape)
+            if inner is None:
+                super().repack([part], [t], [before], [after])
+            else:
+                for piece in part.pieces:
+                    self._repack(calls, t, piece, part.shape, inner, before, after)
         _wait(calls)
 
     def norms(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Factor],
@@ -292,7 +320,7 @@ class Compiled(Reference):
         # v_row's sum is over d0: along d1 it is the storage's row or column sum.
         d1_is_inner = shape.block.factored[0] == len(shape.full) + inner
         outer_total, inner_total = (col_sum, row_sum) if d1_is_inner else (row_sum, col_sum)
-        keys = (ctypes.c_uint32 * 4)(*t.keys)
+        keys = (ctypes.c_uint32 * 4)(*t.keys[:4])
         outer_total = outer_total.view(-1, shape.full[-3 - inner])
         inner_total = inner_total.view(-1, shape.full[inner])
         for box in boxes_of(piece, shape, inner):
@@ -301,7 +329,7 @@ class Compiled(Reference):
             def call(box: Box = box, rows: Tensor = rows, cols: Tensor = cols) -> None:
                 g, = _float32(box, t.g)
                 self._kernel("accumulate", t)(
-                    g.data_ptr(), *(_at(x, box) for x in (*t.momentum, t.rms)), box.rows, box.cols, box.stride,
+                    g.data_ptr(), *_accumulators(t, box), box.rows, box.cols, box.stride,
                     rows.data_ptr(), cols.data_ptr(), t.start + box.offset, keys)
 
             def add(box: Box = box, rows: Tensor = rows, cols: Tensor = cols) -> None:
@@ -310,18 +338,30 @@ class Compiled(Reference):
 
             calls.append((self.pool.submit(call), add))
 
+    def _repack(self, calls: Calls, t: Tensors, piece: Piece, shape: Shape, inner: int, old: Scale, new: Scale) -> None:
+        keys = (ctypes.c_uint32 * 5)(*t.keys)
+        for box in boxes_of(piece, shape, inner):
+
+            def call(box: Box = box) -> None:
+                g, = _float32(box, t.g)
+                scales = *_scales(old, box), *_scales(new, box)
+                self.kernels.celo2_repack(g.data_ptr(), _at(t.rms, box), box.rows, box.cols, box.stride,
+                                          *map(_pointer, scales), t.start + box.offset, keys)
+
+            calls.append((self.pool.submit(call), None))
+
     def _norms(self, calls: Calls, t: Tensors, piece: Piece, shape: Shape, inner: int, factor: Factor, squares: Tensor
                ) -> None:
         flat = squares.view(18, -1)
         for box in boxes_of(piece, shape, inner):
             total = torch.zeros(18, dtype=torch.float64)
-            columns = factor.inner[box.matrix, :, box.col:box.col + box.cols].contiguous()
 
-            def call(box: Box = box, total: Tensor = total, columns: Tensor = columns) -> None:
+            def call(box: Box = box, total: Tensor = total) -> None:
                 g, p = _float32(box, t.g, t.p)
+                columns, scales = _columns(factor.inner, box), _scales(t.scale, box)
                 self._kernel("norms", t)(
-                    g.data_ptr(), p.data_ptr(), *(_at(x, box) for x in (*t.momentum, t.rms)), box.rows, box.cols,
-                    box.stride, factor.outer[box.matrix, box.row].data_ptr(), columns.data_ptr(), total.data_ptr())
+                    g.data_ptr(), p.data_ptr(), *_accumulators(t, box), box.rows, box.cols, box.stride,
+                    *map(_pointer, scales), factor.outer[box.matrix, box.row].data_ptr(), columns.data_ptr(), total.data_ptr())
 
             calls.append((self.pool.submit(call), lambda box=box, total=total: flat[:, box.matrix].add_(total)))
 
@@ -329,21 +369,39 @@ class Compiled(Reference):
                    out: Tensor) -> None:
         w1, b1, w2, b2 = layer.second
         for box in boxes_of(piece, shape, inner):
-            columns = factor.inner[box.matrix, :, box.col:box.col + box.cols].contiguous()
-            bias = layer.inner[box.matrix, :, box.col:box.col + box.cols].contiguous()
 
-            def call(box: Box = box, columns: Tensor = columns, bias: Tensor = bias) -> None:
+            def call(box: Box = box) -> None:
                 g, p = _float32(box, t.g, t.p)
+                columns, bias, scales = _columns(factor.inner, box), _columns(layer.inner, box), _scales(t.scale, box)
                 self._kernel("direction", t)(
-                    g.data_ptr(), p.data_ptr(), *(_at(x, box) for x in (*t.momentum, t.rms, out)), box.rows, box.cols,
-                    box.stride, factor.outer[box.matrix, box.row].data_ptr(), columns.data_ptr(),
+                    g.data_ptr(), p.data_ptr(), *_accumulators(t, box), _at(out, box), box.rows, box.cols, box.stride,
+                    *map(_pointer, scales), factor.outer[box.matrix, box.row].data_ptr(), columns.data_ptr(),
                     layer.weight[box.matrix].data_ptr(), layer.outer[box.matrix, box.row].data_ptr(), bias.data_ptr(),
                     w1.data_ptr(), b1.data_ptr(), w2.data_ptr(), b2)
 
             calls.append((self.pool.submit(call), None))
 
     def _kernel(self, name: str, t: Tensors) -> Callable[..., None]:
-        return getattr(self.kernels, f"celo2_{name}_{'f32' if t.rms.dtype == torch.float32 else 'bf16'}")
+        kind = "packed" if t.packed else "f32" if t.rms.dtype == torch.float32 else "bf16"
+        return getattr(self.kernels, f"celo2_{name}_{kind}")
+
+
+def _by_storage(row: Tensor, col: Tensor, shape: Shape, inner: int) -> tuple[Tensor, Tensor]:
+    """(3, *row), (3, *col) as the kernels take them: (matrices, outer, 3) and (matrices, 3, inner)."""
+    # What belongs to v_row varies along d1, to v_col along d0.
+    by_axis = {axis - len(shape.full): x.reshape(3, -1, shape.full[axis])
+               for axis, x in zip(shape.block.factored, (row, col))}  # (3, matrices, size)
+    return by_axis[-3 - inner].permute(1, 2, 0).contiguous(), by_axis[inner].movedim(0, 1).contiguous()
+
+
+def _columns(x: Tensor, box: Box) -> Tensor:
+    """A box's columns of what lies (matrices, any, inner)."""
+    return x[box.matrix, :, box.col:box.col + box.cols].contiguous()
+
+
+def _scales(scale: Scale | None, box: Box) -> tuple[Tensor | None, Tensor | None]:
+    """For the rows (rows, 3) and columns (3, cols) of a box."""
+    return (None, None) if scale is None else (scale.outer[box.matrix, box.row:], _columns(scale.inner, box))
 
 
 def _wait(calls: Calls) -> None:
@@ -356,6 +414,15 @@ def _wait(calls: Calls) -> None:
 
 def _at(x: Tensor, box: Box) -> int:
     return x.data_ptr() + x.element_size() * box.offset
+
+
+def _accumulators(t: Tensors, box: Box) -> list[int]:
+    """Addresses of m0, m1, m2, v; packed, all four are the words'."""
+    return [_at(t.rms, box)] * 4 if t.packed else [_at(x, box) for x in (*t.momentum, t.rms)]
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 def _float32(box: Box, *tensors: Tensor) -> list[Tensor]:

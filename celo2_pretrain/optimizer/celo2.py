@@ -14,10 +14,11 @@ from ..kernels.newton_schulz import COEFFICIENTS
 from ..weights import load_weights
 from .adamw import adamw_step
 from .layouts import Layout, Original, called_to_initialize, local, locate
-from .learned import LearnedStep, Plan, init_state, make_plan, reduce, set_state_dtype
+from .learned import LearnedStep, Plan, init_state, make_plan, reduce
 from .reference import MLP
 from .replicas import check_replicas
 from .rules import tag_of
+from .state_dtypes import STATE_DTYPES, WORD, dtype_of, set_state_dtype
 from .views import MatrixView
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 RULES = ("celo2", "adamw")
 NONFINITE = ("error", "skip", "ignore")
 PLANS = 16  # kept for each group: where other tensors lack a gradient in each step (routed experts), they would pile up
-STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Celo2(torch.optim.Optimizer):
@@ -57,8 +57,9 @@ class Celo2(torch.optim.Optimizer):
         check_replicas_every: compare checksums of all replicated values over the ranks after every so many steps, and
             raise DriftError where they differ; 0: never.
         state_dtype: of the momenta and second moments of matrices under the learned rule: `"fp32"` (16 bytes a
-            parameter) or `"bf16"` (8, as AdamW's), written with stochastic rounding that is the same however the
-            parameters are sharded.
+            parameter), `"bf16"` (8, as AdamW's) or `"fp8"` (4: four small floats of 8 bits on average in one word, scaled
+            by the factored second moments; kernels/packed.py). The last two are written with stochastic rounding that is
+            the same however the parameters are sharded.
         bucket_size: elements of whole matrices in a bucket. Three buckets are under way at a time, of which a rank has its
             own part (4 bytes an element) and what it received as an owner, some 1/world of each.
 
@@ -193,14 +194,16 @@ class Celo2(torch.optim.Optimizer):
     # ---- states -----------------------------------------------------------------------------------------------
 
     def _init_state(self, group: dict[str, Any], param: Tensor, plans: list[Plan]) -> None:
-        if self.state[param]:
+        state, dtype = self.state[param], STATE_DTYPES[self.state_dtype]
+        if state:
+            if "v_row" in state and dtype_of(state) != dtype:  # restored from another form
+                set_state_dtype(state, dtype, param, plans, _zeros_like)
             return
         if group["rule"] == "adamw":
-            self.state[param].update(step=torch.zeros((), dtype=torch.float32, device=local(param).device),
-                                     exp_avg=_zeros_like(param), exp_avg_sq=_zeros_like(param))
+            state.update(step=torch.zeros((), dtype=torch.float32, device=local(param).device),
+                         exp_avg=_zeros_like(param), exp_avg_sq=_zeros_like(param))
         else:
-            self.state[param].update(init_state(param, [p for plan in plans for p in plan.parts_in(param)], _zeros_like,
-                                                STATE_DTYPES[self.state_dtype]))
+            state.update(init_state(param, [p for plan in plans for p in plan.parts_in(param)], _zeros_like, dtype))
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, and theta: a run goes on with the weights it began with."""
@@ -221,11 +224,14 @@ class Celo2(torch.optim.Optimizer):
                   for number, param in zip(a["params"], b["params"])}
         state = {number: entry for number, entry in state_dict["state"].items()}
         super().load_state_dict({"state": {}, "param_groups": saved})
+        dtype = STATE_DTYPES[self.state_dtype]
         for number, entry in state.items():
             param = params[number]
             self.state[param] = {key: _moved(value, param) for key, value in entry.items()}
-            if "v_row" in entry:
-                set_state_dtype(self.state[param], STATE_DTYPES[self.state_dtype])
+            if "v_row" in entry and WORD not in (dtype, dtype_of(entry)):  # others at the next step, which has a plan
+                set_state_dtype(self.state[param], dtype, param, [], _zeros_like)
+            if "step" in self.state[param] and "v_row" in entry:  # read in every step: it must not lie on a GPU
+                self.state[param]["step"] = self.state[param]["step"].cpu()
         if "theta" in state_dict:
             theta = load_weights(state_dict["theta"])
             if any(not torch.equal(a, b) for a, b in zip(theta, self.mlp)):

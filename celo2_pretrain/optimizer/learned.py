@@ -5,7 +5,7 @@ matrix; `LearnedStep` carries the plan out. Neither knows what a wrapper or a pa
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Mapping
 
@@ -14,13 +14,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.newton_schulz import COEFFICIENTS
+from ..kernels.packed import WORD, turn_of
 from ..kernels.rounding import key_of
 from .backends import backend_for
 from .layouts import Layout, Slice, collective_device, local
 from .orthogonalize import Exchange, Unit, choose_owners, units_of
-from .passes import Shape, Tensors
+from .passes import Scale, Shape, Tensors
 from .reference import MLP
 from .views import Piece, pieces
+
+
+ACCUMULATORS = ("momentum_0", "momentum_1", "momentum_2", "rms")
 
 
 @dataclass
@@ -47,6 +51,15 @@ class Plan:
         """Numbers of the parts that a bucket's slices consist of."""
         chosen = set(bucket)
         return [number for number, part in enumerate(self.parts) if part.held in chosen]
+
+    def columns(self, number: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Where the v_row and the v_col of a slice's tensor begin and end in its storage's; empty for a vector."""
+        parts = [part for part in self.parts if part.held == number and part.shape.matrix]
+        if not parts:
+            return (0, 0), (0, 0)
+        row, col = parts[0].row_at, parts[0].col_at
+        return ((row, row + sum(prod(part.shape.row) for part in parts)),
+                (col, col + sum(prod(part.shape.col) for part in parts)))
 
     def parts_in(self, storage: Tensor) -> list[Part]:
         return [part for part in self.parts if self.layout.slices[part.held].storage is storage]
@@ -82,14 +95,15 @@ def make_plan(layout: Layout, orthogonalize: bool, bucket_size: int) -> Plan:
 def init_state(param: Tensor, parts: list[Part], zeros_like: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """Zero accumulators for a storage (a tensor, or a flat partition of several) that consists of `parts`.
 
-    momentum_0, _1, _2 (decays 0.9, 0.99, 0.999) and rms are of the storage's shape and lie like it; of `dtype`, and if
-    that is bfloat16 there is a step count, which stochastic rounding needs. v_row and v_col are (3, n): the factored
-    second moments of all its matrices, replicated over the ranks, float32. Vectors have v_full_0, _1, _2, all float32.
+    momentum_0, _1, _2 (decays 0.9, 0.99, 0.999) and rms are of the storage's shape and lie like it; of `dtype`, or, where
+    that is kernels.packed.WORD, one tensor `packed` holds all four. Unless they are float32 there is a step count, which
+    stochastic rounding needs. v_row and v_col are (3, n): the factored second moments of all its matrices, replicated over
+    the ranks, float32. Vectors have v_full_0, _1, _2, all float32.
     """
     vectors = any(not part.shape.matrix for part in parts)
     if vectors:
         dtype = torch.float32
-    state = {key: zeros_like(param, dtype) for key in ("momentum_0", "momentum_1", "momentum_2", "rms")}
+    state = {key: zeros_like(param, dtype) for key in (("packed",) if dtype == WORD else ACCUMULATORS)}
     if dtype != torch.float32:
         state["step"] = torch.zeros((), dtype=torch.float32)
     if vectors:
@@ -97,16 +111,6 @@ def init_state(param: Tensor, parts: list[Part], zeros_like: Any, dtype: torch.d
     device = local(param).device
     return {**state, "v_row": torch.zeros(3, sum(prod(part.shape.row) for part in parts), device=device),
             "v_col": torch.zeros(3, sum(prod(part.shape.col) for part in parts), device=device)}
-
-
-def set_state_dtype(state: dict[str, Any], dtype: torch.dtype) -> None:
-    """Convert the accumulators of a storage of matrices, in place of what they were saved in."""
-    if state["rms"].dtype != dtype:
-        state.update({key: state[key].to(dtype) for key in ("momentum_0", "momentum_1", "momentum_2", "rms")})
-    if dtype == torch.float32:
-        state.pop("step", None)
-    else:  # read in every step: it must not lie on a GPU
-        state["step"] = state.get("step", torch.zeros(())).to("cpu", torch.float32)
 
 
 class LearnedStep:
@@ -120,6 +124,7 @@ class LearnedStep:
         self.backend = backend_for(self.device)
 
     def run(self) -> None:
+        self.scales: dict[int, Scale] = {}
         steps = {}
         for key, state in {id(held.storage): self.state[held.storage] for held in self.layout.slices}.items():
             if "step" in state:
@@ -127,7 +132,12 @@ class LearnedStep:
                 steps[key] = int(state["step"])
         self.tensors = [_tensors(held, self.state[held.storage], steps.get(id(held.storage)))
                         for held in self.layout.slices]
+        packed = [part for part, t in zip(self.plan.parts, self._tensors_of(self.plan.parts)) if t.packed]
+        old = self._scales(packed)
         self._accumulate()
+        self.scales = self._scales(packed)
+        if packed:
+            self.backend.repack(packed, self._tensors_of(packed), list(old.values()), list(self.scales.values()))
         self.factors = [self.backend.factor(part.shape, *self._row_col(part)) for part in self.plan.parts]
         squares = self._norms()
         self.layers = [self.backend.first_layer(square, *self._row_col(part), part.shape, self.mlp)
@@ -138,7 +148,13 @@ class LearnedStep:
             self._normalized()
 
     def _tensors_of(self, parts: list[Part]) -> list[Tensors]:
-        return [self.tensors[part.held] for part in parts]
+        if not self.scales:
+            return [self.tensors[part.held] for part in parts]
+        return [replace(self.tensors[part.held], scale=self.scales.get(id(part))) for part in parts]
+
+    def _scales(self, packed: list[Part]) -> dict[int, Scale]:
+        """Of parts with packed accumulators, by id. Copies: they stay what they are when v_row and v_col change."""
+        return dict(zip(map(id, packed), self.backend.scales(packed, [self._row_col(part) for part in packed])))
 
     def _zeros(self, sizes: list[int]) -> tuple[Tensor, list[Tensor]]:
         flat = torch.zeros(sum(sizes), device=self.device)
@@ -216,12 +232,17 @@ class LearnedStep:
 
     def _row_col(self, part: Part) -> tuple[Tensor, Tensor]:
         """v_row (3, *row) and v_col (3, *col) of a block, as views of the storage's state; empty for a vector."""
-        shape = part.shape
-        if not shape.matrix:
+        if not part.shape.matrix:
             return torch.empty(0), torch.empty(0)
         state = self.state[self.layout.slices[part.held].storage]
-        return (state["v_row"][:, part.row_at:part.row_at + prod(shape.row)].unflatten(1, shape.row),
-                state["v_col"][:, part.col_at:part.col_at + prod(shape.col)].unflatten(1, shape.col))
+        return row_col(part, state["v_row"], state["v_col"])
+
+
+def row_col(part: Part, v_row: Tensor, v_col: Tensor) -> tuple[Tensor, Tensor]:
+    """A block's views (3, *row), (3, *col) of what holds the factored second moments of its storage."""
+    shape = part.shape
+    return (v_row[:, part.row_at:part.row_at + prod(shape.row)].unflatten(1, shape.row),
+            v_col[:, part.col_at:part.col_at + prod(shape.col)].unflatten(1, shape.col))
 
 
 def _tensors(held: Slice, state: Mapping[str, Tensor], step: int | None) -> Tensors:
@@ -231,9 +252,14 @@ def _tensors(held: Slice, state: Mapping[str, Tensor], step: int | None) -> Tens
     """
     flat = lambda x: held.of(local(x).detach().reshape(-1))  # noqa: E731
     several = lambda key: [flat(state[f"{key}_{k}"]) for k in range(3)] if f"{key}_0" in state else []  # noqa: E731
-    keys = tuple(key_of(held.name, step, k) for k in range(4)) if step is not None else ()
-    return Tensors(flat(held.storage), flat(held.storage.grad), several("momentum"), flat(state["rms"]), several("v_full"),
-                   held.start, keys)
+    packed = "packed" in state
+    keys: tuple[int, ...] = ()
+    if packed:
+        keys = (*(key_of(held.name, k) for k in range(4)), turn_of(step))
+    elif step is not None:
+        keys = tuple(key_of(held.name, step, k) for k in range(4))
+    return Tensors(flat(held.storage), flat(held.storage.grad), several("momentum"),
+                   flat(state["packed" if packed else "rms"]), several("v_full"), held.start, keys)
 
 
 def reduce(x: Tensor, layout: Layout, op: Any = dist.ReduceOp.SUM) -> None:

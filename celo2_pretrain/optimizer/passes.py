@@ -4,6 +4,7 @@ Each pass reads the rank's own elements and adds to small sums; between passes t
 the ranks. With one rank that holds everything, the same code is the unsharded update.
 
     A  accumulate   momenta, second moment; row and column sums of g²
+    (  repack       momenta, second moment where they are packed: their scales come out of the sums )
     B  norms        sums of squares of the elementwise features, one per matrix
     C  direction    the MLP with the normalisation folded into its first layer
 
@@ -20,6 +21,7 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
+from ..kernels.packed import WORD, draws, pack, powers, unpack
 from ..kernels.rounding import stochastic_round
 from .reference import (FACTORED_DECAYS, GRAD_CLAMP, MLP, MOMENTUM_DECAYS, NORM_EPS, RMS_DECAY)
 from .views import Block, Piece
@@ -78,10 +80,25 @@ class Shape:
 
 
 @dataclass
+class Scale:
+    """By which a block's packed accumulators are stored: powers of two."""
+
+    row: Tensor  # (3, *row)
+    col: Tensor  # (3, *col)
+    outer: Tensor | None = None  # for kernels: (matrices, outer, 3)
+    inner: Tensor | None = None  # (matrices, 3, inner)
+
+    def of(self, piece: Piece) -> list[Tensor]:
+        """For each decay, what broadcasts to the piece."""
+        return [row * col for row, col in zip(piece.within(self.row), piece.within(self.col))]
+
+
+@dataclass
 class Tensors:
     """A rank's flat slice of one tensor: parameter, gradient (any float dtype) and accumulators, each 1-D.
 
-    momentum and rms are float32, or bfloat16 and then written with stochastic rounding by `start` and `keys`.
+    momentum and rms are float32, or bfloat16 and then written with stochastic rounding by `start` and `keys`. Or they are
+    packed (kernels/packed.py) and rms holds the words of all four, momentum is empty.
     """
 
     p: Tensor
@@ -90,7 +107,12 @@ class Tensors:
     rms: Tensor
     v_full: list[Tensor]  # of a 1-D tensor; else empty
     start: int = 0  # of the slice, in the whole tensor
-    keys: tuple[int, ...] = ()  # for rounding momentum[0], [1], [2] and rms in this step
+    keys: tuple[int, ...] = ()  # for rounding momentum[0], [1], [2] and rms in this step; packed: and the step's turn
+    scale: Scale | None = None  # of the block that is being worked on, where they are packed
+
+    @property
+    def packed(self) -> bool:
+        return self.rms.dtype == WORD
 
 
 def clamp_gradient(g: Tensor) -> Tensor:
@@ -110,7 +132,7 @@ def accumulate(t: Tensors, piece: Piece, shape: Shape, row_sum: Tensor, col_sum:
         for decay, momentum in zip(MOMENTUM_DECAYS, t.momentum):
             piece.of(momentum).mul_(decay).add_(g, alpha=rest(decay))
         piece.of(t.rms).mul_(RMS_DECAY).addcmul_(g, g, value=1 - RMS_DECAY)
-    else:
+    elif not t.packed:
         index = piece.of(torch.arange(t.start, t.start + t.rms.numel(), device=g.device))
         for decay, momentum, key in zip(MOMENTUM_DECAYS, t.momentum, t.keys):
             m = piece.of(momentum)
@@ -125,6 +147,23 @@ def accumulate(t: Tensors, piece: Piece, shape: Shape, row_sum: Tensor, col_sum:
     else:
         for decay, v_full in zip(FACTORED_DECAYS, t.v_full):
             piece.of(v_full).mul_(decay).add_(s, alpha=rest(decay))
+
+
+def scales(v_row: Tensor, v_col: Tensor, shape: Shape) -> Scale:
+    """The scales of packed accumulators from a block's factored second moments (3, *row), (3, *col)."""
+    mean = v_row.mean(shape.block.factored[0] + 1, keepdim=True)
+    return Scale(powers(v_row / mean.clamp_min(1e-38)), powers(v_col))
+
+
+def repack(t: Tensors, piece: Piece, old: Scale, new: Scale) -> None:
+    """Packed momenta and second moment of one piece, in place: read by the last step's scales, written by this one's."""
+    g, words = clamp_gradient(piece.of(t.g)), piece.of(t.rms)
+    *momentum, v = unpack(words, old.of(piece))
+    values = [m * decay + g * rest(decay) for m, decay in zip(momentum, MOMENTUM_DECAYS)]
+    values.append(v * RMS_DECAY + g * g * (1 - RMS_DECAY))
+    index = piece.of(torch.arange(t.start, t.start + t.rms.numel(), device=g.device))
+    *keys, turn = t.keys
+    words.copy_(pack(values, new.of(piece), [draws(index, key, turn) for key in keys]))
 
 
 def update_factored(v: Tensor, total: Tensor, count: int) -> None:
@@ -143,8 +182,9 @@ def factors(v_row: Tensor, v_col: Tensor, shape: Shape) -> tuple[Tensor, Tensor]
 def elementwise_features(t: Tensors, piece: Piece, shape: Shape, factor: tuple[Tensor, Tensor] | None
                          ) -> Iterator[Tensor]:
     """The 18 (1-D: 15) features that differ from element to element, in ascending order of their index."""
-    g, p, v = clamp_gradient(piece.of(t.g)), piece.of(t.p).float(), piece.of(t.rms).float()
-    momentum = [piece.of(m).float() for m in t.momentum]
+    g, p = clamp_gradient(piece.of(t.g)), piece.of(t.p).float()
+    *momentum, v = (unpack(piece.of(t.rms), t.scale.of(piece)) if t.packed else
+                    [piece.of(x).float() for x in (*t.momentum, t.rms)])
     inverse = (v + 1e-8).rsqrt()
     yield g
     yield g.clamp(-0.1, 0.1)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, TypeVar
 
@@ -22,6 +21,8 @@ from . import state_files
 from ..weights import load_weights
 from .celo2 import Celo2
 from .layouts import LayoutError, Original, Slice, collective_device, local, locate
+from .learned import ACCUMULATORS
+from .state_dtypes import pack_range, unpack_range
 from .state_files import SHARED, StateError, StateReader, element_keys, tensor_entry
 from .views import MatrixView
 
@@ -57,6 +58,11 @@ class Held:
     def keys(self) -> tuple[str, ...]:
         return element_keys(self.rule, self.vector)
 
+    @property
+    def factored(self) -> tuple[Tensor, Tensor]:
+        """The tensor's v_row and v_col, views of the storage's."""
+        return self.state["v_row"][:, slice(*self.rows)], self.state["v_col"][:, slice(*self.cols)]
+
     def tensor(self, key: str) -> Tensor | None:
         """The local part of the storage's parameter or state; None for a state that no step has made yet."""
         value = self.slice.storage if key == "param" else self.state.get(key)
@@ -84,12 +90,12 @@ def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:
     def fetch(name: str, start: int, stop: int) -> dict[str, Tensor]:
         h = by_name[name]
         low = h.slice.offset + start - h.slice.start
-        values = {}
-        for key in h.keys:
-            whole = h.tensor(key)
-            values[key] = (torch.zeros(stop - start) if whole is None else
-                           whole.reshape(-1)[low:low + stop - start].to("cpu", torch.float32, copy=True))
-        return values
+        cut = {key: whole.reshape(-1)[low:low + stop - start] for key in (*h.keys, "packed")
+               if (whole := h.tensor(key)) is not None}
+        if "packed" in cut:
+            cut |= unpack_range(cut["packed"], h.slice, start, *h.factored)
+        return {key: cut[key].to("cpu", torch.float32, copy=True) if key in cut else torch.zeros(stop - start)
+                for key in h.keys}
 
     def write() -> dict[str, Any]:
         unfinished = state_files.building(folder)
@@ -208,12 +214,8 @@ def _of_celo2(optimizer: Celo2) -> Iterator[Held]:
             optimizer._init_state(group, param, plans)
         for plan in plans:
             for number, piece in enumerate(plan.layout.slices):
-                held = Held(group, group["rule"], piece, plan.layout.kind, optimizer.state[piece.storage])
-                parts = [part for part in plan.parts if part.held == number and part.shape.matrix]
-                if parts:
-                    held.rows = parts[0].row_at, parts[0].row_at + sum(prod(part.shape.row) for part in parts)
-                    held.cols = parts[0].col_at, parts[0].col_at + sum(prod(part.shape.col) for part in parts)
-                yield held
+                yield Held(group, group["rule"], piece, plan.layout.kind, optimizer.state[piece.storage],
+                           *plan.columns(number))
 
 
 def _at_rest(optimizer: Celo2) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
@@ -292,8 +294,8 @@ def _shared(optimizer: torch.optim.Optimizer, held: Iterable[Held]) -> dict[str,
         elif not h.vector:
             if "step" in h.state:  # counts for stochastic rounding
                 shared[f"{h.name}|step"] = torch.tensor(float(h.state["step"]))
-            for key, (start, stop) in (("v_row", h.rows), ("v_col", h.cols)):
-                shared[f"{h.name}|{key}"] = h.state[key][:, start:stop].to("cpu", copy=True).contiguous()
+            for key, x in zip(("v_row", "v_col"), h.factored):
+                shared[f"{h.name}|{key}"] = x.to("cpu", copy=True).contiguous()
     return shared
 
 
@@ -321,12 +323,10 @@ def _scaler(wrapper: Any) -> Any:
 def _compare(reader: StateReader, held: list[Held]) -> None:
     """Refuse a state of other parameters."""
     saved, where = reader.tensors, str(reader.folder)
-    missing = [h.name for h in held if h.name not in saved]
-    if missing:
+    if missing := [h.name for h in held if h.name not in saved]:
         raise StateError(f"{where!r} has no parameter {missing[0]!r} ({len(missing)} of the optimizer's {len(held)} "
                          f"are missing); it has names like {list(saved)[:2]}: load it into the model it was saved from")
-    extra = sorted(set(saved) - {h.name for h in held})
-    if extra:
+    if extra := sorted(set(saved) - {h.name for h in held}):
         raise StateError(f"{where!r} has the parameter {extra[0]!r}, which the optimizer does not train ({len(extra)} "
                          "such): load it into the model it was saved from, with the same parameters frozen")
     for h in held:
@@ -349,20 +349,22 @@ def _compare(reader: StateReader, held: list[Held]) -> None:
 
 
 def _restore(h: Held, reader: StateReader) -> None:
+    if h.rule == "celo2" and not h.vector:
+        for key, x in zip(("v_row", "v_col"), h.factored):
+            x.copy_(reader.shared(f"{h.name}|{key}"))
     start, stop = h.slice.start, h.slice.stop
-    for key in h.keys if start < stop else ():
-        target, values = h.tensor(key), reader.read(h.name, key, start, stop)
+    read = lambda key: reader.read(h.name, key, start, stop)  # noqa: E731
+    for key in (("param", "packed") if "packed" in h.state else h.keys) if start < stop else ():
+        target, values = h.tensor(key), read(key) if key != "packed" else pack_range(
+            {key: read(key) for key in ACCUMULATORS}, h.slice, start, *h.factored)
         if target.is_contiguous():
             h.slice.of(target.view(-1)).copy_(values)
         else:  # a whole tensor that lies transposed
             target.copy_(values.view(target.shape))
-    if h.rule == "celo2" and not h.vector:
-        for key, (low, high) in (("v_row", h.rows), ("v_col", h.cols)):
-            h.state[key][:, low:high].copy_(reader.shared(f"{h.name}|{key}"))
 
 
 def _restore_steps(held: list[Held], reader: StateReader) -> None:
-    """Step counts, of AdamW and of bfloat16 accumulators (0 where the saved ones were float32).
+    """Step counts, of AdamW and of accumulators that are rounded stochastically (0 where the saved ones were float32).
 
     A flat partition has one for all its tensors, so the largest of theirs is taken.
     """
@@ -443,7 +445,6 @@ def _together(work: Callable[[], T]) -> T:
     message = None if failed is None else str(failed)
     if failed is not None and not isinstance(failed, (StateError, LayoutError)):
         message = f"{type(failed).__name__}: {failed} (on rank {_rank()})"
-    first = next((text for text in _gather(message) if text), None)
-    if first:
+    if first := next((text for text in _gather(message) if text), None):
         raise StateError(first) from failed
     return value

@@ -30,7 +30,7 @@ from ..kernels.rescale import output_squares, rescale
 from ..kernels.tiles import Box, Size, Tiles, make_tiles
 from .backends import Reference, boxes_of, inner_axis
 from .layouts import local
-from .passes import Shape, Tensors
+from .passes import Scale, Shape, Tensors
 from .reference import MLP
 
 if TYPE_CHECKING:
@@ -120,6 +120,12 @@ class Triton(Reference):
                              col_total=totals[k][1].data_ptr()) for k in chosen]
             with _on(device):
                 update_factored(self._matrices(_pick(parts, chosen), device), _table(rows, device))
+
+    def scales(self, parts: Sequence[Part], vectors: Sequence[tuple[Tensor, Tensor]]) -> list[Scale]:
+        if parts:
+            raise RuntimeError('state_dtype="fp8" has no Triton kernels: choose "bf16", or set CELO2_BACKEND=reference '
+                               "(plain torch, many times slower)")
+        return []
 
     def norms(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Vectors],
               squares: Sequence[Tensor]) -> None:
