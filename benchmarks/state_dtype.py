@@ -1,9 +1,9 @@
-"""Does the loss hold when Celo2's accumulators have half the size? A small GPT, several seeds, both state dtypes.
+"""Does the loss hold when Celo2's accumulators have half or a quarter of the size? A small GPT, several seeds.
 
     python benchmarks/state_dtype.py --seeds 3      -> results/state_dtype.csv and .png
 
 Each run is the driver's (`celo2-pretrain train`, configs/tiny_cpu.yaml, one process): the text of the installed Python,
-the seed of weights and data order from 0 on. The two dtypes of a seed share everything else.
+the seed of weights and data order from 0 on. The dtypes of a seed share everything else.
 """
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from celo2_pretrain.train.metrics import read_metrics
 from report import RESULTS, write_csv
 
 ROOT = Path(__file__).parents[1]
-DTYPES = ("fp32", "bf16")
+DTYPES = ("fp32", "bf16", "fp8")
 
 
 def driver(*arguments: str, log: Path) -> None:
@@ -66,8 +66,9 @@ def main() -> None:
     for dtype, losses in final.items():
         print(f"{dtype}: validation loss {statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f} over {len(losses)} "
               f"seeds ({', '.join(f'{loss:.4f}' for loss in losses)})")
-    gaps = [b - a for a, b in zip(final["fp32"], final["bf16"])]
-    print(f"bf16 − fp32, seed by seed: {statistics.mean(gaps):+.4f} ({', '.join(f'{gap:+.4f}' for gap in gaps)})")
+    for dtype in DTYPES[1:]:
+        gaps = [b - a for a, b in zip(final["fp32"], final[dtype])]
+        print(f"{dtype} − fp32, seed by seed: {statistics.mean(gaps):+.4f} ({', '.join(f'{gap:+.4f}' for gap in gaps)})")
 
     import matplotlib
     matplotlib.use("Agg")
@@ -79,7 +80,7 @@ def main() -> None:
                       label=f"{dtype}: {statistics.mean(final[dtype]):.3f} ± {statistics.stdev(final[dtype]):.3f}"
                       if seed == 0 else None)
     axes.set(xlabel="step", ylabel="validation loss (nats per token)",
-             title="Celo2's accumulators in float32 and bfloat16 (a line style is a seed)")
+             title="Celo2's accumulators of 16, 8 and 4 bytes a parameter (a line style is a seed)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(RESULTS / "state_dtype.png", dpi=120)
