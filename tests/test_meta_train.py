@@ -1,0 +1,238 @@
+"""Meta-training: the rule is the specification's, the outer gradients are right, and a resumed run is the same run."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from celo2_pretrain.cli import main
+from celo2_pretrain.meta import config, estimators, inner, rule, tasks, train
+from celo2_pretrain.optimizer import reference
+from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.weights import load_weights
+
+SMALL = ["families=quadratic", "problems=3", "truncation=4", "length_min=4", "length_max=20", "save_every=3"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("orthogonalize", [True, False])
+@pytest.mark.parametrize("shape", [(5, 7), (7, 5), (6, 6), (1, 1), (1, 9), (11,)])
+def test_a_meta_trained_step_is_the_specifications(shape, orthogonalize):
+    generator = torch.Generator().manual_seed(0)
+    mlp = rule.unflatten(rule.random_theta(generator))
+    p = torch.randn(shape, generator=generator)
+    ours = theirs = reference.init_state(p)
+    for _ in range(3):
+        g = torch.randn(shape, generator=generator)
+        step, ours = rule.step(p, g, ours, mlp, rule.Variant(orthogonalize))
+        expected, theirs = reference.step(p, g, theirs, mlp, orthogonalize)
+        torch.testing.assert_close(step, expected, rtol=2e-5, atol=2e-5)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("name", ["quadratic", "transformer", "mlp/digits", "conv/photos", "residual/orientation",
+                                  "mlp/digits_on_photos"])
+def test_a_task_is_learned_by_the_bundled_rule(name):
+    if "/" in name:
+        pytest.importorskip("sklearn", reason="the bundled images need scikit-learn")
+        pytest.importorskip("skimage", reason="the bundled images need scikit-image")
+    task, generator, n = tasks.make(name), torch.Generator().manual_seed(0), 2
+    harness = inner.Harness(adamw=True, schedule="cosine", clip=1.0)
+    fixed = inner.Fixed(torch.full((n,), 4e-3), torch.full((n,), 60.0), torch.ones(n))
+    problems = inner.start(task, harness, fixed, generator)
+    advance = inner.make_advance(task, harness, shared_theta=True)
+    theta, losses = rule.flatten(load_weights("default")), []
+    with torch.no_grad():
+        for _ in range(60):
+            problems, loss = advance(theta, problems, task.draw(generator, n))
+            losses.append(loss)
+    losses = torch.stack(losses)
+    assert losses[0].max() < task.cap
+    assert (losses[-10:].mean(0) < losses[:5].mean(0) * 0.98).all(), losses[::10]
+
+
+def test_problems_side_by_side_are_the_problems_one_by_one():
+    task, n = tasks.make("quadratic"), 3
+    generator = torch.Generator().manual_seed(1)
+    thetas = torch.stack([rule.random_theta(generator) for _ in range(n)])
+    fixed = inner.Fixed(torch.tensor([1e-3, 1e-2, 3e-2]), torch.tensor([10.0, 20.0, 30.0]), torch.tensor([1.0, 10.0, 0.1]))
+    harness = inner.Harness(schedule="cosine", weight_decay=0.1, clip=0.5)
+    together = inner.start(task, harness, fixed, generator)
+    advance = inner.make_advance(task, harness, shared_theta=False)
+    alone = [torch.utils._pytree.tree_map(lambda x: x[k:k + 1], together) for k in range(n)]
+    for _ in range(5):
+        batch = task.draw(generator, n)
+        together, losses = advance(thetas, together, batch)
+        for k in range(n):
+            alone[k], loss = advance(thetas[k:k + 1], alone[k], tuple(x[k:k + 1] for x in batch))
+            torch.testing.assert_close(loss, losses[k:k + 1])
+    for k in range(n):
+        torch.testing.assert_close(alone[k].params["w"], together.params["w"][k:k + 1], rtol=1e-4, atol=1e-6)
+
+
+# A dynamical system whose loss is quadratic in theta: the antithetic difference is exact, only the noise is random.
+TRUNCATIONS, STEPS, DIM = 3, 2, 5
+
+
+def _system():
+    generator = torch.Generator().manual_seed(2)
+    return (0.9 * torch.linalg.qr(torch.randn(DIM, DIM, generator=generator))[0], torch.randn(DIM, DIM, generator=generator),
+            torch.randn(DIM, generator=generator))
+
+
+def _unroll(state):
+    transition, drive, _ = _system()
+
+    def unroll(theta):
+        total = 0
+        for _ in range(STEPS):
+            state[0] = state[0] @ transition.T + theta @ drive.T
+            total = total + 0.5 * state[0].square().sum(-1)
+        return total / STEPS
+
+    return unroll
+
+
+def _exact(theta):
+    theta = theta.clone().requires_grad_()
+    state = [torch.zeros(DIM)]
+    unroll = _unroll(state)
+    return torch.autograd.grad(sum(unroll(theta) for _ in range(TRUNCATIONS)), theta)[0]
+
+
+def _pes(theta, pairs, seed):
+    """Each pair's own estimate of the gradient of the sum over the unroll: (pairs, DIM)."""
+    generator = torch.Generator().manual_seed(seed)
+    out = torch.zeros(pairs, DIM)
+    for k in range(pairs):
+        state, noise = [torch.zeros(2, DIM)], torch.zeros(1, DIM)
+        unroll = _unroll(state)
+        for _ in range(TRUNCATIONS):
+            estimate, noise = estimators.pes(theta, noise, 0.01, unroll, generator)
+            out[k] += estimate.gradient
+    return out
+
+
+def test_pes_is_unbiased_and_its_variance_falls_as_one_over_n():
+    theta = _system()[2]
+    exact, each = _exact(theta), _pes(theta, 4000, seed=0)
+    error = (each.mean(0) - exact) / (each.std(0) / len(each) ** 0.5)
+    assert error.abs().max() < 4, error
+    assert (each.std(0) / len(each) ** 0.5).max() < 0.2 * exact.abs().max()  # or unbiased would say nothing
+    variances = [each.view(-1, n, DIM).mean(1).var(0).mean() for n in (1, 10, 100)]
+    assert variances[0] / variances[1] == pytest.approx(10, rel=0.35)
+    assert variances[0] / variances[2] == pytest.approx(100, rel=0.6)
+
+
+def test_pes_of_many_pairs_is_the_mean_of_the_pairs():
+    theta, n = _system()[2], 8
+    state, noise = [torch.zeros(2 * n, DIM)], torch.zeros(n, DIM)
+    generator, unroll, total = torch.Generator().manual_seed(3), _unroll(state), 0
+    for _ in range(TRUNCATIONS):
+        estimate, noise = estimators.pes(theta, noise, 0.01, unroll, generator)
+        total = total + estimate.gradient
+    generator, fresh = torch.Generator().manual_seed(3), []
+    for _ in range(TRUNCATIONS):
+        fresh.append(torch.randn(n, DIM, generator=generator) * 0.01)
+    expected = 0
+    for k in range(n):
+        state = [torch.zeros(2, DIM)]
+        unroll = _unroll(state)
+        for t in range(TRUNCATIONS):
+            plus, minus = unroll(torch.stack([theta + fresh[t][k], theta - fresh[t][k]]))
+            expected = expected + sum(fresh[:t + 1])[k] * (plus - minus) / (2 * 0.01 ** 2) / n
+    torch.testing.assert_close(total, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_back_propagation_gives_the_exact_gradient_of_a_truncation():
+    theta = _system()[2]
+    state = [torch.ones(4, DIM)]
+    estimate = estimators.analytic(theta, _unroll(state))
+    direct = theta.clone().requires_grad_()
+    expected, = torch.autograd.grad(_unroll([torch.ones(4, DIM)])(direct).mean(), direct)
+    torch.testing.assert_close(estimate.gradient, expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_particle_counts_for_nothing_and_is_named(bad):
+    theta = torch.zeros(DIM)
+    unroll = lambda thetas: thetas.sum(-1).index_fill(0, torch.tensor([4]), bad)  # noqa: E731 - the second minus
+    estimate, _ = estimators.pes(theta, torch.zeros(3, DIM), 0.01, unroll, torch.Generator().manual_seed(0))
+    assert estimate.broken.tolist() == [False, True, False]
+    assert estimate.gradient.isfinite().all() and estimate.loss.isfinite()
+    estimate = estimators.analytic(theta, lambda theta: torch.stack([theta.sum(), theta.sum() * bad]))
+    assert estimate.broken.any() and estimate.gradient.isfinite().all()
+
+
+def test_a_broken_problem_starts_afresh():
+    training = train.MetaTraining(config.load_config(None, SMALL))
+    family = training.families[0]
+    family.inner.params["w"][1] = float("nan")
+    family.inner.fixed.length[:] = 1000
+    record = training.advance()
+    assert record["broken"] == 1
+    assert family.inner.params["w"].isfinite().all()
+    assert family.inner.step.tolist() == [4, 0, 4] * 2  # the other particle of the pair begins with it
+    assert (family.noise[1] == 0).all() and (family.noise[0] != 0).any()
+
+
+@pytest.mark.parametrize("estimator", ["pes", "analytic"])
+def test_a_resumed_meta_training_is_the_uninterrupted_one(tmp_path, estimator):
+    options = [*SMALL, f"estimator={estimator}", "average=0.9", "init=default", "live_units=0.1"]
+    whole = train.run(config.load_config(None, [*options, "outer_steps=8", f"out={tmp_path / 'whole'}"]))
+    train.run(config.load_config(None, [*options, "outer_steps=5", f"out={tmp_path / 'parts'}"]))
+    with open(tmp_path / "parts" / train.METRICS, "a") as log:
+        log.write('{"step": 6, "loss"')  # it was killed while writing
+    assert main(["meta-train", "--resume", str(tmp_path / "parts"), "outer_steps=8"]) in (0, None)
+    parts = tmp_path / "parts" / whole.name
+    assert parts.read_bytes() is not None
+    for a, b in zip(load_weights(whole), load_weights(parts)):
+        assert torch.equal(a, b)
+    read = lambda name: [json.loads(line) for line in (tmp_path / name / train.METRICS).read_text().splitlines()]  # noqa: E731
+    for a, b in zip(read("whole"), read("parts"), strict=True):
+        assert a | {"seconds": 0} == b | {"seconds": 0}
+
+
+def test_live_units_change_nothing_at_first_and_can_learn():
+    plain, live = (train.initial_theta(config.load_config(None, ["init=default", f"live_units={noise}"])) for noise in (0, 0.1))
+    x = torch.randn(30, 6, 5)
+    torch.testing.assert_close(reference.direction(x, rule.unflatten(plain)), reference.direction(x, rule.unflatten(live)))
+    for theta, moving in ((plain, 2), (live, 8)):
+        theta = theta.clone().requires_grad_()
+        reference.direction(x, rule.unflatten(theta)).square().sum().backward()
+        assert int((rule.unflatten(theta.grad).w2[:, 0] != 0).sum()) == moving
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["outer_lr"], "not of the form key=value"),
+    (["outer_rate=1"], "unknown key 'outer_rate'; did you mean"),
+    (["estimator=es"], "must be one of pes, analytic"),
+    (["length_min=300", "length_max=200"], "exchange them"),
+    (["truncation=5000"], "above length_max"),
+    (["families="], "families is empty"),
+    (["sigma=0"], "sigma=0"),
+])
+def test_a_wrong_configuration_is_told_at_the_door(arguments, message):
+    with pytest.raises(UserError, match=message):
+        config.load_config(None, arguments)
+
+
+def test_an_unknown_family_lists_those_there_are():
+    with pytest.raises(ValueError, match="no task family 'mpl/digits'; there are mlp/SET"):
+        tasks.make("mpl/digits")
+
+
+def test_a_folder_in_use_is_not_overwritten(tmp_path):
+    options = [*SMALL, "outer_steps=1", f"out={tmp_path}"]
+    train.run(config.load_config(None, options))
+    with pytest.raises(UserError, match="--resume goes on with it"):
+        train.run(config.load_config(None, options))
+    assert main(["meta-train", "--resume", str(tmp_path), "outer_lr=1"]) == 2
