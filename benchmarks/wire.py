@@ -5,7 +5,7 @@
     python benchmarks/wire.py --check                  the same count for a small model on 2 processes, beside what
                                                        they really handed to torch.distributed
 
-Counted are the elements that a rank hands to each collective, as rings send them: all-reduce 2 (n − 1)/n of the
+The count is celo2_pretrain/plan/shards.py's, as `celo2-pretrain plan` shows it for any model. Counted are the elements that a rank hands to each collective, as rings send them: all-reduce 2 (n − 1)/n of the
 buffer, reduce-scatter and all-gather (n − 1)/n, all-to-all what goes to other ranks. Shown is the busiest of ranks 0, 1, n/2 and n − 1.
 `ZeRO` is what every optimizer pays at this stage: gradients reduce-scattered and parameters all-gathered in 2 bytes
 (ZeRO-3 gathers parameters twice). `gather everything` is what a rank would have to receive in order to take
@@ -23,11 +23,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from celo2_pretrain import Celo2, param_groups
-from celo2_pretrain.optimizer.layouts import Layout, Original, Slice
-from celo2_pretrain.optimizer.learned import LearnedStep, Plan, make_plan
-from celo2_pretrain.optimizer.orthogonalize import Exchange
+from celo2_pretrain.optimizer.layouts import Layout, Slice
+from celo2_pretrain.optimizer.learned import LearnedStep, make_plan
+from celo2_pretrain.plan.shards import plan_for, ranges, sent_bytes
 from report import RESULTS, write_csv
-
 
 
 def gpt3_xl() -> nn.Module:
@@ -35,44 +34,6 @@ def gpt3_xl() -> nn.Module:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(GPT2Config(
             vocab_size=50257, n_positions=2048, n_embd=2048, n_layer=24, n_head=16))
-
-
-def ranges(shapes: list[tuple[int, ...]], ranks: int, stage: int) -> torch.Tensor:
-    """(ranks, tensors, 2): which flat elements of each tensor each rank holds, as DeepSpeed slices a group."""
-    sizes = [prod(shape) for shape in shapes]
-    held = torch.zeros(ranks, len(shapes), 2, dtype=torch.int64)
-    if stage == 3:  # every tensor evenly over the ranks
-        for k, size in enumerate(sizes):
-            part = -(-size // ranks)
-            for rank in range(ranks):
-                held[rank, k] = torch.tensor([min(rank * part, size), min((rank + 1) * part, size)])
-        return held
-    part, start = -(-sum(sizes) // (2 * ranks)) * 2, 0  # one flat buffer, evenly over the ranks
-    for k, size in enumerate(sizes):
-        for rank in range(ranks):
-            low, high = (min(max(rank * part + end - start, 0), size) for end in (0, part))
-            held[rank, k] = torch.tensor([low, high])
-        start += size
-    return held
-
-
-def plan_for(originals: list[Original], held: torch.Tensor, rank: int, bucket_size: int) -> Plan:
-    slices = [Slice(original, *held[rank, k].tolist(), 0, original.param) for k, original in enumerate(originals)]
-    return make_plan(Layout("planned", slices, None, rank, held.shape[0], held), True, bucket_size)
-
-
-def celo2_bytes(plan: Plan) -> dict[str, float]:
-    """Bytes that this plan's rank sends in one step, by collective."""
-    n = plan.layout.world
-    ring = 2 * (n - 1) / n * 4
-    sent = {"pass A all-reduce": ring * sum(prod(p.shape.row) + prod(p.shape.col) for p in plan.parts if p.shape.matrix),
-            "pass B all-reduce": ring * sum(len(p.shape.elementwise) * prod(p.shape.lead) for p in plan.parts),
-            "to owners": 0.0, "back": 0.0}
-    for units in plan.units:
-        to, come = Exchange(units, plan.layout, [])._plan()
-        sent["to owners"] += 4 * sum(to)
-        sent["back"] += 4 * sum(come)
-    return sent
 
 
 def count(ranks: int, stage: int, bucket_size: int) -> list[dict]:
@@ -84,7 +45,7 @@ def count(ranks: int, stage: int, bucket_size: int) -> list[dict]:
     busiest, peak = Counter(), 0.0
     # The plan's owners are the same on every rank; what a rank sends differs, so look at several.
     for rank in sorted({0, 1, ranks // 2, ranks - 1}):
-        sent = celo2_bytes(plan_for(originals, held, rank, bucket_size))
+        sent = sent_bytes(plan_for(originals, held, rank, bucket_size))
         peak = max(peak, sum(sent.values()))
         for key, value in sent.items():
             busiest[key] = max(busiest[key], value)
@@ -147,7 +108,7 @@ def _check_rank(rank: int, port: int) -> None:
     with torch.no_grad():
         optimizer._init_state(group, flat, [plan])
         LearnedStep(plan, optimizer.state, optimizer.mlp, group).run()
-    planned = celo2_bytes(plan)
+    planned = sent_bytes(plan)
     planned = {"all-reduce": planned["pass A all-reduce"] + planned["pass B all-reduce"],
                "all-to-all": planned["to owners"] + planned["back"]}
     print(f"rank {rank}: planned {planned}, counted {dict(real)}", flush=True)

@@ -43,8 +43,15 @@ def build_model(config: Model, data_vocab: int, eos_id: int, pretrained: bool = 
         model = AutoModelForCausalLM.from_config(hf, attn_implementation=config.attention)
         _scale_residuals(model, config)
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return model
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute each block's activations in the backward pass."""
+    # transformers 5 renamed it, and warns of the old name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _configuration(config: Model, rows: int, eos_id: int) -> GPT2Config | LlamaConfig:
