@@ -1,8 +1,9 @@
-"""The command line: `celo2-pretrain prepare | train | eval | generate | plot | export`."""
+"""The command line: `celo2-pretrain prepare | plan | train | eval | generate | plot | export`."""
 import argparse
 import os
 import sys
 
+from celo2_pretrain.plan import command as planning
 from celo2_pretrain.train.errors import UserError
 
 INTRODUCTION = """\
@@ -15,6 +16,7 @@ From nothing to a model:
   celo2-pretrain export runs/tiny_cpu --out exported         for transformers
 
 On several GPUs (or CPU ranks) the same driver, with the same arguments as `train`:
+  celo2-pretrain plan --config configs/gpt2_124m.yaml --gpus 8            will it fit, how long will it take
   deepspeed --no_local_rank launch/pretrain.py --config configs/gpt2_124m.yaml optimizer.lr=5e-4
 """
 TRAIN = """\
@@ -49,6 +51,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=int, help="processes; any number gives the same bytes (default: one per core)")
     p.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
     p.set_defaults(run=run_prepare)
+
+    p = commands.add_parser("plan", help="memory, time and communication of a run, before it is paid for",
+                            description=planning.DESCRIPTION, formatter_class=raw)
+    planning.add_arguments(p)
+    p.set_defaults(run=planning.run)
 
     p = commands.add_parser("train", help="train or resume", description=TRAIN, formatter_class=raw)
     p.add_argument("--config", help="YAML file (default: the resumed run's config.yaml, or the defaults)")
