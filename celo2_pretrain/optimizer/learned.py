@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels.newton_schulz import COEFFICIENTS
+from ..kernels.newton_schulz import COEFFICIENTS, dtype_for
 from ..kernels.packed import WORD, turn_of
 from ..kernels.rounding import key_of
 from .backends import backend_for
@@ -117,7 +117,7 @@ class LearnedStep:
     """The step of one plan, with its tensors at hand. Call `run` once."""
 
     def __init__(self, plan: Plan, state: Mapping[Tensor, dict[str, Any]], mlp: MLP, group: Mapping[str, Any]) -> None:
-        """`group`: the param group's options lr, weight_decay, newton_schulz."""
+        """`group`: the param group's options lr, weight_decay, newton_schulz, newton_schulz_dtype."""
         self.plan, self.state, self.mlp, self.group = plan, state, mlp, group
         self.layout = plan.layout
         self.device = local(self.layout.slices[0].storage).device
@@ -192,6 +192,7 @@ class LearnedStep:
     def _orthogonalized(self) -> None:
         """Pass C, Newton–Schulz and the update, in a pipeline: while bucket k travels, k − 1 is orthogonalised."""
         coefficients = COEFFICIENTS[self.group["newton_schulz"]]
+        dtype = dtype_for(self.group.get("newton_schulz_dtype", "auto"), self.device)  # older states lack it
         under_way: list[tuple[dict[int, Tensor], Exchange]] = []
         for bucket, units in zip(self.plan.buckets, self.plan.units):
             out = self._directions(bucket)
@@ -199,12 +200,12 @@ class LearnedStep:
             exchange.start()
             under_way.append((out, exchange))
             if len(under_way) > 1:
-                under_way[-2][1].turn(coefficients)
+                under_way[-2][1].turn(coefficients, dtype)
             if len(under_way) > 2:
                 out, exchange = under_way.pop(0)
                 exchange.finish()
                 self._apply(out)
-        under_way[-1][1].turn(coefficients)
+        under_way[-1][1].turn(coefficients, dtype)
         for out, exchange in under_way:
             exchange.finish()
             self._apply(out)

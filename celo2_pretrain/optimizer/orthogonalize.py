@@ -134,8 +134,8 @@ class Exchange:
                  for unit in self.away if unit.owner == owner for part in unit.parts[self.rank]]
         self._all_to_all(torch.cat(parts) if parts else self._empty(), to, come)
 
-    def turn(self, coefficients: Sequence[Triple]) -> None:
-        """Orthogonalise what is owned here, normalise it (step 8), and send it back."""
+    def turn(self, coefficients: Sequence[Triple], dtype: torch.dtype) -> None:
+        """Orthogonalise what is owned here by products in `dtype`, normalise it (step 8), and send it back."""
         received = self._wait(self._device()) if self._travels else self._empty()
         cursor = [0] * self.world
         to, come = self._plan()
@@ -153,8 +153,12 @@ class Exchange:
                         cursor[rank] += part.numel
             by_shape[unit.shape[-2:]].append(number)
         for shape, numbers in by_shape.items():
+            if self._device().type == "cpu":  # nothing is gained by a batch, and a copy is saved
+                for number in numbers:
+                    matrices[number] = normalize(newton_schulz(matrices[number], coefficients, dtype), (-2, -1))
+                continue
             stack = torch.cat([matrices[number].reshape(-1, *shape) for number in numbers])
-            stack = normalize(newton_schulz(stack, coefficients), (-2, -1))
+            stack = normalize(newton_schulz(stack, coefficients, dtype), (-2, -1))
             sizes = [prod(self.mine[number].shape[:-2]) for number in numbers]
             for number, x in zip(numbers, stack.split(sizes)):
                 matrices[number] = x.view(self.mine[number].shape)
