@@ -3,6 +3,7 @@ import argparse
 import os
 import sys
 
+from celo2_pretrain.meta import command as meta_train
 from celo2_pretrain.plan import command as planning
 from celo2_pretrain.train.errors import UserError
 
@@ -96,6 +97,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     p.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
     p.set_defaults(run=run_export)
+
+    meta_train.add(commands)
     return top
 
 
@@ -150,18 +153,18 @@ def run_eval(args) -> None:
     import math
 
     from celo2_pretrain.data.loader import ValLoader
-    from celo2_pretrain.data.shards import read_index
+    from celo2_pretrain.data.mixture import open_mixture
     from celo2_pretrain.model.export import load_trained
     from celo2_pretrain.train.evaluate import validation_loss
 
     model, _, config = load_trained(args.path)
     if args.sequences is not None and args.sequences < 1:
         raise UserError(f"--sequences {args.sequences}: must be at least 1")
+    mixture = open_mixture(config.data.path, config.data.mixture)
     loader = ValLoader(
-        config.data.path, config.model.context, config.train.micro_batch_size, args.sequences or sys.maxsize, 0, 1)
+        mixture, config.model.context, config.train.micro_batch_size, args.sequences or sys.maxsize, 0, 1)
     loss = validation_loss(model, loader, "cpu")
-    part = read_index(config.data.path)["splits"]["val"]
-    bits = loss * part["tokens"] / part["bytes"] / math.log(2)
+    bits = loss * mixture.val_tokens_per_byte / math.log(2)
     print(f"validation loss {loss:.4f} nats a token, {bits:.4f} bits per byte, "
           f"perplexity {math.exp(loss):.2f}, over {loader.sequences} windows of {config.model.context} tokens")
 

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from celo2_pretrain.data import sources
-from celo2_pretrain.data.loader import TrainLoader, ValLoader, permute
+from celo2_pretrain.data.loader import TrainLoader, ValLoader
+from celo2_pretrain.data.permutation import permute
 from celo2_pretrain.data.prepare import prepare
 from celo2_pretrain.data.shards import SPLITS, ShardWriter, TokenArray, read_index
 from celo2_pretrain.data.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
@@ -82,27 +84,37 @@ def test_truncated_shard_is_refused(tmp_path):
 def test_every_window_is_seen_once_an_epoch(folder):
     loader = TrainLoader(folder, 64, 1, 1, seed=3, rank=0, world_size=1)
     for epoch in (0, 1):
-        n = loader.windows.count
+        n = loader.count
         seen = {tuple(loader.batch(epoch * n + k, 0)[0].tolist()) for k in range(n)}
-        assert seen == {tuple(row.tolist()) for row in loader.windows.batch(np.arange(n))}
+        assert seen == {tuple(row.tolist()) for row in loader.sources[0].batch(np.arange(n))}
 
 
-def test_samples_do_not_depend_on_the_number_of_ranks(folder):
-    def global_batch(world_size, micro_batch_size, samples):
-        accumulation = 8 // (world_size * micro_batch_size)
-        parts = [TrainLoader(folder, 32, micro_batch_size, 8, 0, rank, world_size).batch(samples, micro)
-                 for micro in range(accumulation) for rank in range(world_size)]
-        return np.concatenate(parts)
+GLOBAL = 24
 
-    expected = global_batch(1, 8, 24)
-    for world_size, micro in ((1, 2), (2, 2), (4, 1), (8, 1)):
-        assert np.array_equal(global_batch(world_size, micro, 24), expected)
-    assert not np.array_equal(global_batch(1, 8, 32), expected)
+
+@pytest.mark.parametrize("world_size, micro, accumulation", [
+    (world, micro, GLOBAL // (world * micro)) for world in (1, 2, 3, 4, 8, 24) for micro in (1, 2, 3, 4, 6, 12, 24)
+    if GLOBAL % (world * micro) == 0])
+def test_global_batches_do_not_depend_on_ranks_micro_batch_and_accumulation(folder, world_size, micro, accumulation):
+    """Each global batch has the same windows in the same order, also in the middle of a run and over an epoch's end."""
+    count = TrainLoader(folder, 32, 1, 1, 5, 0, 1).count
+    for samples in (0, 7 * GLOBAL, count - GLOBAL // 2, 3 * count - 1):
+        expected = TrainLoader(folder, 32, GLOBAL, GLOBAL, 5, 0, 1).batch(samples, 0)
+        parts = [TrainLoader(folder, 32, micro, GLOBAL, 5, rank, world_size).batch(samples, k)
+                 for k in range(accumulation) for rank in range(world_size)]
+        assert torch.equal(torch.cat(parts), expected)
+
+
+def test_each_epoch_has_another_order(folder):
+    loader = TrainLoader(folder, 64, 1, 1, seed=3, rank=0, world_size=1)
+    first, second = ([tuple(loader.batch(e * loader.count + k, 0)[0].tolist()) for k in range(loader.count)] for e in (0, 1))
+    assert sum(a == b for a, b in zip(first, second)) < loader.count / 10
+    assert loader.epochs(loader.count + loader.count // 2) == {folder: pytest.approx(1.5, abs=0.01)}
 
 
 def test_targets_are_the_next_tokens(folder):
     array = TokenArray(folder, "train")
-    windows = TrainLoader(folder, 32, 1, 1, 0, 0, 1).windows.batch(np.array([0, 1]))
+    windows = TrainLoader(folder, 32, 1, 1, 0, 0, 1).sources[0].batch(np.array([0, 1]))
     assert windows[0].tolist() == array.read(0, 33).tolist() and windows[1, 0] == windows[0, -1]
 
 
@@ -114,7 +126,7 @@ def test_validation_windows_count_once_over_all_ranks(folder, world_size, batch_
         batches = list(loader)
         lengths.add(len(batches))
         seen += [tuple(row.tolist()) for windows, weights in batches for row, w in zip(windows, weights) if w]
-    expected = [tuple(row.tolist()) for row in loader.windows.batch(np.arange(loader.sequences))]
+    expected = [tuple(row.tolist()) for row in loader.sources[0].batch(np.arange(loader.sequences))]
     assert sorted(seen) == sorted(expected)
     assert len(lengths) == 1, "a sharded model's forward pass is a collective: all ranks need equally many"
 

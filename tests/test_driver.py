@@ -13,10 +13,8 @@ import torch
 from celo2_pretrain.cli import main
 from celo2_pretrain.data.loader import Windows
 from celo2_pretrain.train import checkpoint
-from celo2_pretrain.train.config import Schedule
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.metrics import read_metrics
-from celo2_pretrain.train.optim import lr_factor
 
 ROOT = Path(__file__).parents[1]
 MODEL = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32"]
@@ -208,14 +206,6 @@ def test_random_states_are_restored():
     first = random.random(), np.random.rand(), torch.rand(3).tolist()
     checkpoint.set_random_states(saved)
     assert first == (random.random(), np.random.rand(), torch.rand(3).tolist())
-
-
-def test_learning_rate_warms_up_and_follows_a_cosine():
-    factors = [lr_factor(step, Schedule(warmup=0.1, final=0.2), 100) for step in range(100)]
-    assert factors[:10] == pytest.approx([k / 10 for k in range(1, 11)])
-    assert factors[10] == 1 and factors[55] == pytest.approx(0.6) and 0.2 < factors[99] < 0.21
-    assert all(a > b for a, b in zip(factors[10:], factors[11:]))
-    assert lr_factor(150, Schedule(final=0.2, steps=100), 200) == pytest.approx(0.2)
 
 
 def test_srun_without_a_launcher_is_refused(monkeypatch):

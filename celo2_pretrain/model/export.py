@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from celo2_pretrain.data.shards import read_index
+from celo2_pretrain.data.documents import mask_documents
+from celo2_pretrain.data.mixture import open_mixture
 from celo2_pretrain.data.tokenizer import load_tokenizer
 from celo2_pretrain.model.build import build_model
 from celo2_pretrain.train import checkpoint
@@ -42,10 +43,11 @@ def load_trained(path: str):
     """(model, tokenizer, config) of the newest checkpoint of run `path`, or of one checkpoint; the model in float32."""
     config = load_config(run_config_path(path))
     folder = checkpoint.find(path)
-    index = read_index(config.data.path)
+    mixture = open_mixture(config.data.path, config.data.mixture)
+    index = mixture.index
     description = checkpoint.read_state(folder, {})["description"]
     if description["data.path's tokenizer"] != index["tokenizer"]["sha256"][:12]:
-        raise UserError(f"{config.data.path} was prepared again with another tokenizer since {folder} was written: "
+        raise UserError(f"{mixture.paths[0]} was prepared again with another tokenizer since {folder} was written: "
                         f"prepare it with the old one")
     model = build_model(config.model, index["vocab_size"], index["eos_id"], pretrained=False)
     weights = {name: tensor.float() for name, tensor in master_weights(folder).items()}
@@ -56,7 +58,9 @@ def load_trained(path: str):
         raise UserError(
             f"{folder} holds another model than config.yaml says: missing {missing[:3]}, unexpected {unexpected[:3]}")
     model.tie_weights()
-    return model.eval(), load_tokenizer(config.data.path), config
+    if config.data.mask_documents:
+        mask_documents(model, index["eos_id"])
+    return model.eval(), load_tokenizer(mixture.paths[0]), config
 
 
 def export(path: str, out: str, dtype: str = "float32", overwrite: bool = False) -> None:

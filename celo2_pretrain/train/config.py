@@ -27,6 +27,8 @@ def key(default, doc: str, least: float | None = None, most: float | None = None
 @dataclass
 class Data:
     path: str = key("data/tokens", "folder written by `celo2-pretrain prepare`")
+    mixture: list = key([], "several such folders in path's stead: a list of {path, weight}")
+    mask_documents: bool = key(False, "attend within documents only, each with positions of its own")
 
 
 @dataclass
@@ -55,16 +57,18 @@ class Optimizer:
     adamw_lr_multiplier: float = key(20.0, "embeddings, head and 1-D tensors get AdamW at this many times lr", 0)
     weight_decay: float = key(0.0, "decoupled weight decay of the hidden matrices", 0)
     weights: str = key("default", "weights of the learned rule: default, a path, or a hub repository")
-    newton_schulz_dtype: Literal["auto", "fp32", "bf16"] = key(
-        "auto", "orthogonalisation in fp32, bf16, or auto: bf16 on GPUs that have it in matrix units")
     state_dtype: Literal["fp32", "bf16", "fp8"] = key("fp32", "Celo2's accumulators: 16, 8 or 4 bytes a parameter")
 
 
 @dataclass
 class Schedule:
+    name: Literal["cosine", "wsd", "constant"] = key(
+        "cosine", "after the warm-up; wsd: stable, then a decay at the end")
     warmup: float = key(0.05, "fraction of the steps with linear warm-up", 0, 1)
-    final: float = key(0.0, "learning rate at the end of the cosine, as a fraction of the peak", 0, 1)
-    steps: int | None = key(None, "length of warm-up and cosine in steps; null: train.max_steps", 1)
+    decay: float = key(0.2, "wsd: fraction of the steps, at the end, in which the learning rate falls", 0, 1)
+    shape: Literal["sqrt", "linear", "cosine"] = key("sqrt", "wsd: how it falls: 1 - sqrt(progress), linear or cosine")
+    final: float = key(0.0, "cosine, wsd: learning rate at the end, as a fraction of the peak", 0, 1)
+    steps: int | None = key(None, "length of the schedule in steps; null: train.max_steps", 1)
 
 
 @dataclass
@@ -72,6 +76,7 @@ class Train:
     max_steps: int = key(1000, "optimizer steps in all (resumed ones included)", 1)
     micro_batch_size: int = key(8, "windows per rank in one forward pass", 1)
     global_batch_size: int = key(32, "windows per step over all ranks; a multiple of micro_batch_size × ranks", 1)
+    batch_warmup: list = key([], "stages before global_batch_size: a list of {steps or tokens, global_batch_size}")
     grad_clip: float = key(1.0, "largest norm of the gradient; 0 turns clipping off", 0)
     z_loss: float = key(0.0, "weight of the mean squared log-normaliser of the logits in the loss; PaLM: 1e-4", 0)
     seed: int = key(0, "seed of the initial weights and of the data order", 0)
@@ -136,7 +141,7 @@ def describe_type(kind) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is types.UnionType:
         return " or ".join("null" if k is type(None) else describe_type(k) for k in typing.get_args(kind))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}[kind]
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping", list: "a list"}[kind]
 
 
 def convert(name: str, value, kind, field: dataclasses.Field):
@@ -251,9 +256,36 @@ def load_config(path: str | None, overrides: list[str] = ()) -> Config:
     return config
 
 
+def check_entries(name: str, entries: list, example: str, *choices: dict[str, type]) -> None:
+    """Each of `entries` has the keys of one of `choices`, with values of that type, numbers above 0."""
+    for entry in entries:
+        wrong = UserError(f"{name}: {entry!r} is not of the form {example}")
+        if not isinstance(entry, dict):
+            raise wrong
+        fitting = [choice for choice in choices if choice.keys() == entry.keys()]
+        if not fitting:
+            raise wrong
+        for field, kind in fitting[0].items():
+            try:  # YAML reads 1e6 as text
+                entry[field] = convert(f"{name}: {field}", entry[field], kind,
+                                       key(None, f"as in {example}", None if kind is str else 0))
+            except UserError as error:
+                raise UserError(f"{error} in {entry!r}") from None
+            if entry[field] in (0, ""):
+                raise UserError(f"{name}: {field}={entry[field]!r} in {entry!r}: must be above 0")
+
+
 def check(config: Config) -> None:
     """What no single key can tell."""
-    model, optimizer = config.model, config.optimizer
+    model, optimizer, schedule = config.model, config.optimizer, config.schedule
+    check_entries("data.mixture", config.data.mixture, "{path: data/a, weight: 0.7}", {"path": str, "weight": float})
+    check_entries("train.batch_warmup", config.train.batch_warmup, "{steps: 100, global_batch_size: 8} or {tokens: 1e6, …}",
+                  {"steps": int, "global_batch_size": int}, {"tokens": float, "global_batch_size": int})
+    if schedule.name == "wsd" and schedule.warmup + schedule.decay > 1:
+        raise UserError(f"schedule.warmup={schedule.warmup:g} and schedule.decay={schedule.decay:g} are more than all steps: "
+                        f"lower one of them")
+    if config.data.mask_documents and model.attention == "flash_attention_2":
+        raise UserError("data.mask_documents=true needs model.attention=sdpa or eager, not flash_attention_2")
     if model.width % model.heads:
         raise UserError(f"model.width={model.width} is not a multiple of model.heads={model.heads}: change one of them")
     if model.kv_heads and (model.family != "llama" or model.heads % model.kv_heads):
@@ -272,13 +304,15 @@ def check(config: Config) -> None:
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
-    """Micro-batches per rank and step. Raises UserError when the global batch doesn't divide."""
+    """Micro-batches per rank and step. Raises UserError when the global batch, or one of its warm-up, doesn't divide."""
     micro, total = config.train.micro_batch_size, config.train.global_batch_size
-    if total % (micro * world_size):
-        raise UserError(
-            f"train.global_batch_size={total} is no multiple of train.micro_batch_size={micro} × {world_size} ranks: "
-            f"try train.global_batch_size={micro * world_size * max(1, round(total / (micro * world_size)))}"
-        )
+    stages = [("train.batch_warmup: global_batch_size", stage["global_batch_size"]) for stage in config.train.batch_warmup]
+    for name, batch in [*stages, ("train.global_batch_size", total)]:
+        if batch % (micro * world_size):
+            raise UserError(
+                f"{name}={batch} is no multiple of train.micro_batch_size={micro} × {world_size} ranks: "
+                f"try {name}={micro * world_size * max(1, round(batch / (micro * world_size)))}"
+            )
     return total // (micro * world_size)
 
 

@@ -14,8 +14,9 @@ import deepspeed.comm as dist
 import numpy as np
 import torch
 
+from celo2_pretrain.data.documents import mask_documents
 from celo2_pretrain.data.loader import TrainLoader, ValLoader
-from celo2_pretrain.data.shards import read_index
+from celo2_pretrain.data.mixture import Mixture, open_mixture
 from celo2_pretrain.data.tokenizer import load_tokenizer
 from celo2_pretrain.model.build import build_model, vocab_rows
 from celo2_pretrain.model.sample import sample
@@ -25,9 +26,10 @@ from celo2_pretrain.train.deepspeed_config import deepspeed_config
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.evaluate import training_loss, validation_loss
 from celo2_pretrain.train.metrics import Metrics, origin
-from celo2_pretrain.train.optim import Rates, build_optimizer, lr_factor
+from celo2_pretrain.train.optim import Rates, build_optimizer
 from celo2_pretrain.train.plot import plot_runs
 from celo2_pretrain.train.ranks import join_ranks, world_from_environment
+from celo2_pretrain.train.schedule import BatchSizes, lr_factor
 
 
 def train(config: Config, resume: str | None = None, overwrite: bool = False) -> None:
@@ -43,12 +45,13 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     # Everything that can be refused is refused here, before the ranks meet.
     rank, world_size = world_from_environment()
     ds_config = deepspeed_config(config, world_size)
-    index = read_index(config.data.path)
+    mixture = open_mixture(config.data.path, config.data.mixture)
+    index = mixture.index
     vocab_rows(config.model, index["vocab_size"])
     size, context = config.train, config.model.context
-    loader = TrainLoader(
-        config.data.path, context, size.micro_batch_size, size.global_batch_size, size.seed, rank, world_size)
-    val_loader = ValLoader(config.data.path, context, size.micro_batch_size, config.eval.sequences, rank, world_size)
+    loader = TrainLoader(mixture, context, size.micro_batch_size, max(BatchSizes(size, context).all()), size.seed, rank,
+                         world_size)
+    val_loader = ValLoader(mixture, context, size.micro_batch_size, config.eval.sequences, rank, world_size)
     description = checkpoint.describe(config, index, world_size)
     start = {"step": 0, "samples": 0, "other_world": []}
     resume_from = checkpoint.find(resume) if resume else None
@@ -83,23 +86,26 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     metrics.say(
         f"{'resuming at step ' + str(start['step']) if resume else 'training'}: {model.config.model_type} with "
         f"{parameters / 1e6:.1f} M parameters, {config.optimizer.name}, ZeRO-{size.zero_stage}, {size.precision}, "
-        f"{world_size} rank(s), {size.global_batch_size * context:,} tokens a step, {loader.windows.count:,} windows"
+        f"{world_size} rank(s), {size.global_batch_size * context:,} tokens a step, {loader.count:,} windows"
     )
     if start["other_world"]:
         metrics.say(f"going on in another world ({', '.join(start['other_world'])}): equal to round-off, not bit for bit")
     try:
-        run_steps(engine, rates, config, loader, val_loader, metrics, description, start, index)
+        end = run_steps(engine, rates, config, loader, val_loader, metrics, description, start)
     finally:
         metrics.close()
-    finish(engine, config, index, metrics)
+    if config.data.mixture:
+        metrics.say("epochs: " + ", ".join(f"{path} {n:.2f}" for path, n in loader.epochs(end).items()))
+    finish(engine, config, mixture, metrics)
     dist.destroy_process_group()
 
 
-def run_steps(engine, rates, config, loader, val_loader, metrics, description, start, index) -> None:
-    """The loop. DeepSpeed accumulates and clips the gradients, and steps after the last micro-batch."""
-    size, accumulation = config.train, engine.gradient_accumulation_steps()
-    validation, peak = index["splits"]["val"], config.optimizer.lr
-    bits_per_byte = validation["tokens"] / validation["bytes"] / math.log(2)
+def run_steps(engine, rates, config, loader, val_loader, metrics, description, start) -> int:
+    """The loop; returns the samples it has seen. DeepSpeed accumulates and clips the gradients, and steps after the last
+    micro-batch."""
+    size, peak, context = config.train, config.optimizer.lr, config.model.context
+    batch_sizes = BatchSizes(size, context)
+    bits_per_byte = loader.mixture.val_tokens_per_byte / math.log(2)
 
     def validate(step: int) -> None:
         loss = validation_loss(engine, val_loader, engine.device)
@@ -108,10 +114,11 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
     step, samples = start["step"], start["samples"]
     if step == 0:
         validate(0)
-    recent, since, steps_since = torch.zeros((), device=engine.device), time.time(), 0
+    recent, since, steps_since, samples_then = torch.zeros((), device=engine.device), time.time(), 0, samples
     skipped = engine.skipped_steps
     while step < size.max_steps:
         rates.set(lr_factor(step, config.schedule, size.max_steps))
+        accumulation = batch_sizes.set(engine, step)
         for micro in range(accumulation):
             windows = loader.batch(samples, micro).to(engine.device)
             loss, cross_entropy = training_loss(engine, windows, size.z_loss)
@@ -121,7 +128,7 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
             except FloatingPointError as error:  # Celo2 found NaN or Inf in a gradient, on all ranks alike
                 raise UserError(f"training diverged in step {step + 1}: {error}") from None
             recent += cross_entropy.detach() / accumulation
-        step, samples, steps_since = step + 1, samples + size.global_batch_size, steps_since + 1
+        step, samples, steps_since = step + 1, samples + batch_sizes.at(step), steps_since + 1
         metrics.step(step)
 
         last = step == size.max_steps
@@ -132,10 +139,11 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
             if not math.isfinite(mean):
                 raise UserError(f"training diverged: loss {mean} at step {step}; lower optimizer.lr={peak:g}")
             seconds, norm = time.time() - since, engine.get_global_grad_norm()
-            tokens = steps_since * size.global_batch_size * config.model.context
+            tokens = (samples - samples_then) * context
             metrics.log({
                 "step": step, "loss": mean, "lr": rates.optimizer.param_groups[0]["lr"],
                 "grad_norm": None if norm is None else float(norm), "samples": samples,
+                "global_batch_size": batch_sizes.at(step - 1), "epochs": loader.epochs(samples),
                 "tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 3),
                 "skipped_steps": engine.skipped_steps,
             })
@@ -143,19 +151,23 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
                 metrics.say(f"step {step}: DeepSpeed left out {engine.skipped_steps - skipped} step(s) with NaN or Inf in the "
                             f"gradient ({engine.skipped_steps} in all)")
                 skipped = engine.skipped_steps
-            recent, since, steps_since = torch.zeros((), device=engine.device), time.time(), 0
+            recent, since, steps_since, samples_then = torch.zeros((), device=engine.device), time.time(), 0, samples
         paused = time.time()
         if step % config.eval.every == 0 or last:
             validate(step)
         if step % config.checkpoint.every == 0 or last:
             checkpoint.save(engine, config, description, step, samples)
         since += time.time() - paused  # tokens/s counts training only
+    return samples
 
 
 def build_seeded(config: Config, index: dict):
     """The model with the initial weights that train.seed stands for, the same on every rank."""
     set_seeds(config.train.seed, 0)
-    return build_model(config.model, index["vocab_size"], index["eos_id"])
+    model = build_model(config.model, index["vocab_size"], index["eos_id"])
+    if config.data.mask_documents:
+        mask_documents(model, index["eos_id"])
+    return model
 
 
 def set_seeds(seed: int, rank: int) -> None:
@@ -183,10 +195,10 @@ def start_run_dir(config: Config, ds_config: dict, world_size: int, resume_from:
         file.write(json.dumps(origin(world_size)) + "\n")
 
 
-def finish(engine, config: Config, index: dict, metrics: Metrics) -> None:
+def finish(engine, config: Config, mixture: Mixture, metrics: Metrics) -> None:
     """A sample, the picture of the losses, and how to go on."""
     if config.eval.prompt:
-        tokenizer = load_tokenizer(config.data.path)
+        index, tokenizer = mixture.index, load_tokenizer(mixture.paths[0])
         ids = tokenizer.encode([config.eval.prompt])[0]
         new = sample(engine.module, ids, config.eval.sample_tokens, context=config.model.context,
                      eos_id=index["eos_id"], vocab_size=index["vocab_size"], seed=config.train.seed)

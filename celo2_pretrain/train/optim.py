@@ -1,10 +1,8 @@
-"""The optimizer of a run, and its learning rate at each step."""
-import math
-
+"""The optimizer of a run, and how its rates are set (train/schedule.py says to what)."""
 import torch
 
 from celo2_pretrain import Celo2, param_groups, register
-from celo2_pretrain.train.config import Optimizer, Schedule
+from celo2_pretrain.train.config import Optimizer
 from celo2_pretrain.train.errors import UserError
 
 
@@ -28,23 +26,9 @@ def build_optimizer(model: torch.nn.Module, config: Optimizer) -> torch.optim.Op
     try:
         return Celo2(model.parameters() if base else groups, lr=config.lr, weights=config.weights,
                      weight_decay=config.weight_decay, orthogonalize=not base,
-                     adamw_lr_multiplier=config.adamw_lr_multiplier, state_dtype=config.state_dtype,
-                     newton_schulz_dtype=config.newton_schulz_dtype)
+                     adamw_lr_multiplier=config.adamw_lr_multiplier, state_dtype=config.state_dtype)
     except (ValueError, OSError) as error:  # the weights: a path or repository that isn't there, or holds other arrays
         raise UserError(f"optimizer.weights={config.weights!r}: {error}") from None
-
-
-def lr_factor(step: int, schedule: Schedule, max_steps: int) -> float:
-    """What the peak rates are multiplied by in step `step` (from 0): linear warm-up, then a cosine to `final`.
-
-    Without schedule.steps the cosine ends at max_steps, so a resumed run with more steps gets a longer cosine.
-    """
-    total = schedule.steps or max_steps
-    warmup = round(schedule.warmup * total)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return schedule.final + (1 - schedule.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Rates:
