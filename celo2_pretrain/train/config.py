@@ -57,6 +57,8 @@ class Optimizer:
     adamw_lr_multiplier: float = key(20.0, "embeddings, head and 1-D tensors get AdamW at this many times lr", 0)
     weight_decay: float = key(0.0, "decoupled weight decay of the hidden matrices", 0)
     weights: str = key("default", "weights of the learned rule: default, a path, or a hub repository")
+    newton_schulz_dtype: Literal["auto", "fp32", "bf16"] = key(
+        "auto", "orthogonalisation in fp32, bf16, or auto: bf16 on GPUs that have it in matrix units")
     state_dtype: Literal["fp32", "bf16", "fp8"] = key("fp32", "Celo2's accumulators: 16, 8 or 4 bytes a parameter")
 
 
