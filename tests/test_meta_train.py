@@ -236,3 +236,12 @@ def test_a_folder_in_use_is_not_overwritten(tmp_path):
     with pytest.raises(UserError, match="--resume goes on with it"):
         train.run(config.load_config(None, options))
     assert main(["meta-train", "--resume", str(tmp_path), "outer_lr=1"]) == 2
+
+
+def test_the_best_theta_is_selected_on_a_language_model(tmp_path):
+    pytest.importorskip("sklearn", reason="select shares the evaluation's tasks")
+    train.run(config.load_config(None, [*SMALL, "outer_steps=3", "init=random", f"out={tmp_path}"]))
+    assert main(["meta-select", str(tmp_path), "--also", "default", "--steps", "12", "--jobs", "1"]) in (0, None)
+    scores = (tmp_path / "selection.csv").read_text().splitlines()
+    assert len(scores) == 1 + 2 * 2 * 2  # header; two thetas, two rates, two seeds
+    assert main(["meta-select", str(tmp_path / "nowhere")]) == 2
