@@ -24,7 +24,7 @@ COLUMNS = ("kernel", "dtype", "states", "aligned", "target", "registers", "spill
 def rows(dtypes: list[str], targets: list[str]) -> list[tuple]:
     """One row a kernel, dtype, dtype of the accumulators, alignment and target, in the order of COLUMNS."""
     found, seen = [], set()
-    for target, dtype, states, aligned in product(targets, dtypes, ("fp32", "bf16"), (True, False)):
+    for target, dtype, states, aligned in product(targets, dtypes, ("fp32", "bf16", "fp8"), (True, False)):
         for kernel in kernels(dtype, aligned, target.startswith("gfx"), states):
             varies = {"G", "P", "S", "ALIGNED"} & set(kernel.constants)  # the rest is always float32
             if kernel.name == "symmetric_product":

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .tiles import OPTIONS, PTR, Tiles, add_sums, find_tile, pointer
+from .words import random_bits
 
 STEP = 4  # rows at a time
 CLAMP = tl.constexpr(1000.0)
@@ -28,10 +29,7 @@ def store_rounded(at, x, index, key, mask, S: tl.constexpr):
         tl.store(at, x, mask=mask)
     else:
         bits = x.to(tl.uint32, bitcast=True)
-        r = index.to(tl.uint32) ^ ((index >> 32).to(tl.uint32) * 0x9E3779B1) ^ key
-        r = (r ^ (r >> 16)) * 0x85EBCA6B
-        r = (r ^ (r >> 13)) * 0xC2B2AE35
-        r = (r ^ (r >> 16)) >> 16
+        r = random_bits(index, key)
         finite = (bits & 0x7F800000) != 0x7F800000
         bits = tl.where(finite, bits + r, tl.where(x != x, bits | 0x400000, bits))
         tl.store(at, (bits >> 16).to(tl.uint16).to(S, bitcast=True), mask=mask)
@@ -59,15 +57,16 @@ def accumulate_kernel(tiles, boxes, pointers, row_sums, col_sums, G: tl.constexp
         place = i[:, None] * stride + tl.arange(0, COLS)[None, :]
         g = tl.load(g_at + place, mask=mask, other=0.0).to(tl.float32)
         g = tl.clamp(g, -CLAMP, CLAMP, propagate_nan=NAN)
-        m0 = tl.load(m0_at + place, mask=mask, other=0.0).to(tl.float32)
-        m1 = tl.load(m1_at + place, mask=mask, other=0.0).to(tl.float32)
-        m2 = tl.load(m2_at + place, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(v_at + place, mask=mask, other=0.0).to(tl.float32)
-        store_rounded(m0_at + place, m0 * 0.9 + g * REST_0, start + place, m0_key, mask, S)
-        store_rounded(m1_at + place, m1 * 0.99 + g * REST_1, start + place, m1_key, mask, S)
-        store_rounded(m2_at + place, m2 * 0.999 + g * REST_2, start + place, m2_key, mask, S)
         square = g * g
-        store_rounded(v_at + place, v * 0.95 + square * 0.05, start + place, v_key, mask, S)
+        if S != tl.int32:
+            m0 = tl.load(m0_at + place, mask=mask, other=0.0).to(tl.float32)
+            m1 = tl.load(m1_at + place, mask=mask, other=0.0).to(tl.float32)
+            m2 = tl.load(m2_at + place, mask=mask, other=0.0).to(tl.float32)
+            v = tl.load(v_at + place, mask=mask, other=0.0).to(tl.float32)
+            store_rounded(m0_at + place, m0 * 0.9 + g * REST_0, start + place, m0_key, mask, S)
+            store_rounded(m1_at + place, m1 * 0.99 + g * REST_1, start + place, m1_key, mask, S)
+            store_rounded(m2_at + place, m2 * 0.999 + g * REST_2, start + place, m2_key, mask, S)
+            store_rounded(v_at + place, v * 0.95 + square * 0.05, start + place, v_key, mask, S)
         s = tl.where(mask, square + 1e-30, 0.0)
         col_total += s
         tl.store(row_sums + tile * ROWS + i, tl.sum(s, 1))
@@ -76,14 +75,15 @@ def accumulate_kernel(tiles, boxes, pointers, row_sums, col_sums, G: tl.constexp
 
 def accumulate(tiles: Tiles, pointers: Tensor, totals: Tensor, g_dtype: tl.dtype, s_dtype: tl.dtype,
                aligned: bool) -> None:
-    """Update m0, m1, m2, v of all parts, and add the sums of g² + 1e-30 to their row and column totals.
+    """Update m0, m1, m2, v of all parts (packed ones: `repack` does), and add the sums of g² + 1e-30 to their row and
+    column totals.
 
     Args:
         tiles: from `make_tiles`.
-        pointers: (parts, 17) int64, in the order of POINTERS.
+        pointers: (parts, 22) int64, in the order of POINTERS.
         totals: (parts, 2) int64, addresses of the (matrices, height) row sums and (matrices, width) column sums.
         g_dtype: of all parts' gradients.
-        s_dtype: of all parts' m0, m1, m2, v: float32 or bfloat16.
+        s_dtype: of all parts' m0, m1, m2, v: float32, bfloat16, or int32: packed.
         aligned: all addresses are multiples of 16 bytes; offsets, strides, columns and widths multiples of 4.
     """
     if not len(tiles):

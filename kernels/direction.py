@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .features import FEATURES, element_pointers, load_features, load_three
+from .features import FEATURES, col_scales, element_pointers, load_features, load_states, load_three, row_scales
 from .fold import HIDDEN, THETA_SECOND
 from .tiles import OPTIONS, Tiles, find_tile, pointer
 
@@ -44,6 +44,7 @@ def direction_kernel(tiles, boxes, pointers, theta, G: tl.constexpr, P: tl.const
     row_factor = pointer(pointers, part, 7, tl.float32, False) + matrix * 3 * height
     col_factor_at = pointer(pointers, part, 8, tl.float32, False) + matrix * 3 * width + columns
     col_factor = load_three(col_factor_at, width, col_mask)
+    col_scale = col_scales(pointers, part, matrix, columns, col_mask, width, S, col_factor)
     w0 = pointer(pointers, part, 9, tl.float32, False) + matrix * FEATURES * HIDDEN
     row_bias = pointer(pointers, part, 10, tl.float32, False) + matrix * HIDDEN * height
     col_bias_at = pointer(pointers, part, 11, tl.float32, False) + matrix * HIDDEN * width + columns
@@ -60,7 +61,10 @@ def direction_kernel(tiles, boxes, pointers, theta, G: tl.constexpr, P: tl.const
         row_mask = (rows >= low) & (rows < high)
         mask = row_mask[:, None] & col_mask[None, :]
         place = i[:, None] * stride + tl.arange(0, COLS)[None, :]
-        x = load_features(elements, place, mask, load_three(row_factor + rows, height, row_mask), col_factor)
+        factor = load_three(row_factor + rows, height, row_mask)
+        row_scale = row_scales(pointers, part, matrix, rows, row_mask, height, S, factor)
+        states = load_states(elements, place, mask, row_scale, col_scale, S)
+        x = load_features(elements, place, mask, factor, col_factor, states)
         h = ()
         for k in tl.static_range(HIDDEN):
             h = h + (tl.load(row_bias + k * height + rows, mask=row_mask, other=0.0)[:, None]

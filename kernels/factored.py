@@ -1,6 +1,6 @@
 """Between passes A and B, for all matrices in one launch each: the factored second moments, and the factors from them.
 
-Plain twins: `update_factored` and `factors` in celo2_pretrain/optimizer/passes.py. These are vectors, small beside the
+Plain twins: `update_factored`, `factors` and `scales` in celo2_pretrain/optimizer/passes.py. These are vectors, small beside the
 tensors, but several a tensor: one by one their launches would take longer than the passes.
 """
 from __future__ import annotations
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .accumulate import REST_0, REST_1, REST_2
 from .tiles import OPTIONS
+from .words import power_near_root
 
 # What a part's vectors are: a row of the vector table. Addresses, but for the pitches (elements from one decay to the
 # next in v_row and v_col), sizes, and counts. v_row has row_size elements a matrix and decay, v_col col_size.
 VECTORS = ("v_row", "v_col", "row_pitch", "col_pitch", "row_size", "col_size", "row_total", "col_total", "row_factor",
-           "col_factor", "weight", "row_bias", "col_bias", "squares", "matrices")
+           "col_factor", "weight", "row_bias", "col_bias", "squares", "matrices", "row_scale", "col_scale")
 VEC = tl.constexpr(len(VECTORS))
 BLOCK = 512
 
@@ -79,12 +80,37 @@ def factors_kernel(matrices, vectors, BLOCK: tl.constexpr):
         tl.store(col_factor + i, tl.rsqrt(tl.maximum(x, 1e-9)), mask=i < col_size)
 
 
+@triton.jit
+def scales_kernel(matrices, vectors, BLOCK: tl.constexpr):
+    matrix, vector = vectors_of(matrices, vectors)
+    decay = tl.program_id(1)
+    v_row, row_pitch, row_size = side_of(matrix, vector, 0)
+    v_col, col_pitch, col_size = side_of(matrix, vector, 1)
+    v_row += decay * row_pitch
+    v_col += decay * col_pitch
+    row_scale = tl.load(vector + 15).to(tl.pointer_type(tl.float32)) + (matrix * 3 + decay) * row_size
+    col_scale = tl.load(vector + 16).to(tl.pointer_type(tl.float32)) + (matrix * 3 + decay) * col_size
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, row_size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.load(v_row + i, mask=i < row_size, other=0.0)
+    mean = tl.maximum(tl.sum(total) / row_size.to(tl.float32), 1e-38)
+    for start in range(0, row_size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        x = tl.load(v_row + i, mask=i < row_size, other=0.0) / mean
+        tl.store(row_scale + i, power_near_root(x), mask=i < row_size)
+    for start in range(0, col_size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        x = tl.load(v_col + i, mask=i < col_size, other=0.0)
+        tl.store(col_scale + i, power_near_root(x), mask=i < col_size)
+
+
 def update_factored(matrices: Tensor, vectors: Tensor) -> None:
     """`v_k ← β_k v_k + (1 − β_k) total / count` in place, for the rows and columns of every matrix.
 
     Args:
         matrices: (matrices, 2) int64: part, and number within the part.
-        vectors: (parts, 15) int64 in the order of VECTORS: v_row (3, matrices · row_size), v_col, their totals.
+        vectors: (parts, 17) int64 in the order of VECTORS: v_row (3, matrices · row_size), v_col, their totals.
     """
     if len(matrices):
         update_factored_kernel[(len(matrices), 2)](matrices, vectors, BLOCK, **OPTIONS)
@@ -94,3 +120,9 @@ def factors(matrices: Tensor, vectors: Tensor) -> None:
     """Write row_factor (matrices, 3, row_size) and col_factor (matrices, 3, col_size) of step 3; arguments as above."""
     if len(matrices):
         factors_kernel[(len(matrices), 3)](matrices, vectors, BLOCK, **OPTIONS)
+
+
+def scales(matrices: Tensor, vectors: Tensor) -> None:
+    """Write row_scale (matrices, 3, row_size) and col_scale (matrices, 3, col_size) of packed accumulators; as above."""
+    if len(matrices):
+        scales_kernel[(len(matrices), 3)](matrices, vectors, BLOCK, **OPTIONS)

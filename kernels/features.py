@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .tiles import pointer
+from .words import unpack
 
 FEATURES = tl.constexpr(18)
 NAN = tl.constexpr(tl.PropagateNan.ALL)
@@ -14,7 +15,7 @@ NAN = tl.constexpr(tl.PropagateNan.ALL)
 @triton.jit
 def element_pointers(pointers, part, at, G: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
                      ALIGNED: tl.constexpr):
-    """g, p, m0, m1, m2, v at the tile's corner."""
+    """g, p, m0, m1, m2, v at the tile's corner. Packed (S is int32), the last four are the same words."""
     return (pointer(pointers, part, 0, G, ALIGNED) + at, pointer(pointers, part, 1, P, ALIGNED) + at,
             pointer(pointers, part, 2, S, ALIGNED) + at, pointer(pointers, part, 3, S, ALIGNED) + at,
             pointer(pointers, part, 4, S, ALIGNED) + at, pointer(pointers, part, 5, S, ALIGNED) + at)
@@ -28,15 +29,44 @@ def load_three(at, pitch, mask):
 
 
 @triton.jit
-def load_features(elements, place, mask, row_factor, col_factor):
+def load_states(elements, place, mask, row_scale, col_scale, S: tl.constexpr):
+    """m0, m1, m2, v, (STEP, COLS) each; packed, by the scales 3 × (STEP,) and 3 × (COLS,)."""
+    if S == tl.int32:
+        return unpack(tl.load(elements[5] + place, mask=mask, other=0), row_scale, col_scale)
+    else:
+        return (tl.load(elements[2] + place, mask=mask, other=0.0).to(tl.float32),
+                tl.load(elements[3] + place, mask=mask, other=0.0).to(tl.float32),
+                tl.load(elements[4] + place, mask=mask, other=0.0).to(tl.float32),
+                tl.load(elements[5] + place, mask=mask, other=0.0).to(tl.float32))
+
+
+@triton.jit
+def col_scales(pointers, part, matrix, columns, col_mask, width, S: tl.constexpr, other):
+    """Of packed accumulators the columns' scales, 3 × (COLS,); of others `other`, as a stand-in of the same type."""
+    if S == tl.int32:
+        at = pointer(pointers, part, 19, tl.float32, False) + matrix * 3 * width + columns
+        return load_three(at, width, col_mask)
+    else:
+        return other
+
+
+@triton.jit
+def row_scales(pointers, part, matrix, rows, row_mask, height, S: tl.constexpr, other):
+    """The same of the rows, 3 × (STEP,)."""
+    if S == tl.int32:
+        at = pointer(pointers, part, 18, tl.float32, False) + matrix * 3 * height + rows
+        return load_three(at, height, row_mask)
+    else:
+        return other
+
+
+@triton.jit
+def load_features(elements, place, mask, row_factor, col_factor, states):
     """The features in ascending order of their index, (STEP, COLS) each; where the mask is off they are 0, but for
-    rsqrt(v + 1e-8). `row_factor`: 3 × (STEP,), `col_factor`: 3 × (COLS,)."""
+    rsqrt(v + 1e-8). `row_factor`: 3 × (STEP,), `col_factor`: 3 × (COLS,), `states` from `load_states`."""
     g = tl.load(elements[0] + place, mask=mask, other=0.0).to(tl.float32)
     p = tl.load(elements[1] + place, mask=mask, other=0.0).to(tl.float32)
-    m0 = tl.load(elements[2] + place, mask=mask, other=0.0).to(tl.float32)
-    m1 = tl.load(elements[3] + place, mask=mask, other=0.0).to(tl.float32)
-    m2 = tl.load(elements[4] + place, mask=mask, other=0.0).to(tl.float32)
-    v = tl.load(elements[5] + place, mask=mask, other=0.0).to(tl.float32)
+    m0, m1, m2, v = states
     f0 = row_factor[0][:, None] * col_factor[0][None, :]
     f1 = row_factor[1][:, None] * col_factor[1][None, :]
     f2 = row_factor[2][:, None] * col_factor[2][None, :]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .features import FEATURES, element_pointers, load_features, load_three
+from .features import FEATURES, col_scales, element_pointers, load_features, load_states, load_three, row_scales
 from .tiles import OPTIONS, Tiles, add_sums, find_tile, pointer
 
 STEP = 2  # rows at a time: with 4, a compute unit holds fewer programs and some targets spill
@@ -26,6 +26,7 @@ def norms_kernel(tiles, boxes, pointers, squares, G: tl.constexpr, P: tl.constex
     row_factor = pointer(pointers, part, 7, tl.float32, False) + matrix * 3 * height
     col_factor_at = pointer(pointers, part, 8, tl.float32, False) + matrix * 3 * width + columns
     col_factor = load_three(col_factor_at, width, col_mask)
+    col_scale = col_scales(pointers, part, matrix, columns, col_mask, width, S, col_factor)
     total = (tl.zeros([STEP, COLS], tl.float32),) * FEATURES
     stop = tl.minimum(high - first, ROWS).to(tl.int32)  # not known at compile time, or some compilers unroll and spill
     for down in range(0, stop, STEP):
@@ -34,7 +35,10 @@ def norms_kernel(tiles, boxes, pointers, squares, G: tl.constexpr, P: tl.constex
         row_mask = (rows >= low) & (rows < high)
         mask = row_mask[:, None] & col_mask[None, :]
         place = i[:, None] * stride + tl.arange(0, COLS)[None, :]
-        x = load_features(elements, place, mask, load_three(row_factor + rows, height, row_mask), col_factor)
+        factor = load_three(row_factor + rows, height, row_mask)
+        row_scale = row_scales(pointers, part, matrix, rows, row_mask, height, S, factor)
+        states = load_states(elements, place, mask, row_scale, col_scale, S)
+        x = load_features(elements, place, mask, factor, col_factor, states)
         new = ()
         for k in tl.static_range(FEATURES):
             # Only rsqrt(v + 1e-8) isn't zero where the mask is off.

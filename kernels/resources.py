@@ -21,12 +21,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import accumulate, adamw, apply, direction, factored, flat, fold, norms, rescale, symmetric_product, tiles
+from . import (accumulate, adamw, apply, direction, factored, flat, fold, norms, repack, rescale, symmetric_product,
+               tiles)
 from .tiles import OPTIONS, Size
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
            "gfx942": GPUTarget("hip", "gfx942", 64)}
 DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+STATES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp8": tl.int32}  # of accumulators
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 TABLES = {"tiles": "*i32", "boxes": "*i64", "pointers": "*i64"}
 CHUNKS = {"chunks": "*i32", "slices": "*i64"}
@@ -60,19 +62,23 @@ class Resources:
 
 def kernels(dtype: str, aligned: bool, amd: bool = False, states: str = "fp32") -> list[Kernel]:
     """The kernels of a step, as launched for parameters and gradients of `dtype`, accumulators of `states`."""
-    size, wide, state = Size(), WIDTHS[dtype], WIDTHS[states]
+    size, wide = Size(), WIDTHS[dtype]
+    four = 4 if states == "fp8" else 4 * WIDTHS[states]  # bytes of the accumulators of an element
     place = {"ALIGNED": aligned, "ROWS": size.rows, "COLS": size.cols}
-    g = {**place, "G": DTYPES[dtype], "S": DTYPES[states]}
+    g = {**place, "G": DTYPES[dtype], "S": STATES[states]}
     gp = {**g, "P": DTYPES[dtype]}
     tile = size.rows * size.cols
     sums = {"order": "*i32", "targets": "*i64", "pointers": "*i64", "scratch": "*fp32"}
     return [
         Kernel("accumulate", accumulate.accumulate_kernel, {**TABLES, "row_sums": "*fp32", "col_sums": "*fp32"},
-               {**g, "STEP": accumulate.STEP}, tile, size.rows // accumulate.STEP, 8 * state + wide),
+               {**g, "STEP": accumulate.STEP}, tile, size.rows // accumulate.STEP,
+               wide + (0 if states == "fp8" else 2 * four)),
+        Kernel("repack", repack.repack_kernel, dict(TABLES), {**place, "G": DTYPES[dtype], "STEP": repack.STEP}, tile,
+               size.rows // repack.STEP, wide + 8),
         Kernel("norms", norms.norms_kernel, {**TABLES, "squares": "*fp32"}, {**gp, "STEP": norms.STEP}, tile,
-               size.rows // norms.STEP, 4 * state + 2 * wide),
+               size.rows // norms.STEP, four + 2 * wide),
         Kernel("direction", direction.direction_kernel, {**TABLES, "theta": "*fp32"}, {**gp, "STEP": direction.STEP},
-               tile, size.rows // direction.STEP, 4 + 4 * state + 2 * wide),
+               tile, size.rows // direction.STEP, 4 + four + 2 * wide),
         Kernel("output_squares", rescale.output_squares_kernel, {**TABLES, "squares": "*fp32"},
                {**place, "STEP": rescale.STEP}, tile, size.rows // rescale.STEP, 4),
         Kernel("rescale", rescale.rescale_kernel, {**TABLES, "totals": "*i64"}, {**place, "STEP": rescale.STEP}, tile,
@@ -91,6 +97,7 @@ def kernels(dtype: str, aligned: bool, amd: bool = False, states: str = "fp32") 
                {"PITCH": 32, "CHUNK": 64, "COUNT": 18, "TARGET": 0, "TARGETS": 2}),
         Kernel("update_factored", factored.update_factored_kernel, VECTORS, {"BLOCK": factored.BLOCK}),
         Kernel("factors", factored.factors_kernel, VECTORS, {"BLOCK": factored.BLOCK}),
+        Kernel("scales", factored.scales_kernel, VECTORS, {"BLOCK": factored.BLOCK}),
         Kernel("fold", fold.fold_kernel, {**VECTORS, "theta": "*fp32"}, {"BLOCK": factored.BLOCK}),
     ]
 

@@ -43,9 +43,11 @@ class Box(NamedTuple):
 
 BOX = tl.constexpr(len(Box._fields))
 # What a part is, a row of the pointer table: addresses, then where the slice begins in the whole tensor and the keys by
-# which m0, m1, m2 and v are rounded. A kernel reads the ones that it needs.
+# which m0, m1, m2 and v are rounded; then what packed accumulators need, the words of which m0 … v all point to. A kernel
+# reads the ones that it needs.
 POINTERS = ("g", "p", "m0", "m1", "m2", "v", "out", "row_factor", "col_factor", "weight", "row_bias", "col_bias",
-            "start", "m0_key", "m1_key", "m2_key", "v_key")
+            "start", "m0_key", "m1_key", "m2_key", "v_key", "turn", "row_scale", "col_scale", "old_row_scale",
+            "old_col_scale")
 PTR = tl.constexpr(len(POINTERS))
 
 

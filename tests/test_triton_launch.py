@@ -74,6 +74,7 @@ def test_every_launch_of_a_step_compiles_as_it_is_made(launched, monkeypatch):
         step(False, dtype)
         symmetric_product(torch.ones(2, 16, 32, dtype=dtype))
     step(True, torch.float32, "bf16")
+    step(True, torch.bfloat16, "fp8")
     names = {kernel.function.fn.__name__ for kernel in kernels("fp32", True)}
     assert set(launched) == names  # the gates of test_triton_compile.py leave none out
     for name, compiled in launched.items():

@@ -7,6 +7,7 @@ that process.
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,6 +126,35 @@ else:
     def test_accumulators_in_bfloat16_are_rounded_like_their_twins():
         compare([((12, 20), NONE), ((14, 9), MatrixView(transpose=True))], [(0, 240), (11, 120)],
                 (torch.float32, torch.float32), states=torch.bfloat16)
+
+    def test_packed_accumulators_are_updated_and_read_like_their_twins():
+        cases = [((12, 20), NONE), ((14, 9), MatrixView(transpose=True)), ((11, 23), MatrixView(split=(16, 4, 3))),
+                 ((3, 9, 7), MatrixView(batch=1)), ((4, 5, 3, 3), NONE)]
+        made, mlp = [], random_mlp()
+        for backend in (Triton(SIZE), Reference()):
+            generator, parts, tensors, vectors = torch.Generator().manual_seed(0), [], [], []
+            for number, (shape, view) in enumerate(cases):
+                total = torch.Size(shape).numel()
+                start, stop = (0, total) if number != 1 else (11, 120)
+                p, g, words = (torch.randn(total, generator=generator), torch.randn(total, generator=generator),
+                               torch.randint(-1 << 31, 1 << 31, (total,), generator=generator).to(torch.int32))
+                t = Tensors(*(x[start:stop].clone() for x in (p, g)), [], words[start:stop].clone(), [], start,
+                            (1, 2**31, 2**32 - 1, 12345, 40000))
+                for block in view.blocks(shape):
+                    parts.append(Part(number, Shape(block), pieces(block, start, stop, most=50), 0, 0))
+                    tensors.append(t)
+                    vectors.append([[torch.randn(3, *size, generator=generator).exp()
+                                     for size in (parts[-1].shape.row, parts[-1].shape.col)] for _ in range(2)])
+            old, new = (backend.scales(parts, [both[k] for both in vectors]) for k in range(2))
+            backend.repack(parts, tensors, old, new)
+            scaled = [replace(t, scale=scale) for t, scale in zip(tensors, new)]
+            words = torch.cat([t.rms for t in tensors])
+            made.append([words.clone(), *passes(backend, parts, scaled, mlp)[:-len(parts)]])
+            assert torch.equal(torch.cat([t.rms for t in tensors]), words)  # the passes only read them
+        ours, twin = made
+        assert (ours[0] != twin[0]).float().mean() <= 3e-3  # a fused multiply-add may cross a rounding threshold
+        for a, b in zip(ours[1:], twin[1:]):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5 * b.abs().max().item() + 1e-30)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_a_nan_or_inf_in_an_accumulator_stays_one(value):

@@ -83,7 +83,7 @@ class Shape:
 class Scale:
     """By which a block's packed accumulators are stored: powers of two."""
 
-    row: Tensor  # (3, *row)
+    row: Tensor  # (3, *row); for Triton's kernels (matrices, 3, size)
     col: Tensor  # (3, *col)
     outer: Tensor | None = None  # for kernels: (matrices, outer, 3)
     inner: Tensor | None = None  # (matrices, 3, inner)

@@ -22,10 +22,12 @@ from ..kernels.accumulate import accumulate
 from ..kernels.adamw import adamw
 from ..kernels.apply import apply
 from ..kernels.direction import direction
-from ..kernels.factored import VECTORS, factors, update_factored
+from ..kernels.factored import VECTORS, factors, scales, update_factored
 from ..kernels.flat import make_chunks
 from ..kernels.fold import flat_theta, fold
 from ..kernels.norms import norms
+from ..kernels.packed import WORD
+from ..kernels.repack import repack
 from ..kernels.rescale import output_squares, rescale
 from ..kernels.tiles import Box, Size, Tiles, make_tiles
 from .backends import Reference, boxes_of, inner_axis
@@ -36,7 +38,8 @@ from .reference import MLP
 if TYPE_CHECKING:
     from .learned import Part
 
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
+          WORD: tl.int32}  # packed accumulators
 
 
 @dataclass
@@ -122,10 +125,32 @@ class Triton(Reference):
                 update_factored(self._matrices(_pick(parts, chosen), device), _table(rows, device))
 
     def scales(self, parts: Sequence[Part], vectors: Sequence[tuple[Tensor, Tensor]]) -> list[Scale]:
-        if parts:
-            raise RuntimeError('state_dtype="fp8" has no Triton kernels: choose "bf16", or set CELO2_BACKEND=reference '
-                               "(plain torch, many times slower)")
-        return []
+        """Of parts that the kernels cover in (matrices, 3, size)."""
+        chosen = [k for k, part in enumerate(parts) if covered(part.shape)]
+        rest = [k for k in range(len(parts)) if k not in set(chosen)]
+        made = dict(zip(rest, super().scales(_pick(parts, rest), _pick(vectors, rest))))
+        if chosen:
+            device = vectors[chosen[0]][0].device
+            found = {k: Vectors(parts[k].shape, *vectors[k]) for k in chosen}
+            for k, x in found.items():
+                made[k] = Scale(*(torch.empty(x.matrices, 3, n, device=device) for n in x.sizes))
+            rows = [_vectors(x, row_scale=made[k].row.data_ptr(), col_scale=made[k].col.data_ptr())
+                    for k, x in found.items()]
+            with _on(device):
+                scales(self._matrices(_pick(parts, chosen), device), _table(rows, device))
+        return [made[k] for k in range(len(parts))]
+
+    def repack(self, parts: Sequence[Part], tensors: Sequence[Tensors], old: Sequence[Scale], new: Sequence[Scale]
+               ) -> None:
+        rest = [k for k, part in enumerate(parts) if not covered(part.shape)]
+        super().repack(*(_pick(x, rest) for x in (parts, tensors, old, new)))
+        for group in self._groups(parts, tensors):
+            some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
+            device = held[0].rms.device
+            pointers = [_pointers(t, scale=_scale(part.shape, after), old=_scale(part.shape, before))
+                        for part, t, before, after in zip(some, held, _pick(old, group.numbers), _pick(new, group.numbers))]
+            with _on(device):
+                repack(self._tiles(some, device), _table(pointers, device), group.g_dtype, group.aligned)
 
     def norms(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Vectors],
               squares: Sequence[Tensor]) -> None:
@@ -135,7 +160,8 @@ class Triton(Reference):
         for group in self._groups(parts, tensors):
             some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
             device = held[0].rms.device
-            pointers = [_pointers(t, factor=_by_storage(part.shape, vectors.row_factor, vectors.col_factor))
+            pointers = [_pointers(t, factor=_by_storage(part.shape, vectors.row_factor, vectors.col_factor),
+                                  scale=_scale(part.shape, t.scale))
                         for part, t, vectors in zip(some, held, _pick(factors, group.numbers))]
             sums = [(x.data_ptr(), x[0].numel()) for x in _pick(squares, group.numbers)]
             with _on(device):
@@ -163,7 +189,7 @@ class Triton(Reference):
                 weight, row_bias, col_bias = folded[k]
                 pointers.append(_pointers(
                     t, out[k].data_ptr(), _by_storage(part.shape, factors[k].row_factor, factors[k].col_factor), weight,
-                    _by_storage(part.shape, row_bias, col_bias)))
+                    _by_storage(part.shape, row_bias, col_bias), _scale(part.shape, t.scale)))
             with _on(device):
                 direction(self._tiles(some, device), _table(pointers, device), theta, group.g_dtype, group.p_dtype,
                           group.s_dtype, group.aligned)
@@ -185,7 +211,7 @@ class Triton(Reference):
                        and (_aligned(part) and out[k].data_ptr() % 16 == 0) == aligned]
             if numbers:
                 device = out[numbers[0]].device
-                pointers = [[0] * 6 + [out[k].data_ptr()] + [0] * 10 for k in numbers]
+                pointers = [[0] * 6 + [out[k].data_ptr()] + [0] * 15 for k in numbers]
                 totals = [(squares[k].data_ptr(), squares[k].numel()) for k in numbers]
                 with _on(device):
                     launch(self._tiles(_pick(parts, numbers), device), _table(pointers, device), _table(totals, device),
@@ -309,13 +335,21 @@ def _by_storage(shape: Shape, along_d1: int, along_d0: int) -> tuple[int, int]:
 
 def _elements(t: Tensors) -> list[int]:
     """Addresses of what there is one of for each element, in the order of the kernels' pointer table."""
-    return [x.data_ptr() for x in (t.g, t.p, *t.momentum, t.rms)]
+    states = [t.rms] * 4 if t.packed else [*t.momentum, t.rms]
+    return [x.data_ptr() for x in (t.g, t.p, *states)]
 
 
 def _pointers(t: Tensors, out: int = 0, factor: tuple[int, int] = (0, 0), weight: int = 0,
-              bias: tuple[int, int] = (0, 0)) -> list[int]:
+              bias: tuple[int, int] = (0, 0), scale: tuple[int, int] = (0, 0), old: tuple[int, int] = (0, 0)
+              ) -> list[int]:
     """A row of the kernels' pointer table."""
-    return [*_elements(t), out, *factor, weight, *bias, t.start, *(t.keys or (0, 0, 0, 0))]
+    keys = [*t.keys, 0, 0, 0, 0, 0][:5]
+    return [*_elements(t), out, *factor, weight, *bias, t.start, *keys, *scale, *old]
+
+
+def _scale(shape: Shape, scale: Scale | None) -> tuple[int, int]:
+    """Addresses of the scales of packed accumulators, for rows and columns of the storage."""
+    return (0, 0) if scale is None else _by_storage(shape, scale.row.data_ptr(), scale.col.data_ptr())
 
 
 def _vectors(vectors: Vectors, **values: int) -> list[int]:
