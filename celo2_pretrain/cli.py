@@ -4,6 +4,7 @@ import os
 import sys
 
 from celo2_pretrain.meta import command as meta_train
+from celo2_pretrain.meta.evaluation import command as meta_eval
 from celo2_pretrain.plan import command as planning
 from celo2_pretrain.train.errors import UserError
 
@@ -99,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(run=run_export)
 
     meta_train.add(commands)
+    meta_eval.add(commands)
     return top
 
 
