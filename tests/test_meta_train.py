@@ -186,7 +186,7 @@ def test_a_broken_problem_starts_afresh():
 
 @pytest.mark.parametrize("estimator", ["pes", "analytic"])
 def test_a_resumed_meta_training_is_the_uninterrupted_one(tmp_path, estimator):
-    options = [*SMALL, f"estimator={estimator}", "average=0.9", "init=default", "live_units=0.1"]
+    options = [*SMALL, f"estimator={estimator}", "average=0.9", "init=constructed", "live_units=0.1"]
     whole = train.run(config.load_config(None, [*options, "outer_steps=8", f"out={tmp_path / 'whole'}"]))
     train.run(config.load_config(None, [*options, "outer_steps=5", f"out={tmp_path / 'parts'}"]))
     with open(tmp_path / "parts" / train.METRICS, "a") as log:
@@ -202,7 +202,7 @@ def test_a_resumed_meta_training_is_the_uninterrupted_one(tmp_path, estimator):
 
 
 def test_live_units_change_nothing_at_first_and_can_learn():
-    plain, live = (train.initial_theta(config.load_config(None, ["init=default", f"live_units={noise}"])) for noise in (0, 0.1))
+    plain, live = (train.initial_theta(config.load_config(None, ["init=constructed", f"live_units={noise}"])) for noise in (0, 0.1))
     x = torch.randn(30, 6, 5)
     torch.testing.assert_close(reference.direction(x, rule.unflatten(plain)), reference.direction(x, rule.unflatten(live)))
     for theta, moving in ((plain, 2), (live, 8)):

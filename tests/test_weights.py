@@ -12,7 +12,7 @@ import torch
 
 from celo2_pretrain.optimizer import reference
 from celo2_pretrain.optimizer.reference import MLP
-from celo2_pretrain.weights import BUNDLED, construct, load_weights, save_weights
+from celo2_pretrain.weights import construct, load_weights, save_weights
 from celo2_pretrain.weights.layouts import GROUPS, SHAPES
 
 
@@ -129,22 +129,23 @@ def test_the_published_weights_load_from_their_parts(golden):
 
 # --- bundled weights ----------------------------------------
 
-def test_construct_reproduces_the_bundled_files_bit_for_bit(tmp_path):
+def test_construct_reproduces_its_files_bit_for_bit(tmp_path):
     written = construct.write(tmp_path)
-    assert len(written) == len(BUNDLED)
+    assert [path.name for path in written] == ["constructed.safetensors", "constructed_base.safetensors"]
     for path in written:
         assert path.read_bytes() == (Path(construct.__file__).parent / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("features", [15, 30])  # 1-D tensors have the first 15
-@pytest.mark.parametrize("name, formula", [("default", lambda x: x[3] + 0.2 * x[0]),
-                                           ("default-base", lambda x: x[7] + 0.2 * x[14])])
-def test_bundled_weights_compute_their_formula(name, formula, features):
+@pytest.mark.parametrize("name, formula", [("constructed", lambda x: x[3] + 0.2 * x[0]),
+                                           ("constructed-base", lambda x: x[7] + 0.2 * x[14])])
+def test_constructed_weights_compute_their_formula(name, formula, features):
     x = torch.randn(features, 7, 5)
     torch.testing.assert_close(reference.direction(x, load_weights(name)), formula(x), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name, orthogonalize", [("default", True), ("default-base", False)])
+@pytest.mark.parametrize("name, orthogonalize", [("default", True), ("default-base", False), ("constructed", True),
+                                                ("constructed-base", False)])
 @pytest.mark.parametrize("shape", [(6, 4), (9,)])
 def test_bundled_weights_step_against_the_gradient(name, orthogonalize, shape):
     p, g = torch.randn(shape), torch.randn(shape)

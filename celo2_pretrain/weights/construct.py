@@ -1,6 +1,6 @@
-"""How were the bundled weights made? Run `python -m celo2_pretrain.weights.construct` to make them again.
+"""With what does our meta-training begin? Run `python -m celo2_pretrain.weights.construct` to make these weights again.
 
-They are constructed, not meta-trained: a linear combination of normalised input features that the MLP passes
+They are constructed: a linear combination of normalised input features that the MLP passes
 through exactly. A unit pair relu(x), relu(-x) in the first layer, the identity in the second, and the
 difference of the pair at output 0 give x itself. Both use features of the first 15 only, so that they also
 serve 1-D tensors.
@@ -20,9 +20,9 @@ from celo2_pretrain.weights.load import BUNDLED
 G, M_FAST, M_FAST_RSQRT_V, G_RSQRT_V = 0, 3, 7, 14
 
 RECIPES = {
-    "default": ("m(0.9) + 0.2 g", {M_FAST: 1.0, G: 0.2}),
+    "constructed": ("m(0.9) + 0.2 g", {M_FAST: 1.0, G: 0.2}),
     # Without orthogonalisation nothing else evens out the scale of the elements: use Adam's normalisation.
-    "default-base": ("m(0.9) rsqrt(v) + 0.2 g rsqrt(v)", {M_FAST_RSQRT_V: 1.0, G_RSQRT_V: 0.2}),
+    "constructed-base": ("m(0.9) rsqrt(v) + 0.2 g rsqrt(v)", {M_FAST_RSQRT_V: 1.0, G_RSQRT_V: 0.2}),
 }
 
 
@@ -37,7 +37,7 @@ def construct(coefficients: dict[int, float]) -> MLP:
 
 
 def write(directory: Path) -> list[Path]:
-    """Write every bundled file into `directory`; the same bytes each time."""
+    """Write every constructed file into `directory`; the same bytes each time."""
     paths = []
     for name, (formula, coefficients) in RECIPES.items():
         paths.append(directory / BUNDLED[name].name)
@@ -47,8 +47,8 @@ def write(directory: Path) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Construct the bundled weights.")
-    parser.add_argument("--output", type=Path, default=BUNDLED["default"].parent,
+    parser = argparse.ArgumentParser(description="Construct the weights that meta-training begins with.")
+    parser.add_argument("--output", type=Path, default=BUNDLED["constructed"].parent,
                         help="directory to write into (default: the package, replacing the bundled files)")
     for path in write(parser.parse_args().output):
         print(f"wrote {path}")

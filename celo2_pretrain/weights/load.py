@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _HERE = Path(__file__).parent
 # Names of the bundled weights; celo2.md says how they were made.
-BUNDLED = {"default": _HERE / "celo2.safetensors", "default-base": _HERE / "celo2_base.safetensors"}
+BUNDLED = {"default": _HERE / "celo2.safetensors", "default-base": _HERE / "celo2_base.safetensors",
+           "constructed": _HERE / "constructed.safetensors", "constructed-base": _HERE / "constructed_base.safetensors"}
 # What a hub repo or a downloaded folder may call its weights: ours, the authors', PyLO's.
 KNOWN_FILES = ("celo2.safetensors", "theta.state", "model.safetensors", "celo2_weights.pt")
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -28,6 +29,7 @@ def load_weights(weights: str | os.PathLike | Mapping = "default") -> MLP:
 
     Args: `weights` is
     - "default" (for Celo2) or "default-base" (without orthogonalisation): bundled, see celo2.md beside this file;
+      "constructed", "constructed-base": what their meta-training began with;
     - a dict of arrays or tensors w0 (30, 8), b0 (8,), w1 (8, 8), b1 (8,), w2 (8, 3), b2 (3,);
     - a file: our .safetensors, the authors' flax `theta.state`, PyLO's `.pt` or `.safetensors`,
       or a folder that holds one of them under its published name;
