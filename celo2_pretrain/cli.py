@@ -1,4 +1,4 @@
-"""The command line: `celo2-pretrain prepare | plan | train | eval | generate | plot | export`."""
+"""The command line: `celo2-pretrain prepare | plan | train | sweep | eval | generate | plot | export`."""
 import argparse
 import os
 import sys
@@ -26,6 +26,13 @@ Train a model. Each key of the configuration can be given as key=value after the
   celo2-pretrain train --config configs/tiny_cpu.yaml optimizer.lr=2e-3 model.layers=6 run_dir=runs/deeper
   celo2-pretrain train --resume runs/deeper train.max_steps=2000
   celo2-pretrain train --list-keys
+"""
+SWEEP = """\
+Train once for each learning rate, one after the other, and choose the one with the least validation loss at the end.
+The same command goes on after an interruption; runs that are finished are left as they are.
+  celo2-pretrain sweep --config configs/tiny_cpu.yaml --out runs/sweep --lrs 3e-4,1e-3,3e-3 train.max_steps=100
+  celo2-pretrain sweep --config configs/gpt2_124m.yaml --out runs/sweep \\
+      --launch "deepspeed --no_local_rank launch/pretrain.py"
 """
 
 
@@ -68,6 +75,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
     p.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
     p.set_defaults(run=run_train)
+
+    p = commands.add_parser("sweep", help="find the learning rate", description=SWEEP, formatter_class=raw)
+    p.add_argument("--config", help="YAML file (default: the defaults)")
+    p.add_argument("--out", required=True, help="folder for the runs, sweep.csv and sweep.png")
+    p.add_argument("--lrs", metavar="LR,LR,…", help="learning rates (default: the paper's range, 1e-5 to 1e-3, in five)")
+    p.add_argument("--launch", metavar="COMMAND", help="the driver that gets train's arguments (default: this train)")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
+    p.set_defaults(run=run_sweep)
 
     p = commands.add_parser("eval", help="validation loss of a run", description=(
         "Validation loss of a run's newest (or one) checkpoint."))
@@ -149,6 +164,17 @@ def run_train(args) -> None:
     from celo2_pretrain.train.loop import train
 
     train(config, resume=args.resume or (config.run_dir if args.resume == "" else None), overwrite=args.overwrite)
+
+
+def run_sweep(args) -> None:
+    import shlex
+
+    from celo2_pretrain.train.sweep import PAPER_GRID, parse_rates, sweep, verdict
+
+    rates = parse_rates(args.lrs) if args.lrs is not None else PAPER_GRID
+    launch = shlex.split(args.launch) if args.launch else [sys.executable, "-m", "celo2_pretrain.cli", "train"]
+    rows = sweep(args.out, args.config, args.overrides, rates, launch)
+    print(f"{verdict(rows)}\nwrote {os.path.join(args.out, 'sweep.csv')} and sweep.png")
 
 
 def run_eval(args) -> None:
