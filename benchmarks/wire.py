@@ -5,8 +5,9 @@
     python benchmarks/wire.py --check                  the same count for a small model on 2 processes, beside what
                                                        they really handed to torch.distributed
 
-The count is celo2_pretrain/plan/shards.py's, as `celo2-pretrain plan` shows it for any model. Counted are the elements that a rank hands to each collective, as rings send them: all-reduce 2 (n − 1)/n of the
-buffer, reduce-scatter and all-gather (n − 1)/n, all-to-all what goes to other ranks. Shown is the busiest of ranks 0, 1, n/2 and n − 1.
+The count is celo2_pretrain/plan/shards.py's, which `celo2-pretrain plan` shows for any model. Counted are the elements
+that a rank hands to each collective, as rings send them: all-reduce 2 (n − 1)/n of the buffer, reduce-scatter and
+all-gather (n − 1)/n, all-to-all what goes to other ranks. Shown is the busiest of ranks 0, 1, n/2 and n − 1.
 `ZeRO` is what every optimizer pays at this stage: gradients reduce-scattered and parameters all-gathered in 2 bytes
 (ZeRO-3 gathers parameters twice). `gather everything` is what a rank would have to receive in order to take
 the unsharded step alone: p, g, three momenta and v of every matrix in 4 bytes.
