@@ -1,11 +1,11 @@
-"""`python -m tests.equivalence [--world 1,2,3,4] [--filter zero3,bf16]`: run the matrix and print it as a table."""
+"""`python -m tests.equivalence [--world 1,2,3,4] [--filter zero3,bf16] [--backend reference]`: run the matrix and print it as a table."""
 from __future__ import annotations
 
 import argparse
 import sys
 import time
 
-from .cells import covering_cells, extra_cells, matching, product_cells, valid_cells
+from .cells import covering_cells, extra_cells, few_cells, matching, product_cells, valid_cells
 from .launch import Result, run_cells
 from .limits import TOLERANCE
 
@@ -14,14 +14,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.equivalence", description=__doc__)
     parser.add_argument("--world", default="1,2,3,4", help="numbers of ranks, comma-separated (default %(default)s)")
     parser.add_argument("--filter", default="", help="only cells with all of these words, e.g. zero3,bf16")
-    parser.add_argument("--part", action="store_true", help="only the covering part of the matrix")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--part", action="store_true", help="only the covering part of the matrix")
+    part.add_argument("--few", action="store_true", help="only a cell of each stage and precision")
+    parser.add_argument("--backend", default="", choices=("compile", "reference", "triton"),
+                        help="what computes the passes; triton in its interpreter, which is slow (default: CELO2_BACKEND)")
     parser.add_argument("--mutation", default="", help="break the optimizer first (see mutations.py)")
     args = parser.parse_args(argv)
     try:
         worlds = [int(word) for word in args.world.split(",")]
         if any(not 1 <= world <= 64 for world in worlds):
             raise ValueError(f"--world wants numbers from 1 to 64, got {args.world!r}")
-        cells = matching(covering_cells() if args.part else valid_cells(), args.filter)
+        some = covering_cells() if args.part else few_cells() if args.few else valid_cells()
+        cells = matching(some, args.filter)
         if not cells:
             raise ValueError(f"no valid cell matches --filter {args.filter}")
     except ValueError as error:
@@ -31,14 +36,15 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'ranks':5}  {'cell':42}  " + "  ".join(f"{kind:8}" for kind in TOLERANCE))
     for world in worlds:
         began = time.monotonic()
-        results = run_cells(world, cells, mutation=args.mutation, progress=lambda result: show(world, result))
+        results = run_cells(world, cells, backend=args.backend, mutation=args.mutation,
+                            progress=lambda result: show(world, result))
         everything[world] = results
         bad = sum(bool(result.failures()) for result in results)
         failed += bad
         print(f"{world} ranks: {len(results) - bad} of {len(results)} cells hold ({time.monotonic() - began:.0f} s)",
               flush=True)
     print("\n" + summary(everything))
-    if not args.filter and not args.part:
+    if not args.filter and not args.part and not args.few:
         reasons: dict[str, int] = {}
         for cell in product_cells() + extra_cells():
             if cell.invalid():

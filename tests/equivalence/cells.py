@@ -14,7 +14,9 @@ class Cell:
 
     `extra` names a DeepSpeed option outside the matrix proper that changes the flat layout or how Celo2 is made:
     "round_robin" and "alignment" (`zero_optimization.round_robin_gradients`, `.parameter_alignment`), "buckets"
-    (Celo2's own bucket_size so small that every bucket holds one tensor), "config" (the optimizer from the JSON config).
+    (Celo2's own bucket_size so small that every bucket holds one tensor), "config" (the optimizer from the JSON config),
+    "bf16_products" (newton_schulz_dtype="bf16", against the same products on whole tensors), "fp8" (packed accumulators,
+    in plain torch, against the same rounding on whole tensors).
     """
 
     stage: str
@@ -90,6 +92,9 @@ def extra_cells() -> list[Cell]:
              for extra in ("round_robin", "alignment")]
     cells += [Cell(stage, "fp32", 1, stage != "zero0", False, False, "buckets") for stage in STAGES]
     cells += [Cell(stage, "bf16", 1, stage != "zero0", False, stage == "zero3", "config") for stage in STAGES[:4]]
+    cells += [Cell(stage, "fp32", 1, stage != "zero0", False, False, "bf16_products") for stage in STAGES]
+    cells += [Cell(stage, "fp32", 1, stage != "zero0", False, False, "fp8") for stage in STAGES]
+    cells += [Cell(stage, "bf16", 4, True, True, stage == "zero3", "fp8") for stage in ("zero2", "zero3")]
     return cells
 
 
@@ -110,6 +115,19 @@ def covering_cells() -> list[Cell]:
         return (on + STAGES.index(cell.stage) + PRECISIONS.index(cell.precision)) % 2 == 0
 
     return [cell for cell in valid_cells() if taken(cell)]
+
+
+def few_cells() -> list[Cell]:
+    """A cell or two of each stage and precision, with every setting: for what can't run more (see docs/equivalence.md).
+
+    Of each stage and precision those with the fewest and the most options on, each second one of them by turns.
+    """
+    chosen = []
+    plain = [cell for cell in valid_cells() if not cell.extra]
+    for number, (stage, precision) in enumerate(product(STAGES, PRECISIONS)):
+        cells = [cell for cell in plain if (cell.stage, cell.precision) == (stage, precision)]
+        chosen += cells[:1] if number % 2 else cells[-1:]
+    return chosen + [cell for cell in extra_cells() if cell.extra == "buckets" and cell.stage in ("zero2", "fsdp2")]
 
 
 def matching(cells: list[Cell], words: str) -> list[Cell]:

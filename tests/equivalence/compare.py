@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from celo2_pretrain.kernels.newton_schulz import COEFFICIENTS, newton_schulz
 from celo2_pretrain.optimizer import reference
 from celo2_pretrain.optimizer.reference import MLP
 from celo2_pretrain.optimizer.rules import tag_of
 
+from . import packed
 from .cells import Cell
 from .engines import DeepSpeedRun, FSDP2Run, start
 from .limits import TOLERANCE
@@ -24,9 +26,11 @@ OVERFLOW_STEP = 3
 class Unsharded:
     """The reference trajectory of one tensor: its own states throughout, parameters taken over before each step."""
 
-    def __init__(self, name: str, shape: tuple[int, ...], options: dict[str, Any], view: Any, mlp: MLP) -> None:
-        self.name, self.options, self.mlp = name, options, mlp
+    def __init__(self, name: str, shape: tuple[int, ...], options: dict[str, Any], view: Any, mlp: MLP,
+                 bf16_products: bool = False, packed_states: bool = False) -> None:
+        self.name, self.options, self.mlp, self.bf16_products = name, options, mlp, bf16_products
         self.shape = shape or (1,)
+        self.packed, self.steps = packed_states and options["rule"] == "celo2" and len(self.shape) >= 2, 0
         if options["rule"] == "celo2":
             self.blocks = view.blocks(self.shape)
             self.states = [reference.init_state(torch.zeros(b.shape), b.batch) for b in self.blocks]
@@ -45,10 +49,18 @@ class Unsharded:
             self.adamw.step()
             return self.copy.detach().clone().view(before.shape)
         after = p.clone()
+        self.steps += 1
         for k, block in enumerate(self.blocks):
             own = block.select(p)
-            update, self.states[k] = reference.step(own, block.select(g), self.states[k], self.mlp,
-                                                    self.options["orthogonalize"], block.batch)
+            orthogonalize = self.options["orthogonalize"] and own.ndim >= 2
+            if self.packed:
+                update, self.states[k] = packed.step(self.name, self.steps, block, self.shape, own, block.select(g),
+                                                     self.states[k], self.mlp, orthogonalize)
+            else:
+                update, self.states[k] = reference.step(own, block.select(g), self.states[k], self.mlp,
+                                                        orthogonalize and not self.bf16_products, block.batch)
+            if orthogonalize and self.bf16_products:
+                update = reference.normalize(newton_schulz(update, COEFFICIENTS["celo2"], torch.bfloat16), (-2, -1))
             block.select(after).sub_(self.options["lr"] * (update + self.options["weight_decay"] * own))
         return after.view(before.shape)
 
@@ -149,7 +161,8 @@ def compare(cell: Cell) -> dict[str, Any]:
 
     names = list(run.params)
     mine = set(names[rank::world])  # the ranks share the work of comparing
-    unsharded = {name: Unsharded(name, run.shape(name), run.options[name], tag_of(run.params[name]).view, run.mlp)
+    unsharded = {name: Unsharded(name, run.shape(name), run.options[name], tag_of(run.params[name]).view, run.mlp,
+                                 cell.extra == "bf16_products", cell.extra == "fp8")
                  for name in names}
     plain = Plain(run.shape("gain")) if rank == 0 or cell.gradients_from_plain else None
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(cell.precision, torch.bfloat16)
@@ -220,7 +233,7 @@ def _compare_states(run: DeepSpeedRun | FSDP2Run, unsharded: dict[str, Unsharded
         if run.cell.gradients_from_plain:
             continue
         expected = one.accumulators()
-        for key in (*keys[one.options["rule"]], *(k for k in expected if k.startswith("v_full"))):
+        for key in () if one.packed else (*keys[one.options["rule"]], *(k for k in expected if k.startswith("v_full"))):
             got = run.state(name, key)  # a collective: every rank asks
             if name in mine:
                 note("state", error(got, expected[key]), f"{key} of {name}")

@@ -70,7 +70,7 @@ class DeepSpeedRun:
         else:
             register()
             groups, self.options = option_groups(model, cell.flipped)
-            self.celo2 = Celo2(groups, weights=theta(), **bucket_option(cell))
+            self.celo2 = Celo2(groups, weights=theta(), **own_options(cell))
             self.engine, self.wrapper, _, _ = deepspeed.initialize(model=model, optimizer=self.celo2, config=config)
         # A JSON config gets the bundled weights.
         self.mlp = load_weights("default") if cell.extra == "config" else MLP(**theta())
@@ -151,7 +151,7 @@ class FSDP2Run:
             fully_shard(module, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
         groups, self.options = option_groups(model, cell.flipped)
-        self.celo2 = Celo2(groups, weights=theta(), nonfinite="skip", **bucket_option(cell))
+        self.celo2 = Celo2(groups, weights=theta(), nonfinite="skip", **own_options(cell))
         self.model, self.cell, self.mlp = model, cell, MLP(**theta())
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.scale = LOSS_SCALE if cell.precision == "fp16" else 1.0
@@ -203,8 +203,10 @@ def tagged_by_register(model: nn.Module, params: dict) -> dict[str, dict]:
                    "weight_decay": params["weight_decay"]} for name, p in model.named_parameters() if p.requires_grad}
 
 
-def bucket_option(cell: Cell) -> dict[str, int]:
-    return {"bucket_size": 1} if cell.extra == "buckets" else {}
+def own_options(cell: Cell) -> dict:
+    """Celo2's own options that an extra cell sets."""
+    return {"buckets": {"bucket_size": 1}, "bf16_products": {"newton_schulz_dtype": "bf16"},
+            "fp8": {"state_dtype": "fp8"}}.get(cell.extra, {})
 
 
 def start(cell: Cell) -> DeepSpeedRun | FSDP2Run:
