@@ -22,7 +22,7 @@ class Progress:
         if sys.stderr.isatty():
             # The bar runs over the fraction, as the corpus's length in tokens shows only at its end.
             self.bar = tqdm(total=1.0, initial=self.begun, dynamic_ncols=True,
-                            bar_format="tokenize {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
+                            bar_format="tokenize {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
 
     def add(self, fraction: float | None, documents: int, tokens: int, text_bytes: int) -> None:
         """Another so many are done, and with them `fraction` of the corpus, where that is known."""
