@@ -245,3 +245,9 @@ def test_the_best_theta_is_selected_on_a_language_model(tmp_path):
     scores = (tmp_path / "selection.csv").read_text().splitlines()
     assert len(scores) == 1 + 2 * 2 * 2  # header; two thetas, two rates, two seeds
     assert main(["meta-select", str(tmp_path / "nowhere")]) == 2
+
+
+def test_an_unroll_of_one_truncation_is_one_truncation_long():
+    training = train.MetaTraining(config.load_config(None, ["families=quadratic", "truncation=100", "length_min=100",
+                                                            "length_max=100", "problems=8"]))
+    assert (training.families[0].inner.fixed.length == 100).all()

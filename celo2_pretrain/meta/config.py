@@ -22,6 +22,7 @@ class MetaConfig:
     problems: int = key(8, "inner problems of each family at a time (PES: antithetic pairs)", 1)
     estimator: Literal["pes", "analytic"] = key("pes", "outer gradient: persistent evolution strategies, or back-propagation")
     truncation: int = key(50, "inner steps between two outer steps", 1)
+    tail: float = key(1.0, "share of a truncation's steps, the last ones, whose losses count", 0, 1)
     sigma: float = key(0.01, "deviation of PES's perturbations", 1e-8)
     length_min: int = key(100, "inner steps of an unroll, log-uniform between length_min and length_max", 1)
     length_max: int = key(2000, "see length_min", 1)

@@ -46,14 +46,15 @@ class Family:
         return estimate
 
     def _unroll(self, theta: Tensor) -> Tensor:
-        """Each particle's mean loss over the truncation; of a step's loss no more than the task's cap counts."""
-        total = 0.0
-        for _ in range(self.config.truncation):
+        """Each particle's mean loss over the truncation's tail; of a step's loss no more than the task's cap counts."""
+        total, counted = 0.0, max(1, round(self.config.truncation * self.config.tail))
+        for step in range(self.config.truncation):
             batch = self.task.draw(self.generator, self.config.problems)
             batch = tuple(x.repeat(2, *[1] * (x.ndim - 1)) if self.pairs else x for x in batch)
             self.inner, loss = self.advance(theta, self.inner, tuple(x.to(theta.device) for x in batch))
-            total = total + loss.clamp_max(self.task.cap)
-        return total / self.config.truncation
+            if step >= self.config.truncation - counted:
+                total = total + loss.clamp_max(self.task.cap)
+        return total / counted
 
     def _restart(self, broken: Tensor) -> None:
         """Put fresh problems where an unroll is over or broken."""
@@ -68,7 +69,8 @@ class Family:
         """Fresh problems with `share` of their length, whole truncations of it."""
         config = self.config
         span = config.truncation
-        length = (self._log_uniform(config.length_min, config.length_max) * share / span).ceil().clamp_min(1) * span
+        length = self._log_uniform(config.length_min, config.length_max) * share
+        length = (length / span - 1e-4).ceil().clamp_min(1) * span  # a hair less: 100.00001 are 100
         fixed = Fixed(self._log_uniform(config.lr_min, config.lr_max), length,
                       self._log_uniform(config.scale_min, config.scale_max))
         fresh = inner.start(self.task, self.harness, fixed, self.generator)
