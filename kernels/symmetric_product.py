@@ -4,7 +4,8 @@ Newton–Schulz spends its time on such products: A = X Xᵀ, and b A + c A² (A
 the multiplications of a general product; the other half of the result is a mirror image, so that it is
 exactly symmetric.
 
-`newton_schulz.py` doesn't call it yet: whether it beats the vendor's products on a GPU has not been measured.
+Experimental: `newton_schulz.py` calls it where CELO2_SYMMETRIC_PRODUCT=1 asks for it, since whether it beats the vendor's
+products on a GPU has not been measured.
 """
 from __future__ import annotations
 

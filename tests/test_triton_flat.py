@@ -8,9 +8,11 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
 
 from celo2_pretrain import Celo2  # noqa: E402
+from celo2_pretrain import kernels  # noqa: E402
 from celo2_pretrain.kernels import flat, tiles  # noqa: E402
 from celo2_pretrain.kernels.adamw import adamw, adamw_twin  # noqa: E402
 from celo2_pretrain.kernels.apply import apply_twin  # noqa: E402
+from celo2_pretrain.kernels.newton_schulz import COEFFICIENTS, newton_schulz  # noqa: E402
 from celo2_pretrain.kernels.symmetric_product import symmetric_product, symmetric_product_twin  # noqa: E402
 from celo2_pretrain.optimizer.triton_backend import DTYPES, Triton  # noqa: E402
 
@@ -105,6 +107,24 @@ def test_a_newton_schulz_polynomial_is_one_symmetric_product(n):
     ours = symmetric_product(a, scale=2.0315, add=-4.775)
     torch.testing.assert_close(ours, symmetric_product_twin(a, 2.0315, -4.775), rtol=1e-5, atol=1e-5)
     assert torch.equal(ours, ours.mT)
+
+
+def test_newton_schulz_takes_its_products_by_the_kernel_when_asked(monkeypatch):
+    """In float32: the interpreter's products of bfloat16 are wrong."""
+    torch.manual_seed(4)
+    x = torch.randn(2, 20, 33)
+    plain = newton_schulz(x, COEFFICIENTS["celo2"])
+    launched, launch = [], kernels.symmetric_product.symmetric_product
+
+    def counted(*args):
+        launched.append(args)
+        return launch(*args)
+
+    monkeypatch.setattr(kernels.symmetric_product, "symmetric_product", counted)
+    monkeypatch.setenv("CELO2_SYMMETRIC_PRODUCT", "1")
+    ours = newton_schulz(x, COEFFICIENTS["celo2"])
+    assert len(launched) == 2 * 5 * 2  # matrices, iterations, products that are symmetric
+    assert (ours - plain).norm() < 1e-5 * plain.norm()
 
 
 def test_what_is_no_batch_of_matrices_is_refused():
