@@ -1,4 +1,4 @@
-"""Is the sharded step the unsharded step? The whole matrix on 1, 2 and 3 ranks, and a covering part of it on 4.
+"""Is the sharded step the unsharded step? The whole matrix on 2 ranks, parts of it on 1, 3 and 4 and by each backend.
 
 docs/equivalence.md says what is compared; `python -m tests.equivalence` runs everything and prints the table.
 """
@@ -6,17 +6,34 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from equivalence.cells import (Cell, PRECISIONS, STAGES, covering_cells, extra_cells, from_name, matching,
+from equivalence.cells import (Cell, PRECISIONS, STAGES, covering_cells, extra_cells, few_cells, from_name, matching,
                                product_cells, valid_cells)
 from equivalence.launch import Result, run_cells
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("world", (1, 2, 3, 4))
-def test_sharded_step_is_the_unsharded_step(world):
-    cells = valid_cells() if world < 4 else covering_cells()
-    results = run_cells(world, cells)
+@pytest.mark.parametrize("world, part", [(1, few_cells), (2, valid_cells), (3, covering_cells), (4, few_cells)])
+def test_sharded_step_is_the_unsharded_step(world, part):
+    all_hold(run_cells(world, part()), part(), world)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_sharded_step_is_the_unsharded_step_in_plain_torch():
+    all_hold(run_cells(2, few_cells(), backend="reference"), few_cells(), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_sharded_step_is_the_unsharded_step_by_the_triton_kernels():
+    """In the interpreter, which needs minutes for a cell."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    cells = [from_name("zero3,bf16,acc1,rs")]
+    all_hold(run_cells(2, cells, backend="triton"), cells, 2)
+
+
+def all_hold(results: list[Result], cells: list[Cell], world: int) -> None:
     assert [result.cell for result in results] == cells
     failed = [f"{result.cell.name}: {'; '.join(result.failures())}" for result in results if result.failures()]
     assert not failed, f"{len(failed)} of {len(cells)} cells fail on {world} ranks:\n" + "\n".join(failed)
@@ -41,6 +58,14 @@ def test_covering_part_has_every_pair_of_settings():
 
     assert pairs(covering_cells()) == pairs(valid_cells())
     assert len(covering_cells()) < 0.7 * len(valid_cells())
+
+
+def test_the_few_cells_have_every_stage_precision_and_setting_of_the_product():
+    settings = {word for cell in valid_cells() if not cell.extra for word in cell.name.split(",")}
+    chosen = [cell for cell in few_cells() if not cell.extra]
+    assert {word for cell in chosen for word in cell.name.split(",")} == settings
+    assert {(cell.stage, cell.precision) for cell in chosen} == {(cell.stage, cell.precision) for cell in valid_cells()}
+    assert len(few_cells()) < 0.15 * len(valid_cells())
 
 
 def test_filter_takes_words_of_the_names_and_refuses_others():
