@@ -1,4 +1,4 @@
-"""What do the results say? Best learning rates, who beats whom, speed-up over AdamW, and how wide the good rates are."""
+"""What do the results say? Best learning rates, who beats whom, speed-up over AdamW, how wide the good rates are."""
 from __future__ import annotations
 
 import math
@@ -30,7 +30,7 @@ class Entry:
 
     @property
     def best_lr(self) -> float:
-        """With the least mean over seeds; of all rates that diverge on some seed, none is better than the middle."""
+        """With the least mean over seeds; where all rates diverge on some seed, the middle one."""
         return min(self.lrs, key=lambda lr: (self.mean(lr), abs(self.lrs.index(lr) - len(self.lrs) // 2)))
 
     @property

@@ -32,8 +32,8 @@ def add(commands) -> None:
     p.add_argument("--tasks", metavar="A,B", help="default: all; one whose packages are missing is named and skipped")
     p.add_argument("--optimizers", metavar="A,B", help="default: celo2, celo2-base, adamw, muon, soap; see --list")
     p.add_argument("--theta", metavar="NAME=PATH", action="append", default=[], help=(
-        "also Celo2 with these weights, as celo2[NAME]: .safetensors, theta.state, .pt, a hub id, or an .npz with arrays "
-        "w0 … b2 (FILE.npz:CASE: those called CASE/theta/w0 …); can be given several times"))
+        "also Celo2 with these weights, as celo2[NAME]: .safetensors, theta.state, .pt, a hub id, or an .npz with "
+        "arrays w0 … b2 (FILE.npz:CASE: those called CASE/theta/w0 …); can be given several times"))
     p.add_argument("--theta-base", metavar="NAME=PATH", action="append", default=[],
                    help="the same without orthogonalisation, as celo2-base[NAME]")
     p.add_argument("--lrs", metavar="X,Y", help=(

@@ -18,14 +18,15 @@ SEEDS = (0, 1, 2)
 
 def listing() -> str:
     """The tasks and optimizers, with what is missing for those that can't run here."""
-    lines = ["tasks (steps, one AdamW run on one core):"]
+    lines = ["tasks (steps, seconds of a run on one core):"]
     for task in TASKS.values():
         note = f"  [skipped: {task.missing()}]" if task.missing() else ""
         lines.append(f"  {task.name:20s} {task.about} ({task.steps}, {task.seconds:.0f} s){note}")
     lines.append("optimizers (grid of learning rates; * by default):")
     for spec in SPECS.values():
         note = f"  [skipped: {spec.missing()}]" if spec.missing() else ""
-        lines.append(f"  {spec.name + ('*' if spec.name in DEFAULT else ''):20s} {spec.grid()[0]:.2g} … {spec.grid()[-1]:.2g}{note}")
+        name, grid = spec.name + ("*" if spec.name in DEFAULT else ""), spec.grid()
+        lines.append(f"  {name:20s} {grid[0]:.2g} … {grid[-1]:.2g}{note}")
     return "\n".join(lines)
 
 

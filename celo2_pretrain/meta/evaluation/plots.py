@@ -53,7 +53,7 @@ def _save(figure, path: Path, legend: bool = True) -> Path:
 
 def curves(found: Entries, path: Path) -> Path:
     """The measure over steps at each optimizer's best rate: mean over seeds, and a band from least to greatest."""
-    figure, panels, colours = _panels(found, "At each optimizer's best learning rate: mean of the seeds, least to greatest")
+    figure, panels, colours = _panels(found, "At each optimizer's best learning rate: mean and range of the seeds")
     limits: dict[str, list[float]] = {task: [] for task in panels}
     for (task, optimizer), entry in found.items():
         points = entry.curve()
@@ -75,17 +75,17 @@ def curves(found: Entries, path: Path) -> Path:
 
 
 def rates(found: Entries, path: Path) -> Path:
-    """The measure at the end over the learning rate, with the deviation over seeds; diverged rates at the upper edge."""
-    figure, panels, colours = _panels(found, "Sensitivity to the learning rate (mean and range of the seeds; ×: diverged)")
+    """The measure at the end over the learning rate, with the range of the seeds; diverged rates at the upper edge."""
+    figure, panels, colours = _panels(found, "Sensitivity to the rate: mean and range of the seeds; ×: diverged")
     tops = {}
     for task in panels:
         finite = sorted(value for (t, _), entry in found.items() if t == task
                         for value in map(entry.mean, entry.lrs) if math.isfinite(value))
         if finite:  # far outliers would squeeze the rest
             low, middle = finite[0], finite[len(finite) // 2]
-            tops[task] = min(finite[-1], middle + 2 * (middle - low)) + 0.08 * (finite[-1] - low or 1) * (
-                finite[-1] <= middle + 2 * (middle - low))
-            panels[task].set_ylim(low - 0.06 * (tops[task] - low or 1), tops[task])
+            height = min(finite[-1] - low, 3 * (middle - low)) or 1.0
+            tops[task] = low + 1.08 * height
+            panels[task].set_ylim(low - 0.06 * height, tops[task])
     for (task, optimizer), entry in found.items():
         axis, colour = panels[task], colours[optimizer]
         fine = [lr for lr in entry.lrs if math.isfinite(entry.mean(lr))]
@@ -104,14 +104,14 @@ def rates(found: Entries, path: Path) -> Path:
 
 def seeds(found: Entries, baseline: str, path: Path) -> Path:
     """Every seed's measure at the end, at the best rates; a bar is the mean."""
-    figure, panels, colours = _panels(found, "Spread over seeds at each optimizer's best learning rate (a bar: the mean)")
+    figure, panels, colours = _panels(found, "At each optimizer's best learning rate: all seeds (bar: mean)")
     names = list(colours)
     for (task, optimizer), entry in found.items():
         values = [value for value in entry.losses[entry.best_lr].values() if math.isfinite(value)]
         axis, place = panels[task], names.index(optimizer)
         axis.plot([place] * len(values), values, "o", color=colours[optimizer], markersize=4, alpha=0.7)
         if values:
-            axis.plot([place - 0.3, place + 0.3], [sum(values) / len(values)] * 2, color=colours[optimizer], linewidth=2)
+            axis.hlines(sum(values) / len(values), place - 0.3, place + 0.3, color=colours[optimizer], linewidth=2)
         axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     for task, axis in panels.items():
         if (task, baseline) in found and math.isfinite(found[task, baseline].best):

@@ -34,7 +34,7 @@ class Task:
         needs: importable modules without which the task is skipped, each with the package that has it.
         lr_scale: every optimizer's grid of learning rates is multiplied by it (reinforcement learning wants less).
         span: what "within 2 %" is of; None: of the measure itself, which must be positive then.
-        seconds: of one AdamW run on one core, roughly; for the first estimate of the time left.
+        seconds: of a run on one core, roughly, as the mean of the default optimizers; for the first estimate.
     """
 
     name: str

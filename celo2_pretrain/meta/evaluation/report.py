@@ -6,6 +6,7 @@ import io
 import math
 import os
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from celo2_pretrain.train.errors import UserError
@@ -23,7 +24,7 @@ def write_report(folder: Path, baseline: str = "adamw") -> list[Path]:
     """Write everything into `folder` and return the files. Raises UserError where it has no results."""
     rows = read_results(folder)
     if not rows:
-        raise UserError(f"{folder} has no results.jsonl with results: run celo2-pretrain meta-eval --out {folder} first")
+        raise UserError(f"{folder} has results: first run celo2-pretrain meta-eval --out {folder}")
     order = {name: k for k, name in enumerate(TASKS)}
     rows.sort(key=lambda row: (order.get(row["task"], len(order)), _rank(row["optimizer"]), row["lr"], row["seed"]))
     found = analysis.entries(rows)
@@ -70,25 +71,27 @@ def markdown(found: Entries, rows: list[dict[str, Any]], baseline: str) -> str:
     failed, diverged = (sum(row["status"] == status for row in rows) for status in ("failed", "diverged"))
     parts = [
         "# Evaluation of optimizers",
-        f"{len(rows)} runs: {len(tasks)} tasks, {len(optimizers)} optimizers, seeds {', '.join(map(str, seeds))}; {diverged} "
-        f"diverged, {failed} failed. Every optimizer has the same steps, batches, initial weights, schedule (5 % warm-up, "
-        "cosine to 0) and clipping (1.0). Rates are chosen by the mean over the same seeds that are shown. Lower is "
-        "better everywhere.",
+        f"{len(rows)} runs: {len(tasks)} tasks, {len(optimizers)} optimizers, seeds {', '.join(map(str, seeds))}; "
+        f"{diverged} diverged, {failed} failed. Every optimizer has the same steps, batches, initial weights, schedule "
+        "(5 % warm-up, cosine to 0) and clipping (1.0). Rates are chosen by the mean over the same seeds that are "
+        "shown. Lower is better everywhere.",
         "## Measure at the end, at each optimizer's best learning rate",
-        "Mean ± deviation over seeds, and the rate. **Bold**: the best of a task. `*`: the best rate is the last of its "
-        "grid.",
+        "Mean ± deviation over seeds, and the rate. **Bold**: the best of a task. `*`: the best rate is the first or "
+        "last of its grid.",
         _table(["task (unit)", *optimizers], [
             [_task(task, steps[task]), *(_cell(found, task, o, optimizers) for o in optimizers)] for task in tasks]),
         "## On how many tasks does the row beat the column?",
-        _table(["", *optimizers], [[a, *("" if a == b else _wins(found, a, b) for b in optimizers)] for a in optimizers]),
+        _table(["", *optimizers], [
+            [a, *("" if a == b else _wins(found, a, b) for b in optimizers)] for a in optimizers]),
     ]
     if baseline in optimizers:
         parts += [
             f"## Speed-up over {baseline}",
-            f"Steps of {baseline}'s run over the steps until the same final measure (of its best rate) is reached on an "
+            f"Steps of {baseline}'s run over the steps until its final measure (at its best rate) is reached, on an "
             "unshortened schedule. —: not reached.",
-            _table(["task", *optimizers], [[task, *(_speed(found, task, o, baseline) for o in optimizers)]
-                                           for task in tasks])]
+            _table(["task", *optimizers], [
+                *([task, *(_speed(found, task, o, baseline) for o in optimizers)] for task in tasks),
+                ["median", *(_median_speed(found, o, baseline) for o in optimizers)]])]
     parts += [
         "## Width of the good learning rates",
         f"Decades around the best rate in which the mean stays within {analysis.TOLERANCE:.0%} of the best (under "
@@ -138,6 +141,14 @@ def _speed(found: Entries, task: str, optimizer: str, baseline: str) -> str:
         return f"({baseline} diverged)"
     value = analysis.speed_up(found[task, optimizer], found[task, baseline])
     return "—" if value is None else f"{value:.2f} ×"
+
+
+def _median_speed(found: Entries, optimizer: str, baseline: str) -> str:
+    """Over the tasks that both have, with 0 for not reached."""
+    values = [analysis.speed_up(entry, found[task, baseline]) or 0.0 for (task, o), entry in found.items()
+              if o == optimizer and (task, baseline) in found and math.isfinite(found[task, baseline].best)]
+    middle = median(values) if values else 0.0
+    return f"{middle:.2f} ×" if middle >= 1 else "—"
 
 
 def _width(found: Entries, task: str, optimizer: str) -> str:
