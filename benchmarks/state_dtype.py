@@ -3,11 +3,13 @@
     python benchmarks/state_dtype.py --seeds 3      -> results/state_dtype.csv and .png
 
 Each run is the driver's (`celo2-pretrain train`, configs/tiny_cpu.yaml, one process): the text of the installed Python,
-the seed of weights and data order from 0 on. The dtypes of a seed share everything else.
+the seed of weights and data order from 0 on. The dtypes of a seed share everything else. `--only fp8` trains these and
+takes the others' losses from the CSV that is there.
 """
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import statistics
 import subprocess
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--parallel", type=int, default=2, help="runs at the same time")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/state_dtype")
+    parser.add_argument("--only", choices=DTYPES, nargs="+", default=DTYPES, help="train these")
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
     data = ROOT / "data/python"
@@ -52,13 +55,19 @@ def main() -> None:
                "eval.prompt=", "checkpoint.every=1000000", "checkpoint.any_world=false", log=args.runs / f"{dtype}_{seed}.log")
 
     cases = [(dtype, seed) for seed in range(args.seeds) for dtype in DTYPES]
+    kept: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    if any(dtype not in args.only for dtype in DTYPES):
+        for row in csv.DictReader(open(RESULTS / "state_dtype.csv")):
+            kept.setdefault((row["state_dtype"], int(row["seed"])), []).append((int(row["step"]), float(row["val_loss"])))
+    chosen = [case for case in cases if case[0] in args.only]
     with ThreadPoolExecutor(args.parallel) as pool:
-        for case, _ in zip(cases, pool.map(train, cases)):
+        for case, _ in zip(chosen, pool.map(train, chosen)):
             print(f"trained {case[0]}, seed {case[1]}", flush=True)
 
     rows, curves = [], {dtype: [] for dtype in DTYPES}
     for dtype, seed in cases:
-        points = [(r["step"], r["val_loss"]) for r in read_metrics(args.runs / f"{dtype}_{seed}") if "val_loss" in r]
+        points = ([(r["step"], r["val_loss"]) for r in read_metrics(args.runs / f"{dtype}_{seed}") if "val_loss" in r]
+                  if dtype in args.only else kept[dtype, seed])
         curves[dtype].append(points)
         rows += [{"state_dtype": dtype, "seed": seed, "step": step, "val_loss": round(loss, 5)} for step, loss in points]
     write_csv(RESULTS / "state_dtype.csv", rows)
