@@ -7,8 +7,8 @@ a vision transformer, a convolutional net, an auto-encoder, a recurrent net, PPO
 Each (task, optimizer, learning rate, seed) is one training run of some seconds on one core; every run that ends is
 written to OUT/results.jsonl at once, and the same command goes on where an earlier one stopped.
 
-  celo2-pretrain meta-eval --quick                          2 tasks, a fifth of the steps: some minutes
-  celo2-pretrain meta-eval --out runs/eval                  everything: 825 runs, some 2 hours on 2 cores
+  celo2-pretrain meta-eval --quick                          2 tasks, a fifth of the steps: 60 runs, 2 minutes
+  celo2-pretrain meta-eval --out runs/eval                  everything: 825 runs, about 1.5 hours on 2 cores
   celo2-pretrain meta-eval --out runs/eval --optimizers celo2,adamw --theta mine=runs/meta/theta.safetensors
   celo2-pretrain meta-eval --report runs/eval               the report again
   celo2-pretrain meta-eval --list                           tasks, optimizers, and what is missing for them here

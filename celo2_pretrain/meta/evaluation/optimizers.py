@@ -3,8 +3,8 @@
 Each steps the hidden matrices at `lr`; embeddings, heads and vectors get AdamW(0.9, 0.95) at `ratio` × lr, under
 every optimizer alike (only Celo2-base and VeLO, which are made for every tensor, step them too). Rates mean different
 things: a Celo2 step has a root mean square of 1 per matrix, Muon's `match_rms_adamw` one of 0.2. So each optimizer has
-a grid of its own around its own middle, and `ratio` is what makes AdamW's part the same: the i-th rate of every grid comes with
-the i-th of the same AdamW rates, EMBEDDING in the middle. Weight decay is 0 throughout.
+a grid of its own around its own middle, and `ratio` is what makes AdamW's part the same: the i-th rate of every grid
+comes with the i-th of the same AdamW rates, EMBEDDING in the middle. Weight decay is 0 throughout.
 """
 from __future__ import annotations
 

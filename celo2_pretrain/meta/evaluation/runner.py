@@ -18,8 +18,7 @@ from typing import Any, Callable
 
 from celo2_pretrain.train.errors import UserError
 
-from . import job as jobs_module
-from .job import Job, record
+from .job import Job, record, run
 from .problem import Task
 from .suite import TASKS
 
@@ -79,9 +78,9 @@ def _work(connection: Connection, tasks: Mapping[str, Task] | None) -> None:
     while True:
         try:
             job = connection.recv()
-        except EOFError:
-            return
-        connection.send(jobs_module.run(job, (tasks or TASKS)[job.task]))
+            connection.send(run(job, (tasks or TASKS)[job.task]))
+        except (EOFError, OSError):
+            return  # the parent is gone
 
 
 class Worker:

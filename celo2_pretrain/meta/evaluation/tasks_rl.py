@@ -138,9 +138,9 @@ def task(name: str, about: str, make, steps: int, unit: str, needs, span: float,
 
 TASKS = (
     task("ppo-cartpole", "PPO on CartPole-v1", functools.partial(make_control, "CartPole-v1"), 1200,
-         "− mean return (−500 at best)", GYM, 500.0, True, 64, 4),
+         "− mean return (−500 at best)", GYM, 500.0, True, 64, 7),
     task("ppo-acrobot", "PPO on Acrobot-v1", functools.partial(make_control, "Acrobot-v1"), 1000,
-         "− mean return (70 at best)", GYM, 430.0, True, 64, 5),
+         "− mean return (70 at best)", GYM, 430.0, True, 64, 7),
     task("ppo-atari", "PPO on Atari Krull from its 128 bytes of memory", functools.partial(make_atari, "Krull"), 800,
-         "− score per 1,000 steps", ATARI, 2000.0, False, 128, 14),
+         "− score per 1,000 steps", ATARI, 2000.0, False, 128, 17),
 )

@@ -77,9 +77,9 @@ def build_gru(seed: int) -> Problem:
 
 
 TASKS = (
-    gpt("lm-byte-small", 64, 2, 16, 500, pieces=False, seconds=12),
-    gpt("lm-byte-large", 128, 3, 8, 400, pieces=False, seconds=17),
-    gpt("lm-piece-small", 64, 2, 16, 400, pieces=True, seconds=18),
-    gpt("lm-piece-large", 128, 3, 8, 350, pieces=True, seconds=17),
+    gpt("lm-byte-small", 64, 2, 16, 500, pieces=False, seconds=15),
+    gpt("lm-byte-large", 128, 3, 8, 300, pieces=False, seconds=22),
+    gpt("lm-piece-small", 64, 2, 16, 400, pieces=True, seconds=15),
+    gpt("lm-piece-large", 128, 3, 8, 250, pieces=True, seconds=20),
     Task("gru-byte", "GRU of 128 on bytes of Python's sources", build_gru, 400, "nats a byte", seconds=12),
 )

@@ -101,8 +101,8 @@ def build_autoencoder(seed: int) -> Problem:
 
 TASKS = (
     Task("vit-photos", "ViT, 2 layers of 64: which photograph is a colour patch of, and which way up?",
-         build_vit, 400, "nats", NEEDS, seconds=15),
-    Task("conv-photos", "convolutional net: the same of grey patches", build_conv, 600, "nats", NEEDS, seconds=15),
-    Task("autoencoder-photos", "auto-encoder 256-128-64-16 with tanh, on grey patches", build_autoencoder, 2000,
+         build_vit, 400, "nats", NEEDS, seconds=12),
+    Task("conv-photos", "convolutional net: the same of grey patches", build_conv, 600, "nats", NEEDS, seconds=9),
+    Task("autoencoder-photos", "auto-encoder 256-128-64-16 with tanh, on grey patches", build_autoencoder, 1000,
          "share of the variance lost", NEEDS, seconds=10),
 )
