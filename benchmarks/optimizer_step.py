@@ -5,8 +5,9 @@
     python benchmarks/optimizer_step.py --profile              and where Celo2's time goes, pass by pass, with the bound
 
 Every optimizer steps every tensor of the model (Celo2 and Muon: hidden matrices; embeddings and 1-D tensors by AdamW;
-Celo2-base: the learned rule on every tensor; so the same work that a user's step would be). The optimizers take
-turns, round by round; shown are the median and the quartiles of the ratio to fused AdamW in the same round.
+Celo2-base: the learned rule on every tensor; so the same work that a user's step would be). Celo2 orthogonalises in float32
+and in bfloat16 (`newton_schulz_dtype`), torch's Muon in bfloat16. The optimizers take turns, round by round; shown are
+the median and the quartiles of the ratio to fused AdamW in the same round.
 """
 from __future__ import annotations
 
@@ -57,9 +58,20 @@ class Muon:
 
 def optimizers(model: nn.Module) -> dict[str, Callable[[], None]]:
     register(model)
+    celo2 = Celo2(param_groups(model), lr=1e-6)
+
+    def step_in(dtype: str) -> Callable[[], None]:
+        def step() -> None:
+            for group in celo2.param_groups:
+                group["newton_schulz_dtype"] = dtype
+            celo2.step()
+
+        return step
+
     return {"AdamW (fused)": torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True).step,
             "Celo2-base": Celo2(model.parameters(), lr=1e-6, orthogonalize=False).step,
-            "Celo2": Celo2(param_groups(model), lr=1e-6).step,
+            "Celo2": step_in("fp32"),
+            "Celo2, bf16": step_in("bf16"),
             "Muon (torch)": Muon(model).step}
 
 
@@ -97,7 +109,7 @@ def compare(name: str, device: torch.device, rounds: int) -> list[dict]:
 def profile(name: str, device: torch.device, rounds: int) -> list[dict]:
     """Milliseconds of each pass over the hidden matrices, and what the bound's bytes take at a copy's bandwidth."""
     model = build(name, device)
-    optimizer = Celo2(param_groups(model), lr=1e-6)
+    optimizer = Celo2(param_groups(model), lr=1e-6, newton_schulz_dtype="fp32")
     optimizer.step()
     group = optimizer.param_groups[0]
     plan, = optimizer._plan(group, group["params"])
@@ -122,9 +134,12 @@ def profile(name: str, device: torch.device, rounds: int) -> list[dict]:
             bound = 1e3 * BOUND[key] * count / bandwidth
             rows.append({"pass": key, "ms": round(ms, 2), "bytes bound ms": round(bound, 2),
                          "bandwidth share": round(bound / ms, 3)})
-        whole = 1e3 * statistics.median([timed(step.run, device) for _ in range(max(2, rounds // 2))])
-        rest = whole - sum(row["ms"] for row in rows)
-        rows.append({"pass": "Newton-Schulz and the rest", "ms": round(rest, 2), "bytes bound ms": "", "bandwidth share": ""})
+        passes_ms = sum(row["ms"] for row in rows)
+        for dtype in ("fp32", "bf16"):
+            group["newton_schulz_dtype"] = dtype
+            whole = 1e3 * statistics.median([timed(step.run, device) for _ in range(max(2, rounds // 2))])
+            rows.append({"pass": f"Newton-Schulz in {dtype} and the rest", "ms": round(whole - passes_ms, 2),
+                         "bytes bound ms": "", "bandwidth share": ""})
     return [{"device": device_name(device), "model": name, "backend": backend_for(device).name, **row} for row in rows]
 
 
