@@ -107,7 +107,8 @@ def test_global_batches_do_not_depend_on_ranks_micro_batch_and_accumulation(fold
 
 def test_each_epoch_has_another_order(folder):
     loader = TrainLoader(folder, 64, 1, 1, seed=3, rank=0, world_size=1)
-    first, second = ([tuple(loader.batch(e * loader.count + k, 0)[0].tolist()) for k in range(loader.count)] for e in (0, 1))
+    n = loader.count
+    first, second = ([tuple(loader.batch(e * n + k, 0)[0].tolist()) for k in range(n)] for e in (0, 1))
     assert sum(a == b for a, b in zip(first, second)) < loader.count / 10
     assert loader.epochs(loader.count + loader.count // 2) == {folder: pytest.approx(1.5, abs=0.01)}
 

@@ -39,7 +39,8 @@ def test_no_gradient_crosses_a_boundary(family):
     model = tiny(family)
     mask_documents(model, EOS)
     seen = {}
-    model.get_input_embeddings().register_forward_hook(lambda module, ids, out: seen.update(out=out) or out.retain_grad())
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, ids, out: seen.update(out=out) or out.retain_grad())
     ids = torch.tensor([sum(DOCUMENTS, [])])
     model(input_ids=ids).logits[0, 8].sum().backward()  # inside the second document: tokens 6 to 9
     reached = seen["out"].grad[0].abs().sum(1) > 0

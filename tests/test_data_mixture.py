@@ -83,7 +83,8 @@ def test_epochs_of_each_folder_are_told(mixture, folders):
     loader = TrainLoader(mixture, 16, 1, 1, 0, 0, 1)
     counts = [source.count for source in loader.sources]
     assert loader.epochs(2 * BLOCK) == {
-        path: pytest.approx(2 * BLOCK * weight / count, abs=1e-3) for path, weight, count in zip(folders, WEIGHTS, counts)}
+        path: pytest.approx(2 * BLOCK * weight / count, abs=1e-3)
+        for path, weight, count in zip(folders, WEIGHTS, counts)}
     samples = next(n for n in range(2 * BLOCK) if mixture.taken(n, 0)[1] == counts[1])
     assert loader.epochs(samples)[folders[1]] == 1 and counts[1] > 500
     seen = {tuple(loader.batch(k, 0)[0].tolist()) for k in range(samples)}
@@ -100,7 +101,7 @@ def test_validation_has_the_weights_of_the_mixture(mixture, folders):
     counts = np.bincount(loader.folders)
     total = np.bincount(loader.folders, weights=loader.weights)
     assert loader.sequences == 50 and counts.tolist() == [25, 15, 10] and np.allclose(total, [25, 15, 10])
-    everything = ValLoader(mixture, 16, 4, 10**9, 0, 1)  # the small folder hasn't as many windows as its weight asks for
+    everything = ValLoader(mixture, 16, 4, 10**9, 0, 1)  # the small folder has fewer windows than its share
     total = np.bincount(everything.folders, weights=everything.weights)
     assert np.allclose(total / total.sum(), WEIGHTS)
     rows = sum(float(weights.sum()) for rank in (0, 1) for _, weights in ValLoader(mixture, 16, 4, 50, rank, 2))

@@ -56,7 +56,8 @@ def sweep(tmp_path, monkeypatch, capfd):
 
     def call(*arguments: str) -> tuple[int, str, list[str]]:
         Path("calls.txt").write_text("")
-        status = main(["sweep", "--out", "out", "--launch", f"{sys.executable} driver.py", *arguments, "train.max_steps=10"])
+        launch = ["--launch", f"{sys.executable} driver.py"]
+        status = main(["sweep", "--out", "out", *launch, *arguments, "train.max_steps=10"])
         found = capfd.readouterr()
         return status, found.out + found.err, Path("calls.txt").read_text().splitlines()
 
@@ -74,7 +75,7 @@ def test_the_papers_grid_is_swept_and_the_best_rate_chosen(sweep):
     assert all("model.layers=2" in call and "--overwrite" in call for call in calls)
     assert "best learning rate: optimizer.lr=0.000316 (validation loss 3.05" in printed and "warning" not in printed
     assert list(rows()) == ["1e-05", "3.16e-05", "0.0001", "0.000316", "0.001"]
-    assert all(row["status"] == "finished" and row["step"] == "10" and row["seconds"] == "1.5" for row in rows().values())
+    assert {(row["status"], row["step"], row["seconds"]) for row in rows().values()} == {("finished", "10", "1.5")}
     assert Path("out/sweep.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in Path("out").glob("lr=*") if path.is_dir()) == sorted(
         f"lr={float(lr):g}" for lr in rows())
@@ -98,7 +99,8 @@ def test_finished_runs_are_left_and_others_go_on(sweep, monkeypatch):
 
 
 def test_best_at_the_upper_end_is_warned_of_unless_larger_ones_diverged(sweep):
-    assert "warning: it is the largest of the grid, a larger one may be better: add --lrs 0.0006" in sweep("--lrs", "1e-4,2e-4")[1]
+    warning = "warning: it is the largest of the grid, a larger one may be better: add --lrs 0.0006"
+    assert warning in sweep("--lrs", "1e-4,2e-4")[1]
     assert "warning" not in sweep("--lrs", "1e-4,2e-4,1e-2")[1]
     status, printed, _ = sweep("--lrs", "1e-2,2e-2")
     assert status == 2 and "every run diverged, at learning rates from 0.01 to 0.02: give smaller ones" in printed

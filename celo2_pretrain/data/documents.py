@@ -26,7 +26,8 @@ def mask_documents(model: torch.nn.Module, eos_id: int) -> None:
     Raises UserError for models whose own attention mask is not the causal one.
     """
     if getattr(model.config, "sliding_window", None):
-        raise UserError(f"data.mask_documents=true does not work with the sliding window of {model.config.model_type} models")
+        raise UserError(
+            f"data.mask_documents=true does not work with the sliding window of {model.config.model_type} models")
 
     def add_inputs(module, arguments: tuple, inputs: dict) -> tuple[tuple, dict]:
         added = document_inputs(inputs["input_ids"], eos_id)

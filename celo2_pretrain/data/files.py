@@ -117,10 +117,9 @@ def read_parquet(path: Path, field: str) -> Iterator[Item]:
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path} is not a parquet file ({str(error).splitlines()[0]})") from None
     with file:
-        schema = file.schema_arrow
-        if field not in schema.names or not (
-                pyarrow.types.is_string(schema.field(field).type) or pyarrow.types.is_large_string(schema.field(field).type)):
-            raise UserError(f"{path} has no text column {field!r}, it has {', '.join(schema.names)}: name it with --field")
+        columns = {column.name: column.type for column in file.schema_arrow}
+        if columns.get(field) not in (pyarrow.string(), pyarrow.large_string()):
+            raise UserError(f"{path} has no text column {field!r}, it has {', '.join(columns)}: name it with --field")
         size, rows, done = path.stat().st_size, file.metadata.num_rows, 0
         for batch in file.iter_batches(PARQUET_ROWS, columns=[field]):
             for text in batch.column(0).to_pylist():

@@ -50,12 +50,12 @@ class TrainLoader:
         self.count = sum(source.count for source in self.sources)
         for path, source in zip(self.mixture.paths, self.sources):
             if source.count == 0:
-                raise UserError(f"not enough data: {path} has no training window of {context} tokens: prepare more text, or "
-                                f"lower model.context")
+                raise UserError(f"not enough data: {path} has no training window of {context} tokens: prepare more text, "
+                                f"or lower model.context")
         if self.count < global_batch_size:
             raise UserError(
-                f"not enough data: {' + '.join(self.mixture.paths)} has {self.count} training windows of {context} tokens, "
-                f"one step of {world_size} ranks needs {global_batch_size}: prepare more text, or lower "
+                f"not enough data: {' + '.join(self.mixture.paths)} has {self.count} training windows of {context} "
+                f"tokens, one step of {world_size} ranks needs {global_batch_size}: prepare more text, or lower "
                 f"train.global_batch_size, model.context or the number of ranks"
             )
 

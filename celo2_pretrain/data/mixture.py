@@ -96,6 +96,6 @@ def open_mixture(path: str, mixture: list[dict] = ()) -> Mixture:
     weights = [entry["weight"] / total for entry in mixture]
     for path, weight, share in zip(paths, weights, shares(weights, BLOCK)):
         if share == 0:
-            raise UserError(f"data.mixture: the weight of {path} is {weight:.1e} of all: give it at least 1e-4, or leave it "
-                            f"out")
+            raise UserError(f"data.mixture: the weight of {path} is {weight:.1e} of all: give it at least 1e-4, or leave "
+                            f"it out")
     return Mixture(paths, indexes, weights)

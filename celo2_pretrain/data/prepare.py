@@ -57,19 +57,23 @@ def prepare(
     if given:
         arguments["--tokenizer"] = f"{tokenizer} ({given.fingerprint[:12]})"
     else:
-        arguments |= {"--tokenizer": "trained here", "--vocab-size": vocab_size, "--tokenizer-mb": tokenizer_bytes / 1e6}
+        arguments |= {
+            "--tokenizer": "trained here", "--vocab-size": vocab_size, "--tokenizer-mb": tokenizer_bytes / 1e6}
 
     work = target.with_name(f".{target.name}.unfinished")
     state = read_progress(work, arguments, overwrite)
     tok = train(source, vocab_size, tokenizer_bytes) if state is None and given is None else given
     target.parent.mkdir(parents=True, exist_ok=True)
     with only_one(work.with_name(f"{work.name}.lock"), out):
+        if state is not None and (state := read_progress(work, arguments, overwrite)) is None:
+            raise UserError(f"another `prepare` has just finished {out!r}: choose another --out, or call again")
         if state is None:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             tok.save(work)
         else:
-            print(f"going on after {state['statistics']['bytes'] / 1e6:,.1f} MB that an interrupted call has done", flush=True)
+            done = state["statistics"]["bytes"] / 1e6
+            print(f"going on after {done:,.1f} MB that an interrupted call has done", flush=True)
         try:
             index = write(source, work, arguments, state, shard_tokens, workers)
         except KeyboardInterrupt:
@@ -109,8 +113,8 @@ def read_progress(work: Path, arguments: dict, overwrite: bool) -> dict | None:
     for name in sorted(arguments.keys() | state["arguments"].keys()):
         ours, theirs = arguments.get(name), state["arguments"].get(name)
         if ours != theirs and not overwrite:
-            raise UserError(f"an interrupted call left {str(work)!r}, made with {name} = {theirs}, not {ours}: give the same "
-                            f"arguments to go on, or pass --overwrite to begin anew")
+            raise UserError(f"an interrupted call left {str(work)!r}, made with {name} = {theirs}, not {ours}: give the "
+                            f"same arguments to go on, or pass --overwrite to begin anew")
         if ours != theirs:
             return None
     return state
@@ -178,7 +182,8 @@ def add(chunk: Chunk, encoded: Encoded, writers: dict[str, ShardWriter], counts:
     splits = np.array([split for split, _ in chunk.documents])
     for split, writer in writers.items():
         chosen = splits == split
-        writer.write(encoded.ids[np.repeat(chosen, encoded.lengths)], int(chosen.sum()), int(encoded.sizes[chosen].sum()))
+        ids = encoded.ids[np.repeat(chosen, encoded.lengths)]
+        writer.write(ids, int(chosen.sum()), int(encoded.sizes[chosen].sum()))
 
 
 def write_durably(path: Path, text: str) -> None:

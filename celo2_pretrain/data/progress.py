@@ -27,7 +27,8 @@ class Progress:
     def add(self, fraction: float | None, documents: int, tokens: int, text_bytes: int) -> None:
         """Another so many are done, and with them `fraction` of the corpus, where that is known."""
         self.fraction = fraction
-        self.documents, self.tokens, self.bytes = self.documents + documents, self.tokens + tokens, self.bytes + text_bytes
+        self.documents, self.tokens = self.documents + documents, self.tokens + tokens
+        self.bytes += text_bytes
         if self.bar is not None:
             self.bar.set_postfix_str(self.counts(), refresh=False)
             self.bar.update((fraction or 0.0) - self.bar.n)

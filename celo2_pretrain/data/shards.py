@@ -25,7 +25,8 @@ class ShardWriter:
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, summary: dict | None = None):
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, np.dtype(dtype), shard_tokens
         self.shards: list[dict] = list(map(dict, summary["shards"])) if summary else []
-        self.tokens, self.documents, self.bytes = (summary[k] if summary else 0 for k in ("tokens", "documents", "bytes"))
+        counts = summary or {"tokens": 0, "documents": 0, "bytes": 0}
+        self.tokens, self.documents, self.bytes = counts["tokens"], counts["documents"], counts["bytes"]
         self.file = None
         names = [shard["file"] for shard in self.shards]
         for path in folder.glob(f"{split}-*.bin"):

@@ -3,9 +3,9 @@
 A source has these four:
 
     identity        dict of what makes it this corpus and no other; an interrupted `prepare` compares it
-    read(cursor)    streams (split, text) in an order that depends on nothing but names, from `cursor` on (None: from the
-                    beginning); each document is assigned to "train" or "val" by a hash of its name, so that the same
-                    corpus gives the same split on every machine
+    read(cursor)    streams (split, text) in an order that depends on nothing but names, from `cursor` on (None: from
+                    the beginning); each document is assigned to "train" or "val" by a hash of its name, so that the
+                    same corpus gives the same split on every machine
     cursor()        where read() goes on after the document that it gave last; goes through JSON
     fraction()      the part of the corpus that was read, from 0 to 1, or None where nobody knows
 """
@@ -103,7 +103,8 @@ class PythonSources:
             names = []
             for folder, folders, files in os.walk(root):
                 # Installed packages may lie inside the library's folder; hidden tests of broken syntax are not UTF-8.
-                folders[:] = [f for f in folders if f not in ("site-packages", "dist-packages", "__pycache__", "bad_data")]
+                left_out = ("site-packages", "dist-packages", "__pycache__", "bad_data")
+                folders[:] = [f for f in folders if f not in left_out]
                 names += [os.path.relpath(os.path.join(folder, f), root)
                           for f in files if f.endswith((".py", ".rst", ".txt"))]
             yield from ((n, root / n) for n in sorted(names, key=lambda name: (hash_unit(name, "order"), name)))
@@ -121,7 +122,8 @@ class Dataset:
     From the hub (or a folder of data files) rows are streamed, or with `download` fetched whole and cached first.
     """
 
-    def __init__(self, name: str, val_fraction: float, field: str = "text", split: str = "train", download: bool = False):
+    def __init__(self, name: str, val_fraction: float, field: str = "text", split: str = "train",
+                 download: bool = False):
         self.name, self.val_fraction, self.field, self.split = name, val_fraction, field, split
         self.identity = {"corpus": f"dataset {name}", "--dataset-split": split, "--val-fraction": val_fraction,
                          "--field": field, "--download": download}

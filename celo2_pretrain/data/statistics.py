@@ -23,7 +23,8 @@ class Statistics:
         self.extremes = [min(self.extremes[0], int(lengths.min())), max(self.extremes[1], int(lengths.max()))]
 
     def state(self) -> dict:
-        return {"ids": self.ids.tolist(), "lengths": self.lengths.tolist(), "bytes": self.bytes, "extremes": self.extremes}
+        return {"ids": self.ids.tolist(), "lengths": self.lengths.tolist(), "bytes": self.bytes,
+                "extremes": self.extremes}
 
     def quantile(self, q: float) -> int:
         """The length that a fraction `q` of the documents doesn't exceed: exact up to 100 tokens, then to 1 %."""

@@ -143,7 +143,8 @@ def describe_type(kind) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is types.UnionType:
         return " or ".join("null" if k is type(None) else describe_type(k) for k in typing.get_args(kind))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping", list: "a list"}[kind]
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping",
+            list: "a list"}[kind]
 
 
 def convert(name: str, value, kind, field: dataclasses.Field):
@@ -281,11 +282,12 @@ def check(config: Config) -> None:
     """What no single key can tell."""
     model, optimizer, schedule = config.model, config.optimizer, config.schedule
     check_entries("data.mixture", config.data.mixture, "{path: data/a, weight: 0.7}", {"path": str, "weight": float})
-    check_entries("train.batch_warmup", config.train.batch_warmup, "{steps: 100, global_batch_size: 8} or {tokens: 1e6, …}",
+    check_entries("train.batch_warmup", config.train.batch_warmup,
+                  "{steps: 100, global_batch_size: 8} or {tokens: 1e6, …}",
                   {"steps": int, "global_batch_size": int}, {"tokens": float, "global_batch_size": int})
     if schedule.name == "wsd" and schedule.warmup + schedule.decay > 1:
-        raise UserError(f"schedule.warmup={schedule.warmup:g} and schedule.decay={schedule.decay:g} are more than all steps: "
-                        f"lower one of them")
+        raise UserError(f"schedule.warmup={schedule.warmup:g} and schedule.decay={schedule.decay:g} are more than all "
+                        f"steps: lower one of them")
     if config.data.mask_documents and model.attention == "flash_attention_2":
         raise UserError("data.mask_documents=true needs model.attention=sdpa or eager, not flash_attention_2")
     if model.width % model.heads:
@@ -308,7 +310,8 @@ def check(config: Config) -> None:
 def accumulation_steps(config: Config, world_size: int) -> int:
     """Micro-batches per rank and step. Raises UserError when the global batch, or one of its warm-up, doesn't divide."""
     micro, total = config.train.micro_batch_size, config.train.global_batch_size
-    stages = [("train.batch_warmup: global_batch_size", stage["global_batch_size"]) for stage in config.train.batch_warmup]
+    warmup = config.train.batch_warmup
+    stages = [("train.batch_warmup: global_batch_size", stage["global_batch_size"]) for stage in warmup]
     for name, batch in [*stages, ("train.global_batch_size", total)]:
         if batch % (micro * world_size):
             raise UserError(

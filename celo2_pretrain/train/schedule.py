@@ -1,4 +1,4 @@
-"""What changes over the steps of a run: the learning rate and the size of the global batch, as functions of the step."""
+"""What changes over the steps of a run: the learning rate and the global batch, as functions of the step."""
 import math
 
 from celo2_pretrain.train.config import Schedule, Train

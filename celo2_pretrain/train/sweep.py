@@ -35,8 +35,8 @@ class Run:
         theirs = flatten(as_tree(load_config(str(self.folder / "config.yaml"))), "")
         for name, ours in flatten(as_tree(self.config), "").items():
             if theirs[name] != ours and name != "run_dir":
-                raise UserError(f"{self.folder} was run with {name} = {theirs[name]}, this sweep has {ours}: give the same "
-                                f"arguments to go on, or another --out")
+                raise UserError(f"{self.folder} was run with {name} = {theirs[name]}, this sweep has {ours}: give the "
+                                f"same arguments to go on, or another --out")
         if (self.folder / DIVERGED).is_file():
             return "diverged"
         latest = self.folder / "checkpoints" / "latest"
@@ -128,7 +128,8 @@ def train(run: Run, status: str, config: str | None, overrides: list[str], launc
     diverged = [error for error in errors if error.startswith("training diverged")]
     if not diverged:
         reason = errors[-1] if errors else f"exit status {process.returncode}"
-        raise UserError(f"the run with lr={run.lr:g} failed ({reason}); its output is in {log}; the same command goes on")
+        raise UserError(
+            f"the run with lr={run.lr:g} failed ({reason}); its output is in {log}; the same command goes on")
     write_atomically(run.folder / DIVERGED, diverged[0] + "\n")
 
 
@@ -168,8 +169,8 @@ def verdict(rows: list[dict]) -> str:
     run diverged."""
     finished = [row for row in rows if row["status"] == "finished"]
     if not finished:
-        raise UserError(f"every run diverged, at learning rates from {rows[0]['lr']:g} to {rows[-1]['lr']:g}: give smaller "
-                        f"ones by --lrs")
+        raise UserError(f"every run diverged, at learning rates from {rows[0]['lr']:g} to {rows[-1]['lr']:g}: give "
+                        f"smaller ones by --lrs")
     best = min(finished, key=lambda row: row["val_loss"])
     lines = ["learning rate  validation loss"]
     for row in rows:
@@ -177,7 +178,9 @@ def verdict(rows: list[dict]) -> str:
         lines.append(f"{row['lr']:>13g}  {shown:>15}{'  <- best' if row is best else ''}")
     lines.append(f"best learning rate: optimizer.lr={best['lr']:g} (validation loss {best['val_loss']:.4f})")
     if best is rows[0]:
-        lines.append(f"warning: it is the smallest of the grid, a smaller one may be better: add --lrs {best['lr'] / 3:.1g}")
+        lines.append(
+            f"warning: it is the smallest of the grid, a smaller one may be better: add --lrs {best['lr'] / 3:.1g}")
     if best is rows[-1]:
-        lines.append(f"warning: it is the largest of the grid, a larger one may be better: add --lrs {best['lr'] * 3:.1g}")
+        lines.append(
+            f"warning: it is the largest of the grid, a larger one may be better: add --lrs {best['lr'] * 3:.1g}")
     return "\n".join(lines)
