@@ -17,7 +17,7 @@ from typing import Any, Callable
 from .cells import Cell
 from .limits import allowed
 
-STALL = 60.0  # seconds that a cell may take on an otherwise busy machine
+STALL = 180.0  # seconds that a cell may take on a machine that is busy otherwise
 START = 240.0  # seconds until the first result: imports, and DeepSpeed's JIT-built communication op
 INTERPRETER = 10  # times as long where Triton interprets its kernels
 MOST_RESTARTS = 8
