@@ -95,8 +95,9 @@ def memory(model: nn.Module, groups: list[Group], plans: list[Plan | None], conf
     else:
         buckets = size * bucket * (2 if zero.get("overlap_comm") else 1)
         retained = 4 * here if fp32_accumulation else size * int(kept.max())
-        # ZeRO-1 reduces them after the backward pass, ZeRO-2 during it.
-        gradients = size * total if stage == 1 and not zero.get("overlap_comm") else retained
+        # ZeRO-2 reduces them during every backward pass; ZeRO-1 after the last micro-batch's, with overlap_comm during it.
+        early = stage == 2 or (zero.get("overlap_comm") and ds_config["gradient_accumulation_steps"] == 1)
+        gradients = retained if early else size * total
         step_gradients = retained if fp32_accumulation else retained + 4 * largest
     return Memory(
         weights=size * (here if stage == 3 else total), gathered=gathered, gradients=gradients,

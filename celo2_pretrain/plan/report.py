@@ -132,8 +132,8 @@ def comparison(subject: Subject, cases: list[tuple[str, int, int, Estimate | Non
     """Several plans, a line each: (GPU, count, ZeRO stage, plan or None where the batch doesn't divide)."""
     lines = [*heading(subject), f"{subject.config.train.global_batch_size * subject.config.model.context:,} tokens a step, "
              f"micro-batch {subject.config.train.micro_batch_size}, {subject.config.train.max_steps:,} steps", "",
-             f"{'GPU':<9}{'count':>6}{'ZeRO':>6}{'GiB needed':>12}{'of':>5}  {'':<5}{'largest micro':>14}{'s/step':>9}"
-             f"{'optimizer':>11}{'tokens/day':>12}  {'run'}"]
+             f"{'GPU':<9}{'count':>6}{'ZeRO':>6}{'GiB needed':>11}{'of':>5}  {'':<5}{'max micro':>10}{'s/step':>9}"
+             f"{'optimizer':>10}{'tokens/day':>11}  run"]
     for name, ranks, stage, plan in cases:
         start = f"{name:<9}{ranks:>6}{stage:>6}"
         if plan is None:
@@ -141,9 +141,9 @@ def comparison(subject: Subject, cases: list[tuple[str, int, int, Estimate | Non
             lines.append(f"{start}  the batch of {subject.config.train.global_batch_size} is no multiple of {micro} x {ranks}")
             continue
         lines.append(
-            f"{start}{plan.memory.total / GIB:>12.1f}{plan.device.memory / GIB:>5.0f}  {'fits' if plan.fits else 'NO':<5}"
-            f"{plan.largest_micro_batch:>14}{plan.time.step:>9.3g}{plan.time.optimizer / plan.time.step:>11.1%}"
-            f"{amount(plan.tokens_per_day):>12}  {duration(plan.tokens / plan.tokens_per_day * 86400)}")
+            f"{start}{plan.memory.total / GIB:>11.1f}{plan.device.memory / GIB:>5.0f}  {'fits' if plan.fits else 'NO':<5}"
+            f"{plan.largest_micro_batch:>10}{plan.time.step:>9.3g}{plan.time.optimizer / plan.time.step:>10.1%}"
+            f"{amount(plan.tokens_per_day):>11}  {duration(plan.tokens / plan.tokens_per_day * 86400)}")
     return "\n".join(lines + notes(subject))
 
 
