@@ -24,7 +24,7 @@ def write_report(folder: Path, baseline: str = "adamw") -> list[Path]:
     """Write everything into `folder` and return the files. Raises UserError where it has no results."""
     rows = read_results(folder)
     if not rows:
-        raise UserError(f"{folder} has results: first run celo2-pretrain meta-eval --out {folder}")
+        raise UserError(f"{folder} has no results: first run celo2-pretrain meta-eval --out {folder}")
     order = {name: k for k, name in enumerate(TASKS)}
     rows.sort(key=lambda row: (order.get(row["task"], len(order)), _rank(row["optimizer"]), row["lr"], row["seed"]))
     found = analysis.entries(rows)
