@@ -58,7 +58,8 @@ def main() -> None:
     kept: dict[tuple[str, int], list[tuple[int, float]]] = {}
     if any(dtype not in args.only for dtype in DTYPES):
         for row in csv.DictReader(open(RESULTS / "state_dtype.csv")):
-            kept.setdefault((row["state_dtype"], int(row["seed"])), []).append((int(row["step"]), float(row["val_loss"])))
+            points = kept.setdefault((row["state_dtype"], int(row["seed"])), [])
+            points.append((int(row["step"]), float(row["val_loss"])))
     chosen = [case for case in cases if case[0] in args.only]
     with ThreadPoolExecutor(args.parallel) as pool:
         for case, _ in zip(chosen, pool.map(train, chosen)):

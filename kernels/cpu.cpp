@@ -218,8 +218,9 @@ void repack(const float* g, word* words, long rows, long cols, long stride, Scal
             uvec draw[4];
             for (int k = 0; k < 4; k++) draw[k] = (random_bits(index + at, keys[k]) + keys[4]) & 0xFFFFu;
             const vec middle = next.of(1, cols, n);
-            const uvec made = M0::encode(state[0], next.of(0, cols, n), draw[0]) | M1::encode(state[1], middle, draw[1]) |
-                              M2::encode(state[2], next.of(2, cols, n), draw[2]) | V::encode(state[3], middle, draw[3]);
+            const vec fast = next.of(0, cols, n), slow = next.of(2, cols, n);
+            const uvec made = M0::encode(state[0], fast, draw[0]) | M1::encode(state[1], middle, draw[1]) |
+                              M2::encode(state[2], slow, draw[2]) | V::encode(state[3], middle, draw[3]);
             std::memcpy(words + at, &made, n.n * sizeof(word));
         });
     }
@@ -267,13 +268,13 @@ void direction(const Tensors<T>& t, float* out, long rows, long cols, long strid
 
 }  // namespace
 
-// Each entry for float32 (…_f32), bfloat16 (…_bf16) and packed (…_packed) accumulators m0, m1, m2, v; packed, all four are
-// the same words, and pass A leaves them alone.
+// Each entry for float32 (…_f32), bfloat16 (…_bf16) and packed (…_packed) accumulators m0, m1, m2, v; packed, all four
+// are the same words, and pass A leaves them alone.
 //
 // celo2_accumulate  Pass A. Updates m and v in place; row_sum (rows) and col_sum (cols) gain the sums of g² + 1e-30.
 //                   index: of the box's first element in the whole tensor; keys (4): for rounding m0, m1, m2, v.
-// celo2_repack      Updates packed accumulators in place. Read by the scales old_row (rows, 3), old_col (3, cols), written
-//                   by the new ones; keys (5): and the step's turn.
+// celo2_repack      Updates packed accumulators in place. Read by the scales old_row (rows, 3), old_col (3, cols),
+//                   written by the new ones; keys (5): and the step's turn.
 // celo2_norms       Pass B. squares (18) gains the sums of squares of the elementwise features.
 //                   row_factor (rows, 3); col_factor (3, cols); row_scale, col_scale alike, or null.
 // celo2_direction   Pass C. out (same place and stride as the tensors) = output 0 of the MLP. w0 (18, 8) with the

@@ -1,7 +1,7 @@
 """Between passes A and B, for all matrices in one launch each: the factored second moments, and the factors from them.
 
-Plain twins: `update_factored`, `factors` and `scales` in celo2_pretrain/optimizer/passes.py. These are vectors, small beside the
-tensors, but several a tensor: one by one their launches would take longer than the passes.
+Plain twins: `update_factored`, `factors` and `scales` in celo2_pretrain/optimizer/passes.py. These are vectors, small
+beside the tensors, but several a tensor: one by one their launches would take longer than the passes.
 """
 from __future__ import annotations
 
@@ -123,6 +123,6 @@ def factors(matrices: Tensor, vectors: Tensor) -> None:
 
 
 def scales(matrices: Tensor, vectors: Tensor) -> None:
-    """Write row_scale (matrices, 3, row_size) and col_scale (matrices, 3, col_size) of packed accumulators; as above."""
+    """Write row_scale (matrices, 3, row_size), col_scale (matrices, 3, col_size) of packed accumulators; as above."""
     if len(matrices):
         scales_kernel[(len(matrices), 3)](matrices, vectors, BLOCK, **OPTIONS)

@@ -5,12 +5,12 @@
     bits 14–21  m1   sign, 4 and 3
     bits 22–31  m2   sign, 4 and 5
 
-Why not a byte each: stochastic rounding of an average with decay β adds up over 1 / (1 − β²) steps, to an error of some
-ulp · sqrt(1 / (6 (1 − β²))): 0.9 ulp for β = 0.9 but 9 for 0.999, which in a byte of 3 mantissa bits is 80 % of the value.
-So the slow momentum gets the bits that the fast one can do without.
+Why not a byte each: stochastic rounding of an average with decay β adds up over 1 / (1 − β²) steps, to an error of
+some ulp · sqrt(1 / (6 (1 − β²))): 0.9 ulp for β = 0.9 but 9 for 0.999, which in a byte of 3 mantissa bits is 80 % of
+the value. So the slow momentum gets the bits that the fast one can do without.
 
-What is stored is the value over a *scale* (for v: over its square), a power of two for each row times one for each column,
-made of the factored second moments of the same decay: sqrt(v_row v_col / mean v_row), which bounds momenta and is known
+What is stored is the value over a *scale* (for v: over its square), a power of two for each row times one for each
+column, made of the factored second moments of the same decay: sqrt(v_row v_col / mean v_row), which bounds momenta and is known
 whole to every rank. Being powers of two, scales that change only move the range; a value that is stored exactly is
 stored exactly under the next scale, too. What lies above the range saturates; v > 0 is never stored as 0.
 

@@ -1,4 +1,4 @@
-"""Packed accumulators (`state_dtype="fp8"`): four small floats in a word, right on average, the same in any sharding."""
+"""Packed accumulators (`state_dtype="fp8"`): four small floats in a word, right on average, alike in any sharding."""
 import copy
 
 import pytest
@@ -9,7 +9,6 @@ from torch import nn
 from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.kernels.packed import (FIELDS, MOMENTA, NEAREST, RMS, WORD, decode, draws, encode, pack, powers,
                                            turn_of, unpack)
-from celo2_pretrain.kernels.rounding import key_of
 from celo2_pretrain.optimizer import backends
 from celo2_pretrain.optimizer.backends import Compiled, Reference
 from celo2_pretrain.optimizer.learned import Part
@@ -148,7 +147,8 @@ def test_any_partition_of_a_tensor_gives_the_same_words_on_each_backend(shape, v
         # A fused multiply-add may move a value across a rounding threshold, once in ten thousand.
         assert (ours != twin).float().mean() <= 3e-3
         for backend, whole in ((Compiled(), ours), (Reference(), twin)):
-            assert torch.equal(repacked(backend, s, old, new, [0, total // 3, total // 3, 2 * total // 3, total]), whole)
+            cuts = [0, total // 3, total // 3, 2 * total // 3, total]
+            assert torch.equal(repacked(backend, s, old, new, cuts), whole)
 
 
 def test_the_passes_read_words_alike_on_each_backend():
@@ -207,7 +207,7 @@ def test_a_gpt_takes_at_most_four_and_a_half_bytes_a_parameter():
 def test_packed_states_go_on_bit_for_bit(orthogonalize, tmp_path):
     """Through torch's state dict, and through a state for any world, which holds them as float32."""
     net = model()
-    make = lambda net: Celo2(net.named_parameters(), lr=1e-2, orthogonalize=orthogonalize, state_dtype="fp8")  # noqa: E731
+    make = lambda net: Celo2(net.named_parameters(), 1e-2, orthogonalize=orthogonalize, state_dtype="fp8")  # noqa: E731
     optimizer = make(net)
     train(net, optimizer, range(3))
     assert optimizer.state[net[0].weight]["packed"].dtype == WORD
@@ -241,7 +241,7 @@ def test_a_state_of_any_dtype_goes_on_in_any_other(saved, now, tmp_path):
 
 
 def test_the_scale_bounds_a_momentum():
-    """|m| <= sqrt(v) element by element; where rows and columns factor, the scale is within a factor of 4 of sqrt(v)."""
+    """|m| <= sqrt(v) element by element; where rows and columns factor, the scale is sqrt(v) within a factor of 4."""
     shape = Shape(MatrixView().blocks((9, 14))[0])
     a, b = torch.rand(9, 1).exp(), torch.randn(1, 14).exp()
     v = (a * b).expand(3, -1, -1)

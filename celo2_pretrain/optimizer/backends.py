@@ -361,7 +361,8 @@ class Compiled(Reference):
                 columns, scales = _columns(factor.inner, box), _scales(t.scale, box)
                 self._kernel("norms", t)(
                     g.data_ptr(), p.data_ptr(), *_accumulators(t, box), box.rows, box.cols, box.stride,
-                    *map(_pointer, scales), factor.outer[box.matrix, box.row].data_ptr(), columns.data_ptr(), total.data_ptr())
+                    *map(_pointer, scales), factor.outer[box.matrix, box.row].data_ptr(), columns.data_ptr(),
+                    total.data_ptr())
 
             calls.append((self.pool.submit(call), lambda box=box, total=total: flat[:, box.matrix].add_(total)))
 

@@ -60,9 +60,9 @@ class Celo2(torch.optim.Optimizer):
         check_replicas_every: compare checksums of all replicated values over the ranks after every so many steps, and
             raise DriftError where they differ; 0: never.
         state_dtype: of the momenta and second moments of matrices under the learned rule: `"fp32"` (16 bytes a
-            parameter), `"bf16"` (8, as AdamW's) or `"fp8"` (4: four small floats of 8 bits on average in one word, scaled
-            by the factored second moments; kernels/packed.py). The last two are written with stochastic rounding that is
-            the same however the parameters are sharded.
+            parameter), `"bf16"` (8, as AdamW's) or `"fp8"` (4: four small floats of 8 bits on average in one word,
+            scaled by the factored second moments; kernels/packed.py). The last two are written with stochastic
+            rounding that is the same however the parameters are sharded.
         bucket_size: elements of whole matrices in a bucket. Three buckets are under way at a time, of which a rank has its
             own part (4 bytes an element) and what it received as an owner, some 1/world of each.
 

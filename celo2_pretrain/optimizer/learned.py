@@ -95,10 +95,10 @@ def make_plan(layout: Layout, orthogonalize: bool, bucket_size: int) -> Plan:
 def init_state(param: Tensor, parts: list[Part], zeros_like: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """Zero accumulators for a storage (a tensor, or a flat partition of several) that consists of `parts`.
 
-    momentum_0, _1, _2 (decays 0.9, 0.99, 0.999) and rms are of the storage's shape and lie like it; of `dtype`, or, where
-    that is kernels.packed.WORD, one tensor `packed` holds all four. Unless they are float32 there is a step count, which
-    stochastic rounding needs. v_row and v_col are (3, n): the factored second moments of all its matrices, replicated over
-    the ranks, float32. Vectors have v_full_0, _1, _2, all float32.
+    momentum_0, _1, _2 (decays 0.9, 0.99, 0.999) and rms are of the storage's shape and lie like it; of `dtype`, or,
+    where that is kernels.packed.WORD, one tensor `packed` holds all four. Unless they are float32 there is a step
+    count, which stochastic rounding needs. v_row and v_col are (3, n): the factored second moments of all its matrices,
+    replicated over the ranks, float32. Vectors have v_full_0, _1, _2, all float32.
     """
     vectors = any(not part.shape.matrix for part in parts)
     if vectors:

@@ -97,8 +97,8 @@ class Scale:
 class Tensors:
     """A rank's flat slice of one tensor: parameter, gradient (any float dtype) and accumulators, each 1-D.
 
-    momentum and rms are float32, or bfloat16 and then written with stochastic rounding by `start` and `keys`. Or they are
-    packed (kernels/packed.py) and rms holds the words of all four, momentum is empty.
+    momentum and rms are float32, or bfloat16 and then written with stochastic rounding by `start` and `keys`. Or they
+    are packed (kernels/packed.py): rms holds the words of all four, and momentum is empty.
     """
 
     p: Tensor
@@ -156,7 +156,7 @@ def scales(v_row: Tensor, v_col: Tensor, shape: Shape) -> Scale:
 
 
 def repack(t: Tensors, piece: Piece, old: Scale, new: Scale) -> None:
-    """Packed momenta and second moment of one piece, in place: read by the last step's scales, written by this one's."""
+    """Update packed accumulators of one piece: read by the last step's scales, written by this one's."""
     g, words = clamp_gradient(piece.of(t.g)), piece.of(t.rms)
     *momentum, v = unpack(words, old.of(piece))
     values = [m * decay + g * rest(decay) for m, decay in zip(momentum, MOMENTUM_DECAYS)]

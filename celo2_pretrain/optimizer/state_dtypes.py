@@ -1,7 +1,7 @@
 """In which form the accumulators of matrices are kept (`state_dtype`), and how one form becomes another.
 
-float32 and bfloat16 are casts. Packed words (kernels/packed.py) need the factored second moments, which say what a word's
-fields are multiples of; what they give as float32 is packed again into the very same words.
+float32 and bfloat16 are casts. Packed words (kernels/packed.py) need the factored second moments, which say what a
+word's fields are multiples of; what they give as float32 is packed again into the very same words.
 """
 from __future__ import annotations
 

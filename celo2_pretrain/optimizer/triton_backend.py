@@ -148,7 +148,7 @@ class Triton(Reference):
             some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
             device = held[0].rms.device
             pointers = [_pointers(t, scale=_scale(part.shape, after), old=_scale(part.shape, before))
-                        for part, t, before, after in zip(some, held, _pick(old, group.numbers), _pick(new, group.numbers))]
+                        for part, t, before, after in zip(some, held, *(_pick(x, group.numbers) for x in (old, new)))]
             with _on(device):
                 repack(self._tiles(some, device), _table(pointers, device), group.g_dtype, group.aligned)
 

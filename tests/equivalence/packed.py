@@ -1,7 +1,7 @@
-"""The reference step with packed accumulators (`state_dtype="fp8"`), on whole tensors: what "fp8" cells are compared with.
+"""The reference step with packed accumulators (`state_dtype="fp8"`) on whole tensors: the twin of the "fp8" cells.
 
-One word that differs moves its element's momentum by some per cent, and so the update by more than the matrix allows: the
-update's column compares the words, which DeepSpeed's own means of reading states would round to float32.
+One word that differs moves its element's momentum by some per cent, and so the update by more than the matrix allows:
+the update's column compares the words, which DeepSpeed's own means of reading states would round to float32.
 """
 from __future__ import annotations
 
