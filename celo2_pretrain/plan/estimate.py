@@ -79,16 +79,19 @@ def subject(config: Config) -> Subject:
     notes = []
     vocabulary = config.model.vocab_size or ASSUMED_VOCABULARY
     if config.model.vocab_size is None and config.model.from_ is None:
-        if Path(config.data.path, "index.json").is_file():
-            vocabulary = read_index(config.data.path)["vocab_size"]
+        path = config.data.mixture[0]["path"] if config.data.mixture else config.data.path
+        if Path(path, "index.json").is_file():
+            vocabulary = read_index(path)["vocab_size"]
         else:
-            notes.append(f"{config.data.path} is not prepared yet: a vocabulary of {ASSUMED_VOCABULARY:,} is assumed; "
+            notes.append(f"{path} is not prepared yet: a vocabulary of {ASSUMED_VOCABULARY:,} is assumed; "
                          "model.vocab_size=… says otherwise")
     with torch.device("meta"):
         model = build_model(config.model, 0 if config.model.from_ is not None else vocabulary, 0, pretrained=False)
     optimizer = build_optimizer(model, config.optimizer)
     acts, double = (activations(model, times * config.train.micro_batch_size, config.model.context, config.train.precision,
                                 config.model.activation_checkpointing, config.train.z_loss) for times in (1, 2))
+    if config.train.batch_warmup:
+        notes.append("train.batch_warmup: tokens and time are those of train.global_batch_size in every step")
     if config.model.compile:
         notes.append("model.compile: activations are those of eager kernels; compiled ones need less")
     return Subject(config, model, optimizer, acts, double, notes)

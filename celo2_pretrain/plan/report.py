@@ -89,10 +89,10 @@ def memory_table(plan: Estimate) -> list[str]:
 def time_table(plan: Estimate, mfu: float) -> list[str]:
     t, device, precision = plan.time, plan.device, plan.config.train.precision
     peak = device.fp32 if precision == "fp32" else device.bf16
-    again = ", x 4/3 for recomputing" if plan.config.model.activation_checkpointing else ""
+    again = ", x 4/3 to recompute" if plan.config.model.activation_checkpointing else ""
     rows = [("forward and backward passes", t.compute,
-             f"{t.flops_per_token / 1e9:.3g} GFLOP a token at {mfu:.0%} of {peak / 1e12:.3g} TFLOP/s{again}"),
-            ("ZeRO's communication, not hidden", t.gradients,
+             f"{t.flops_per_token / 1e9:.3g} GFLOP a token, {mfu:.0%} of {peak / 1e12:.3g} TFLOP/s{again}"),
+            ("ZeRO's traffic, not hidden", t.gradients,
              f"{size(t.zero_bytes)} sent by each GPU at {t.link / 1e9:.3g} GB/s")]
     if plan.config.optimizer.name != "adamw":
         rows += [("optimizer: passes", t.passes,
@@ -100,15 +100,15 @@ def time_table(plan: Estimate, mfu: float) -> list[str]:
                  ("optimizer: Newton-Schulz", t.newton_schulz,
                   f"{t.newton_schulz_flops / 1e12:.3g} TFLOP, fp32 at {step_time.MATMUL_SHARE:.0%} of "
                   f"{device.fp32 / 1e12:.3g} TFLOP/s"),
-                 ("  meanwhile, directions exchanged", t.exchange, f"{size(t.celo2_bytes)} sent by the busiest GPU")]
+                 ("  exchange, meanwhile", t.exchange, f"{size(t.celo2_bytes)} sent by the busiest GPU")]
     else:
         rows.append(("optimizer", t.passes,
                      f"{step_time.ADAMW_BYTES} B a parameter at {step_time.MEMORY_SHARE:.0%} of {device.bandwidth / 1e12:.3g} TB/s"))
-    lines = [f"{'Time of a step, seconds':<37}{'':>8}   from"]
-    lines += [f"  {label:<34}{seconds:>9.4f}   {source}" for label, seconds, source in rows]
-    lines.append(f"  {'step':<34}{t.step:>9.4f}   of which the optimizer {t.optimizer / t.step:.1%}")
+    lines = [f"{'Time of a step, seconds':<31}{'':>8}   from"]
+    lines += [f"  {label:<28}{seconds:>9.4f}   {source}" for label, seconds, source in rows]
+    lines.append(f"  {'step':<28}{t.step:>9.4f}   of which the optimizer {t.optimizer / t.step:.1%}")
     lines.append(f"  {amount(plan.tokens_per_day)} tokens a day; {plan.config.train.max_steps:,} steps = {amount(plan.tokens)} "
-                 f"tokens in {duration(plan.tokens / plan.tokens_per_day * 86400)}, without validation and checkpoints")
+                 f"tokens in {duration(plan.tokens / plan.tokens_per_day * 86400)}, validation not counted")
     return lines
 
 
