@@ -1,6 +1,7 @@
 """Which form of Newton–Schulz for which shape and dtype: error and time.
 
     python benchmarks/newton_schulz.py                  -> results/newton_schulz.csv and a table
+    python benchmarks/newton_schulz.py --rounds 0       -> errors only, for a machine too busy to time anything
     python benchmarks/newton_schulz.py --shape 768 3072 -> that shape only
 
 For each spectrum of singular values (falling evenly over 0, 1, 3 and 5 decades, and a Gaussian matrix's) there are two
@@ -67,11 +68,13 @@ def times(made: dict[str, Callable[[Tensor], Tensor]], x: Tensor, rounds: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="how often a form is timed; 0: not at all, else at least 2")
     parser.add_argument("--shape", type=int, nargs=2, help="rows and columns (rows ≤ columns), without writing the CSV")
     args = parser.parse_args()
     if args.shape and not 0 < args.shape[0] <= args.shape[1]:
         parser.error(f"--shape wants rows and columns with 0 < rows <= columns, got {args.shape[0]} {args.shape[1]}")
+    if args.rounds < 0 or args.rounds == 1:
+        parser.error(f"--rounds wants 0 or at least 2, got {args.rounds}")
     device = torch.device(args.device)
     torch.manual_seed(0)
     rows = []
@@ -80,7 +83,7 @@ def main() -> None:
         for name, coefficients in COEFFICIENTS.items():
             exact = {spectrum: _direct(x, coefficients) for spectrum, (x, _) in cases.items()}
             made = forms(coefficients)
-            seconds = times(made, cases["1"][0].float().to(device), args.rounds)
+            seconds = times(made, cases["1"][0].float().to(device), args.rounds) if args.rounds else {}
             for form, run in {"float64": None, **made}.items():
                 row = {"device": device_name(device), "threads": torch.get_num_threads(),
                        "shape": f"{shape[0]}x{shape[1]}", "coefficients": name, "form": form}
@@ -90,13 +93,13 @@ def main() -> None:
                     off[f"off {spectrum}"] = f"{((ours - exact[spectrum]).norm() / exact[spectrum].norm()).item():.1e}"
                     polar[f"polar {spectrum}"] = f"{((ours - factor).norm() / factor.norm()).item():.3g}"
                 row |= off | polar
-                if run:
+                row |= dict.fromkeys(("ms", "ratio", "ratio q1", "ratio q3"), "")
+                if seconds and run:
                     ratios = [a / b for a, b in zip(seconds[form], seconds["direct fp32"])]
                     low, middle, high = statistics.quantiles(ratios, n=4)
                     row |= {"ms": round(1e3 * statistics.median(seconds[form]), 2), "ratio": round(middle, 2),
-                            "ratio q1": round(low, 2), "ratio q3": round(high, 2), "chosen": chosen(form, shape, coefficients)}
-                else:
-                    row |= dict.fromkeys(("ms", "ratio", "ratio q1", "ratio q3", "chosen"), "")
+                            "ratio q1": round(low, 2), "ratio q3": round(high, 2)}
+                row["chosen"] = chosen(form, shape, coefficients) if run else ""
                 rows.append(row)
                 print(f"{row['shape']:>9} {name:13s} {form:13s} off {' '.join(off.values())}  polar "
                       f"{' '.join(f'{x:>8}' for x in polar.values())}  {row['ms']:>8} ms {row['ratio']:>5} x"
