@@ -28,8 +28,8 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 }
 DTYPES = ("auto", "fp32", "bf16")  # what the optimizer's newton_schulz_dtype may be
 GRAM_ASPECT, GRAM_ROWS = 2.0, 64  # from this long/short ratio on the Gram form needs fewer multiplications
-# In bfloat16 the Gram form must begin again from X after so many iterations, and even so it serves the paper's coefficients
-# only: under polar_express's small singular values come out wrong by more than their size.
+# In bfloat16 the Gram form must begin again from X after so many iterations, and even so it serves the paper's
+# coefficients only: with polar_express's small singular values come out wrong by more than their size.
 BF16_GRAM_ITERATIONS = 3
 # On the CPU half of a symmetric product is left out where matrices have so many rows: recursively, down to blocks of
 SYMMETRIC_ROWS = {torch.float32: 192, torch.bfloat16: 512}
@@ -135,7 +135,7 @@ def _add_product(x: Tensor, a: Tensor, b: Tensor, out: Tensor, beta: float) -> N
 
 
 def _symmetric(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out ← a @ b, which is known to be symmetric: for a large matrix on the CPU little more than half of it, and a mirror."""
+    """out ← a @ b, which is known to be symmetric: for a large matrix on the CPU half of it, and a mirror."""
     rows = a.shape[-2]
     if a.ndim > 2 or a.device.type != "cpu" or rows < SYMMETRIC_ROWS.get(a.dtype, rows + 1):
         torch.matmul(a, b, out=out)

@@ -1,4 +1,4 @@
-"""`python -m tests.equivalence [--world 1,2,3,4] [--filter zero3,bf16] [--backend reference]`: run the matrix and print it as a table."""
+"""`python -m tests.equivalence [--world 2] [--filter zero3,bf16] [--backend reference]`: run the matrix, print its table."""
 from __future__ import annotations
 
 import argparse
