@@ -108,10 +108,10 @@ template <int Shift, int Exponent, int Mantissa, int Top, bool Signed> struct Fi
         return Signed ? (vec)((uvec)x | ((field >> magnitude & 1u) << 31)) : x * scale;
     }
 };
-typedef Field<0, 5, 2, 12, false> V;
-typedef Field<7, 4, 2, 5, true> M0;
-typedef Field<14, 4, 3, 4, true> M1;
-typedef Field<22, 4, 5, 3, true> M2;
+typedef Field<0, 4, 2, 5, false> V;
+typedef Field<6, 3, 4, 2, true> M0;
+typedef Field<14, 3, 4, 1, true> M1;
+typedef Field<22, 3, 6, 1, true> M2;
 
 // Of packed accumulators: row (rows, 3), col (3, cols).
 struct Scales {

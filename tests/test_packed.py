@@ -42,7 +42,7 @@ def test_the_nearest_number_is_within_half_an_ulp_and_is_kept_by_every_draw(form
     x, unit = samples(form, scale), torch.tensor(scale)
     rounded = decode(encode(x, unit, form, 1 << 15), unit, form)
     most = 0.5 if form.signed else 1.0  # v > 0 never becomes 0
-    assert ((rounded - x).abs() <= most * ulp(x, form, scale)).all()
+    assert ((rounded - x).abs() <= (most + 1e-4) * ulp(x, form, scale)).all()
     normal = x.abs() >= 2.0 ** form.least * (scale if form.signed else scale ** 2)
     assert ((rounded - x).abs() <= 2.0 ** -form.mantissa_bits / 2 * x.abs())[normal].all()
     for draw in (0, 1 << 15, 0xFFFF):
@@ -52,7 +52,8 @@ def test_the_nearest_number_is_within_half_an_ulp_and_is_kept_by_every_draw(form
 @pytest.mark.parametrize("form", FIELDS, ids=NAMES)
 def test_a_stored_number_is_the_same_under_another_scale(form):
     x = samples(form, 1.0)
-    middle = (x.abs() > 2.0 ** (form.least + 4)) & (x.abs() < 2.0 ** (form.top - 4))
+    middle = (x.abs() > 2.0 ** (form.least + 2)) & (x.abs() < 2.0 ** (form.top - 2))
+    assert middle.any()
     one, other = torch.tensor(1.0), torch.tensor(2.0)
     stored = decode(encode(x[middle], one, form, 1 << 15), one, form)
     assert torch.equal(decode(encode(stored, other, form, 12345), other, form), stored)
@@ -99,8 +100,8 @@ def test_powers_of_two_lie_near_the_square_root():
     assert powers(torch.tensor([0.0, float("inf"), float("nan"), 1e-40])).isfinite().all()
 
 
-@pytest.mark.parametrize("form,decay,most", [(MOMENTA[0], 0.9, 0.16), (MOMENTA[1], 0.99, 0.22),
-                                             (MOMENTA[2], 0.999, 0.17), (RMS, 0.95, 0.19)], ids=NAMES)
+@pytest.mark.parametrize("form,decay,most", [(MOMENTA[0], 0.9, 0.04), (MOMENTA[1], 0.99, 0.14),
+                                             (MOMENTA[2], 0.999, 0.18), (RMS, 0.95, 0.19)], ids=NAMES)
 def test_the_error_of_an_average_does_not_pile_up(form, decay, most):
     """Root mean square, relative, over the second half of 2000 steps of pure noise. A byte for m2: more than half."""
     generator, n = torch.Generator().manual_seed(0), 4000
