@@ -12,7 +12,7 @@ from .optimizers import Spec, build
 from .problem import Task
 
 CLIP, WARMUP = 1.0, 0.05
-POINTS = 40  # measures along a curve
+POINTS = 20  # measures along a curve
 
 
 @dataclass(frozen=True)
