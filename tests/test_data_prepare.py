@@ -150,15 +150,16 @@ def test_other_arguments_than_the_interrupted_ones_are_refused(tmp_path):
 def test_killed_process_is_gone_with_its_workers_and_goes_on(tmp_path, expected):
     script = tmp_path / "call.py"
     script.write_text(
-        "import sys, time\nfrom celo2_pretrain.data import encode, prepare as module\n"
+        "import itertools, sys, time\nfrom celo2_pretrain.data import encode, prepare as module\n"
         "from celo2_pretrain.data.sources import PythonSources\n"
         "if __name__ == '__main__':\n"
         "    encode.CHUNK_CHARS, module.SAVE_SECONDS, slow, add = 20_000, 0, float(sys.argv[1]), module.add\n"
-        "    module.add = lambda *a: (time.sleep(slow), add(*a))\n"
+        "    chunks = itertools.count()\n"
+        "    module.add = lambda *a: (time.sleep(slow * (next(chunks) > 6)), add(*a))\n"
         f"    module.prepare(PythonSources(300_000, 0.2), {str(tmp_path / 'tokens')!r}, vocab_size=512,\n"
         "                   shard_tokens=9_001, workers=2)\n")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    running = subprocess.Popen([sys.executable, str(script), "1"], env=environment, start_new_session=True)
+    running = subprocess.Popen([sys.executable, str(script), "600"], env=environment, start_new_session=True)
     unfinished = tmp_path / ".tokens.unfinished" / "progress.json"
     deadline = time.time() + 120
     while not unfinished.exists() or json.loads(unfinished.read_text())["statistics"]["bytes"] < 100_000:
