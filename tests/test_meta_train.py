@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from celo2_pretrain.cli import main
-from celo2_pretrain.meta import config, estimators, inner, rule, tasks, train
+from celo2_pretrain.meta import config, estimators, images, inner, rule, tasks, train
 from celo2_pretrain.optimizer import reference
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.weights import load_weights
@@ -226,8 +226,22 @@ def test_a_wrong_configuration_is_told_at_the_door(arguments, message):
 
 
 def test_an_unknown_family_lists_those_there_are():
-    with pytest.raises(ValueError, match="no task family 'mpl/digits'; there are mlp/SET"):
+    with pytest.raises(UserError, match="no task family 'mpl/digits'; there are mlp/SET"):
         tasks.make("mpl/digits")
+    with pytest.raises(UserError, match="no image set 'digit'; there are digits"):
+        tasks.make("mlp/digit")
+
+
+def test_missing_packages_and_devices_are_told_in_one_line(monkeypatch, capsys, tmp_path):
+    images.load.cache_clear()
+    monkeypatch.setattr(images, "find_spec", lambda name: None)
+    assert main(["meta-train", "families=mlp/digits", f"out={tmp_path / 'a'}"]) == 2
+    assert "scikit-learn, which isn't installed: pip install 'celo2-pretrain[meta]'" in capsys.readouterr().err
+    assert main(["meta-train", "families=quadratic", "init=nowhere.safetensors", f"out={tmp_path / 'b'}"]) == 2
+    assert "nowhere.safetensors" in capsys.readouterr().err
+    assert main(["meta-train", "families=quadratic", "device=gpu", f"out={tmp_path / 'c'}"]) == 2
+    assert "device=gpu" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())  # nothing is left behind that a second try would trip over
 
 
 def test_a_folder_in_use_is_not_overwritten(tmp_path):

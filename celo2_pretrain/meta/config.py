@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 import yaml
 
 from ..train.config import convert, key, keys
@@ -80,6 +81,10 @@ def load_config(path: str | None, overrides: list[str]) -> MetaConfig:
     if config.truncation > config.length_max:
         raise UserError(f"truncation={config.truncation} is above length_max={config.length_max}: an unroll is at least "
                         "one truncation")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={config.device} can't be used here ({str(error).splitlines()[0]}): cpu, cuda or cuda:N") from None
     if not config.family_names:
         raise UserError("families is empty: name at least one, for example families=mlp/digits")
     return config

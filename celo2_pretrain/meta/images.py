@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..train.errors import UserError
+
 SIDE, CLASSES = 8, 10
 COUNT = 8192  # examples drawn for a set that is made of photographs
 PHOTOS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "moon.png", "rocket.jpg", "brick.png",
@@ -37,14 +39,14 @@ class Images(NamedTuple):
 def load(name: str) -> Images:
     """A whole set of LOCAL or HUB, the same in every call.
 
-    Raises ValueError for another name, and ImportError or ConnectionError that say what is missing.
+    Raises UserError for another name, and where a package or the network is missing.
     """
     if name in LOCAL:
         x, y = LOCAL[name]()
     elif name in HUB:
         x, y = _hub(name)
     else:
-        raise ValueError(f"no image set {name!r}; there are {', '.join((*LOCAL, *HUB))}")
+        raise UserError(f"no image set {name!r}; there are {', '.join((*LOCAL, *HUB))}")
     x = x.float().flatten(1)
     return Images((x - x.mean()) / x.std(), y.long())
 
@@ -123,7 +125,7 @@ def _hub(name: str) -> tuple[Tensor, Tensor]:
     try:
         rows = load_dataset(path, config or None, split="train")
     except Exception as error:
-        raise ConnectionError(f"image set {name!r} is {path} on the Hugging Face hub, which could not be loaded ({error}); "
+        raise UserError(f"image set {name!r} is {path} on the Hugging Face hub, which could not be loaded ({error}); "
                               f"offline, use {', '.join(LOCAL)}") from error
     x = torch.stack([torch.from_numpy(np.asarray(row.convert("L"), dtype=np.float32)) for row in rows[image]])
     return F.adaptive_avg_pool2d(x[:, None], SIDE)[:, 0] / 255, torch.tensor(rows[label])
@@ -131,5 +133,5 @@ def _hub(name: str) -> tuple[Tensor, Tensor]:
 
 def _need(module: str, package: str) -> None:
     if find_spec(module) is None:
-        raise ImportError(f"the bundled images are those of {package}, which isn't installed: "
+        raise UserError(f"the bundled images are those of {package}, which isn't installed: "
                           "pip install 'celo2-pretrain[meta]'")

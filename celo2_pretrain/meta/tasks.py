@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..train.errors import UserError
 from . import images
 
 Params = dict[str, Tensor]
@@ -174,11 +175,11 @@ def quadratic(size: int = 24, condition: float = 1e4) -> Task:
 
 
 def make(name: str) -> Task:
-    """The family of that name, "mlp/digits", "transformer", …; ValueError with the list of them otherwise."""
+    """The family of that name, "mlp/digits", "transformer", …; UserError with the list of them otherwise."""
     kind, _, of = name.partition("/")
     if kind in ("mlp", "conv", "residual"):
         return {"mlp": mlp, "conv": conv, "residual": residual}[kind](of)
     if name in ("transformer", "quadratic"):
         return {"transformer": transformer, "quadratic": quadratic}[name]()
-    raise ValueError(f"no task family {name!r}; there are mlp/SET, conv/SET, residual/SET (SET: an image set: "
+    raise UserError(f"no task family {name!r}; there are mlp/SET, conv/SET, residual/SET (SET: an image set: "
                      f"{', '.join((*images.LOCAL, *images.HUB))}), transformer and quadratic")

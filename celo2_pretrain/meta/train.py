@@ -83,7 +83,10 @@ def initial_theta(config: MetaConfig) -> Tensor:
     generator = torch.Generator().manual_seed(config.seed)
     if config.init == "random":
         return random_theta(generator)
-    mlp = load_weights(config.init)
+    try:
+        mlp = load_weights(config.init)
+    except (ValueError, OSError) as error:
+        raise UserError(f"init={config.init}: {error}") from None
     if config.live_units:
         dead = (mlp.w0.abs().sum(0) + mlp.b0.abs() == 0) & (mlp.w2.abs().sum(1) == 0)
         noise = torch.randn(mlp.w0.shape, generator=generator) * config.live_units
@@ -99,16 +102,17 @@ def run(config: MetaConfig, resume: bool = False, overwrite: bool = False) -> Pa
         if not overwrite:
             raise UserError(f"{out} holds a meta-training already: --resume goes on with it, --overwrite replaces it, or "
                             "give another folder with out=…")
-        shutil.rmtree(out)
     if resume and not (out / CHECKPOINT).is_file():
         raise UserError(f"{out} has no {CHECKPOINT} to resume from")
-    out.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        (out / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
-    training = MetaTraining(config)
+    training = MetaTraining(config)  # before anything is written: it says what is missing
     if resume:
         training.load(out / CHECKPOINT)
         _drop_after(out / METRICS, training.step)
+    else:
+        if (out / METRICS).exists():  # never a folder that isn't a meta-training's
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
     with (open(out / METRICS, "a", encoding="utf-8") as log,
           tqdm(total=config.outer_steps, initial=training.step, unit="outer step", smoothing=0.05,
                mininterval=1, dynamic_ncols=True) as bar):
