@@ -187,8 +187,9 @@ def test_results_of_another_length_are_not_mixed():
 
 @pytest.mark.multiprocess
 def test_control_c_ends_the_workers_and_keeps_what_was_done(tmp_path):
-    code = ("import sys; sys.path.insert(0, 'tests'); import test_meta_eval as t; from pathlib import Path\n"
+    code = ("import signal, sys; sys.path.insert(0, 'tests'); import test_meta_eval as t; from pathlib import Path\n"
             "if __name__ == '__main__':\n"
+            "    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
             "    try: t.runner.run_all(t.toy_jobs('toy', 'slow', 'toy', seeds=(0,)), Path(sys.argv[1]), 1, "
             "t.runner.print_line, t.TOYS)\n"
             "    except KeyboardInterrupt: sys.exit(130)\n")
@@ -197,7 +198,7 @@ def test_control_c_ends_the_workers_and_keeps_what_was_done(tmp_path):
                                stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert "toy adamw" in process.stdout.readline()
     process.send_signal(2)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "1 of 3 jobs are done" in output
     assert len(runner.read_results(tmp_path / "out")) == 1
 
