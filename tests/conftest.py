@@ -1,10 +1,19 @@
 """Shared by the tests: the reference trajectories of the authors' implementation (tests/data/README.md)."""
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 DATA = Path(__file__).parent / "data"
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Forget the launcher's variables of a training in this process: a test's processes would take its port."""
+    for name in LAUNCHED:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
