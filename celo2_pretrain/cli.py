@@ -1,4 +1,4 @@
-"""The command line: `celo2-pretrain prepare | plan | train | sweep | eval | generate | plot | export`."""
+"""The command line: `celo2-pretrain COMMAND`; `celo2-pretrain --help` lists the commands."""
 import argparse
 import os
 import sys
@@ -20,6 +20,10 @@ From nothing to a model:
 On several GPUs (or CPU ranks) the same driver, with the same arguments as `train`:
   celo2-pretrain plan --config configs/gpt2_124m.yaml --gpus 8            will it fit, how long will it take
   deepspeed --no_local_rank launch/pretrain.py --config configs/gpt2_124m.yaml optimizer.lr=5e-4
+
+The learned rule itself:
+  celo2-pretrain meta-eval --quick                                        Celo2 beside AdamW, Muon and SOAP on small tasks
+  celo2-pretrain meta-train --config configs/meta/celo2.yaml              meta-train weights of your own
 """
 TRAIN = """\
 Train a model. Each key of the configuration can be given as key=value after the options, and overrides the file:
