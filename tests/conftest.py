@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 DATA = Path(__file__).parent / "data"
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -21,3 +22,12 @@ def golden() -> dict[str, np.ndarray]:
     """All arrays of `celo2_reference.npz` by their keys, e.g. golden["celo2_official/t0/p1"]."""
     with np.load(DATA / "celo2_reference.npz") as file:
         return dict(file)
+
+
+@pytest.fixture
+def one_thread():
+    """One torch thread for the test, as the processes that it compares with have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

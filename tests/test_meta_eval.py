@@ -25,12 +25,7 @@ ROOT = Path(__file__).parent.parent
 ADAMW = optimizers.SPECS["adamw"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build_toy(seed: int) -> Problem:

@@ -15,12 +15,7 @@ from celo2_pretrain.weights import load_weights
 SMALL = ["families=quadratic", "problems=3", "truncation=4", "length_min=4", "length_max=20", "save_every=3"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("orthogonalize", [True, False])

@@ -98,10 +98,9 @@ def initial_theta(config: MetaConfig) -> Tensor:
 def run(config: MetaConfig, resume: bool = False, overwrite: bool = False) -> Path:
     """Meta-train as configured; the path of the weights made. Raises UserError for a folder already in use."""
     out = Path(config.out)
-    if (out / METRICS).exists() and not resume:
-        if not overwrite:
-            raise UserError(f"{out} holds a meta-training already: --resume goes on with it, --overwrite replaces it, or "
-                            "give another folder with out=…")
+    if (out / METRICS).exists() and not (resume or overwrite):
+        raise UserError(f"{out} holds a meta-training already: --resume goes on with it, --overwrite replaces it, or "
+                        "give another folder with out=…")
     if resume and not (out / CHECKPOINT).is_file():
         raise UserError(f"{out} has no {CHECKPOINT} to resume from")
     training = MetaTraining(config)  # before anything is written: it says what is missing
