@@ -18,7 +18,7 @@ from report import RESULTS, write_csv
 
 from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.meta.evaluation.models import GPT
-from celo2_pretrain.meta.evaluation.tasks_text import CONTEXT, language_model
+from celo2_pretrain.meta.evaluation.tasks_text import CONTEXT, corpus, language_model
 from celo2_pretrain.train.config import Schedule
 from celo2_pretrain.train.schedule import lr_factor
 
@@ -35,7 +35,7 @@ def run(setting: dict, steps: int) -> list[float]:
     """Train; the training loss of each step (fewer where it became NaN)."""
     torch.set_num_threads(1)
     torch.manual_seed(setting["seed"])
-    problem = language_model(GPT(256, 32, 2, CONTEXT), pieces=False, batch=8, seed=setting["seed"])
+    problem = language_model(GPT(256, 32, 2, CONTEXT), corpus(pieces=False), batch=8, seed=setting["seed"])
     if setting["optimizer"] == "celo2":
         optimizer = Celo2(param_groups(problem.model), lr=setting["lr"], weight_decay=setting["weight_decay"],
                           adamw_lr_multiplier=setting["multiplier"])

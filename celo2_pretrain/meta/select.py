@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-import torch.nn.functional as F
 
 from ..train.errors import UserError
 from .evaluation import job, optimizers
 from .evaluation.models import GPT
 from .evaluation.problem import Problem, Task
-from .evaluation.tasks_text import CONTEXT, windows
+from .evaluation.tasks_text import CONTEXT, language_model
 
 LRS, SEEDS, STEPS, BATCH = (1e-3, 3e-3), (100, 101), 400, 16
 PACKAGES = ("torch", "numpy", "transformers", "datasets", "deepspeed", "matplotlib", "safetensors", "huggingface-hub",
@@ -49,16 +48,7 @@ def problem(seed: int) -> Problem:
     chunks = data[:len(data) // 1000 * 1000].view(-1, 1000)
     held = torch.arange(len(chunks)) % 10 == 9
     train, val = chunks[~held].flatten(), chunks[held].flatten()
-    held_out = windows(val, torch.linspace(0, len(val) - CONTEXT - 1, 128).long())
-
-    def cross_entropy(ids: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-
-    def loss(step: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        return cross_entropy(windows(train, torch.randint(len(train) - CONTEXT, (BATCH,), generator=generator)))
-
-    return Problem(model, loss, lambda: cross_entropy(held_out).item())
+    return language_model(model, (train, val), BATCH, seed, validation=128)
 
 
 TASK = Task("selection-lm", "byte-level GPT, 2 layers of 64, on package descriptions", problem, STEPS, "nats a byte")

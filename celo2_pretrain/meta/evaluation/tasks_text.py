@@ -46,9 +46,11 @@ def windows(data: Tensor, starts: Tensor) -> Tensor:
     return data[starts[:, None] + torch.arange(CONTEXT + 1)]
 
 
-def language_model(model: nn.Module, pieces: bool, batch: int, seed: int) -> Problem:
-    train, val = corpus(pieces)
-    held_out = windows(val, torch.linspace(0, len(val) - CONTEXT - 1, VALIDATION).long())
+def language_model(model: nn.Module, texts: tuple[Tensor, Tensor], batch: int, seed: int,
+                   validation: int = VALIDATION) -> Problem:
+    """Next-token prediction with `model`. `texts`: (training, validation) ids; `validation`: windows measured."""
+    train, val = texts
+    held_out = windows(val, torch.linspace(0, len(val) - CONTEXT - 1, validation).long())
 
     def cross_entropy(ids: Tensor) -> Tensor:
         return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
@@ -65,7 +67,7 @@ def gpt(name: str, width: int, layers: int, batch: int, steps: int, pieces: bool
 
     def build(seed: int) -> Problem:
         torch.manual_seed(seed)
-        return language_model(GPT(vocabulary, width, layers, CONTEXT), pieces, batch, seed)
+        return language_model(GPT(vocabulary, width, layers, CONTEXT), corpus(pieces), batch, seed)
 
     about = f"GPT, {layers} layers of {width}, on {'sentencepiece tokens' if pieces else 'bytes'} of Python's sources"
     return Task(name, about, build, steps, "nats a token" if pieces else "nats a byte", seconds=seconds)
@@ -73,7 +75,7 @@ def gpt(name: str, width: int, layers: int, batch: int, steps: int, pieces: bool
 
 def build_gru(seed: int) -> Problem:
     torch.manual_seed(seed)
-    return language_model(GRULM(256, 64, 128), pieces=False, batch=16, seed=seed)
+    return language_model(GRULM(256, 64, 128), corpus(pieces=False), batch=16, seed=seed)
 
 
 TASKS = (
