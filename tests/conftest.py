@@ -24,6 +24,16 @@ def golden() -> dict[str, np.ndarray]:
         return dict(file)
 
 
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> str:
+    """A small corpus as tokens; tests read it only."""
+    from celo2_pretrain.cli import main
+
+    out = str(tmp_path_factory.mktemp("data") / "tokens")
+    assert main(["prepare", "--stdlib", "--max-mb", "0.3", "--vocab-size", "512", "--out", out]) == 0
+    return out
+
+
 @pytest.fixture
 def one_thread():
     """One torch thread for the test, as the processes that it compares with have."""

@@ -1,13 +1,10 @@
 """A DeepSpeed config that names Celo2 trains as a plain process does, however many ranks and whatever ZeRO stage."""
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import on_ranks
 from swap_worker import unsharded
 
 from celo2_pretrain import Celo2
@@ -23,20 +20,7 @@ RUNS = [("config-0", 0, False), ("config-1", 1, False), ("config-2", 2, False), 
 def launch(world: int, folder: Path) -> None:
     """Run every one of RUNS on `world` ranks; each rank leaves its parameters in `folder`."""
     (folder / "job.json").write_text(json.dumps({"runs": RUNS, "out": str(folder)}))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_SIZE": str(world)}
-    ranks = [subprocess.Popen([sys.executable, str(WORKER), str(folder / "job.json")], text=True,
-                              env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(world)]
-    try:
-        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(outputs)[-6000:]
+    on_ranks(world, WORKER, str(folder / "job.json"))
 
 
 @pytest.mark.multiprocess

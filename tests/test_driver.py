@@ -1,14 +1,12 @@
 """The command line in one process: bad input is refused in one line, and a run's checkpoint is the model it trained."""
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import drive
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.data.loader import Windows
@@ -16,31 +14,15 @@ from celo2_pretrain.train import checkpoint
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.metrics import read_metrics
 
-ROOT = Path(__file__).parents[1]
 MODEL = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32"]
 SMALL = [*MODEL, "train.micro_batch_size=2", "train.global_batch_size=4", "train.log_every=1", "eval.sequences=8",
          "optimizer.adamw_lr_multiplier=2"]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    out = str(tmp_path_factory.mktemp("data") / "tokens")
-    assert main(["prepare", "--stdlib", "--max-mb", "0.3", "--vocab-size", "512", "--out", out]) == 0
-    return out
-
-
-def train(*arguments: str) -> subprocess.CompletedProcess:
-    """`celo2-pretrain train` in a process of its own: it starts torch.distributed."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "celo2_pretrain.cli", "train", *arguments], env=environment,
-                          capture_output=True, text=True, timeout=400)
-
-
-@pytest.fixture(scope="module")
 def run(data, tmp_path_factory) -> str:
     run_dir = str(tmp_path_factory.mktemp("runs") / "small")
-    result = train(*SMALL, f"data.path={data}", f"run_dir={run_dir}", "train.max_steps=6", "checkpoint.every=2",
+    result = drive(*SMALL, f"data.path={data}", f"run_dir={run_dir}", "train.max_steps=6", "checkpoint.every=2",
                    "eval.every=3", "eval.prompt=def ", "eval.sample_tokens=5", "eval.sequences=1000000")
     assert result.returncode == 0, result.stderr
     return run_dir

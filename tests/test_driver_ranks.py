@@ -1,42 +1,17 @@
 """The driver on two DeepSpeed ranks with real text: a resumed run is the uninterrupted one, bit for bit."""
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import drive
 
-from celo2_pretrain.cli import main
 from celo2_pretrain.train.metrics import read_metrics
 
-ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 CONFIG = ["model.layers=2", "model.width=48", "model.heads=4", "model.context=64", "train.micro_batch_size=2",
           "train.global_batch_size=8", "train.log_every=1", "train.zero_stage=2", "schedule.steps=8", "eval.every=4",
           "eval.sequences=13", "optimizer.lr=3e-3", "optimizer.adamw_lr_multiplier=2"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    out = str(tmp_path_factory.mktemp("data") / "tokens")
-    assert main(["prepare", "--stdlib", "--max-mb", "0.3", "--vocab-size", "512", "--out", out]) == 0
-    return out
-
-
-def launch(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess:
-    """`deepspeed launch/pretrain.py` on so many ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    if not torch.cuda.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical",
-               "--num_gpus", str(ranks), "--master_port", str(port), str(ROOT / "launch/pretrain.py"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
 def trajectory(run: Path) -> list[tuple]:
@@ -55,9 +30,9 @@ def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(data, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     common = [*CONFIG, f"data.path={data}"]
     for run, steps in ((whole, 8), (halves, 4)):
-        result = launch(*common, f"run_dir={run}", f"train.max_steps={steps}")
+        result = drive(*common, f"run_dir={run}", f"train.max_steps={steps}", ranks=2)
         assert result.returncode == 0, result.stdout + result.stderr
-    result = launch("--resume", str(halves), "train.max_steps=8")
+    result = drive("--resume", str(halves), "train.max_steps=8", ranks=2)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "resuming at step 4" in result.stdout
 
@@ -77,8 +52,8 @@ def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(data, tmp_path):
 
 
     # The same checkpoint goes on in another world: fewer ranks, another ZeRO stage.
-    result = launch("--resume", str(halves / "checkpoints/step_00000004"), "train.max_steps=8", f"run_dir={tmp_path / 'one'}",
-                    "train.zero_stage=3", ranks=1)
+    result = drive("--resume", str(halves / "checkpoints/step_00000004"), "train.max_steps=8", f"run_dir={tmp_path / 'one'}",
+                    "train.zero_stage=3")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "number of ranks 2 -> 1" in result.stdout
     other = {step: loss for step, loss, _, _ in trajectory(tmp_path / "one") if loss is not None}
@@ -87,7 +62,7 @@ def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(data, tmp_path):
 
 
 def test_error_is_told_once_and_without_a_traceback(data, tmp_path):
-    result = launch(*CONFIG, f"data.path={data}", f"run_dir={tmp_path / 'run'}", "train.micro_batch_size=8")
+    result = drive(*CONFIG, f"data.path={data}", f"run_dir={tmp_path / 'run'}", "train.micro_batch_size=8", ranks=2)
     assert result.returncode != 0
     output = result.stdout + result.stderr
     assert output.count("train.global_batch_size=8 is no multiple of train.micro_batch_size=8 × 2 ranks") == 1

@@ -1,6 +1,5 @@
 """Layouts that a plain process can show: what is recognised, and what is refused."""
 import os
-import socket
 
 import pytest
 import torch
@@ -10,14 +9,12 @@ from torch import nn
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.optimizer.layouts import LayoutError
+from celo2_pretrain.train.ranks import free_port
 
 
 def _spawn(run, world: int, folder) -> None:
     """`run(rank, port, world, folder)` in so many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(run, args=(port, world, str(folder)), nprocs=world)
+    mp.spawn(run, args=(free_port(), world, str(folder)), nprocs=world)
 
 
 def _join(rank: int, port: int, world: int) -> None:

@@ -1,13 +1,10 @@
 """What `celo2-pretrain plan` predicts is what a running engine holds, and what it prints can be relied on."""
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, on_ranks
 
 from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.cli import main
@@ -21,9 +18,7 @@ from celo2_pretrain.plan.shards import groups, newton_schulz_flops
 from celo2_pretrain.plan.step_time import flops_per_token
 from celo2_pretrain.train.config import Model, load_config
 from celo2_pretrain.train.evaluate import training_loss
-from celo2_pretrain.train.ranks import free_port
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 TINY = ["model.layers=2", "model.width=64", "model.heads=4", "model.context=32", "model.vocab_size=256",
         "train.micro_batch_size=2", "train.global_batch_size=4"]
@@ -53,15 +48,7 @@ def test_weights_gradients_and_states_are_those_of_a_running_engine(ranks, tmp_p
     cases = {name: [*TINY, "deepspeed.zero_optimization.reduce_bucket_size=1000000", *more] for name, more in ENGINES.items()}
     job = tmp_path / "job.json"
     job.write_text(json.dumps({"out": str(tmp_path), "cases": cases}))
-    port = str(free_port())
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_PORT": port,
-                                "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
-    started = [subprocess.Popen([sys.executable, str(ROOT / "tests/plan_worker.py"), str(job)], stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-                                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
-    for process in started:
-        output, _ = process.communicate(timeout=500)
-        assert process.returncode == 0, output[-3000:]
+    on_ranks(ranks, ROOT / "tests/plan_worker.py", str(job))
     measured = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(ranks)]
     for name, overrides in cases.items():
         _, plan = plan_of(overrides, ranks)

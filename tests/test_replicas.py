@@ -1,6 +1,5 @@
 """Ranks that drift apart are found, and named alike on every rank."""
 import os
-import socket
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch.multiprocessing as mp
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.optimizer.replicas import DriftError, checksum
+from celo2_pretrain.train.ranks import free_port
 
 
 def test_the_checksum_sees_one_bit():
@@ -45,10 +45,7 @@ def _rank(rank: int, port: int, world: int, folder: str) -> None:
 
 @pytest.mark.multiprocess
 def test_drift_is_found_at_the_next_check_by_all_ranks(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, args=(port, 3, str(tmp_path)), nprocs=3)
+    mp.spawn(_rank, args=(free_port(), 3, str(tmp_path)), nprocs=3)
     messages = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
     assert messages[0] == messages[1] == messages[2]
     assert [bool(m) for m in messages[0]] == [False, False, False, True, False, True]

@@ -1,22 +1,14 @@
 """Learning rate and batch size are the functions of the step that the config says, also across a resume."""
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
+from processes import drive
 
-from celo2_pretrain.cli import main
 from celo2_pretrain.train.config import Schedule, Train, accumulation_steps, load_config
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.metrics import read_metrics
 from celo2_pretrain.train.schedule import BatchSizes, lr_factor
-
-ROOT = Path(__file__).parents[1]
-
 
 def factors(steps: int = 100, **keys) -> list[float]:
     return [lr_factor(step, Schedule(**keys), steps) for step in range(steps)]
@@ -102,24 +94,8 @@ WARMUP = ("train.batch_warmup=[{steps: 3, global_batch_size: 4}, {tokens: 500, g
 STEPS = ("schedule.steps=8", "train.max_steps=8")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    out = str(tmp_path_factory.mktemp("data") / "tokens")
-    assert main(["prepare", "--stdlib", "--max-mb", "0.3", "--vocab-size", "512", "--out", out]) == 0
-    return out
-
-
 def launch(*arguments: str, ranks: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    if not torch.cuda.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"
-    launcher = ["-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical",
-                "--num_gpus", str(ranks), "--master_port", str(port)] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / "launch/pretrain.py"), *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    result = drive(*arguments, ranks=ranks)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

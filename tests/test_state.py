@@ -2,13 +2,13 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import on_ranks
 from state_worker import batch, build, celo2, train
 
 from celo2_pretrain import Celo2
@@ -22,23 +22,8 @@ EXTRA = {"step": 3}
 
 
 def launch(world, jobs):
-    """Run the worker's jobs on `world` ranks; fails with the output of a rank that failed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(world):
-        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-               "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
-        ranks.append(subprocess.Popen([sys.executable, str(WORKER), json.dumps(jobs)], env=env, text=True,
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    try:
-        output = [rank.communicate(timeout=400)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    failed = [text[-3000:] for rank, text in zip(ranks, output) if rank.returncode]
-    assert not failed, failed[0]
+    """Run the worker's jobs on `world` ranks."""
+    on_ranks(world, WORKER, json.dumps(jobs))
 
 
 def difference(a, b):

@@ -130,13 +130,6 @@ def test_wrong_arguments_are_refused_in_one_line(sweep, arguments, message):
     assert message in printed and printed.rstrip().splitlines()[-1].startswith("celo2-pretrain: error: ")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    out = str(tmp_path_factory.mktemp("data") / "tokens")
-    assert main(["prepare", "--stdlib", "--max-mb", "0.3", "--vocab-size", "512", "--out", out]) == 0
-    return out
-
-
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_interrupted_sweep_of_the_real_driver_goes_on_in_the_middle_of_a_run(data, tmp_path):

@@ -3,6 +3,7 @@ import contextlib
 import io
 import logging
 import os
+import random
 import socket
 import time
 from pathlib import Path
@@ -26,9 +27,13 @@ def world_from_environment() -> tuple[int, int]:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port nobody listens on, below those that systems give to outgoing connections: gloo's own can't take it before the
+    ranks meet there."""
+    for port in random.SystemRandom().sample(range(15000, 32000), 100):
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise UserError("found no free port between 15000 and 32000 in 100 tries: something holds thousands of them")
 
 
 def join_ranks() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
+
+from celo2_pretrain.train.ranks import free_port
 
 from .cells import Cell
 from .limits import allowed
@@ -78,9 +79,7 @@ class Ranks:
         self.cells, self.lines, self.start, self.stall = cells, queue.Queue(), start, stall
         order = json.dumps({"cells": [cell.name for cell in cells], "mutation": mutation, "timeout": stall,
                             "launcher": os.getpid()})
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         # The children import what this process imports, wherever it was started.
         path = os.pathsep.join([str(TESTS), *(entry for entry in sys.path if entry)])
         self.logs, self.processes = [], []

@@ -1,0 +1,53 @@
+"""How tests start processes: the driver in one process or under a launcher, and a worker script on each rank of a world."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from celo2_pretrain.train.ranks import free_port
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """A process's environment: this source tree, one thread, no launcher's variables; then `more`."""
+    mine = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    mine |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if not torch.cuda.is_available():
+        mine["DS_ACCELERATOR"] = "cpu"
+    return mine | more
+
+
+def command(*arguments: str) -> list[str]:
+    """`celo2-pretrain` with these arguments."""
+    return [sys.executable, "-m", "celo2_pretrain.cli", *arguments]
+
+
+def deepspeed(*arguments: str, ranks: int) -> list[str]:
+    """`deepspeed launch/pretrain.py` on so many ranks, with these arguments."""
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical", "--num_gpus",
+            str(ranks), "--master_port", str(free_port()), str(ROOT / "launch/pretrain.py"), *arguments]
+
+
+def drive(*arguments: str, ranks: int = 1, timeout: float = 500, **more: str) -> subprocess.CompletedProcess:
+    """Run `train` with these arguments, under DeepSpeed's launcher where there are several ranks, and wait for its end."""
+    line = command("train", *arguments) if ranks == 1 else deepspeed(*arguments, ranks=ranks)
+    return subprocess.run(line, env=environment(**more), capture_output=True, text=True, timeout=timeout)
+
+
+def on_ranks(world: int, worker: Path, *arguments: str, timeout: float = 500) -> list[str]:
+    """Run the script `worker` once for each rank of a world; what each printed. Fails with the output of one that failed."""
+    shared = environment(WORLD_SIZE=str(world), LOCAL_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    ranks = [subprocess.Popen([sys.executable, str(worker), *arguments], text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+             for rank in range(world)]
+    try:
+        outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    failed = [text[-4000:] for rank, text in zip(ranks, outputs) if rank.returncode]
+    assert not failed, failed[0]
+    return outputs
