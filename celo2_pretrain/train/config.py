@@ -4,6 +4,7 @@ Unknown keys, wrong types and impossible values raise UserError naming the key, 
 """
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -13,7 +14,10 @@ from typing import Literal
 
 import yaml
 
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.errors import UserError, shown
+from celo2_pretrain.train.yaml_text import LONGEST, parse_yaml
+
+LARGEST = 2**53  # whole numbers are exact up to here when they pass through a float, as 1e6 does
 
 
 def key(default, doc: str, least: float | None = None, most: float | None = None):
@@ -149,7 +153,7 @@ def describe_type(kind) -> str:
 
 def convert(name: str, value, kind, field: dataclasses.Field):
     """`value` as `kind`, or UserError. YAML reads 2e-3 as text, so numbers may come as text."""
-    wrong = UserError(f"{name}={value!r}: must be {describe_type(kind)} ({field.metadata['doc']})")
+    wrong = UserError(f"{name}={shown(value)}: must be {describe_type(kind)} ({field.metadata['doc']})")
     options = [kind]
     if typing.get_origin(kind) is types.UnionType:
         if value is None:
@@ -158,9 +162,9 @@ def convert(name: str, value, kind, field: dataclasses.Field):
     kind = options[0]
     if typing.get_origin(kind) is Literal:
         if isinstance(value, bool) or value not in typing.get_args(kind):
-            near = difflib.get_close_matches(str(value), list(map(str, typing.get_args(kind))), 1)
+            near = difflib.get_close_matches(shown(value).strip("'"), list(map(str, typing.get_args(kind))), 1)
             raise UserError(f"{wrong}{f'; did you mean {near[0]}?' if near else ''}")
-        return value
+        return next(choice for choice in typing.get_args(kind) if choice == value)  # 2 for 2.0
     try:
         if kind is float and not isinstance(value, bool):
             value = float(value)
@@ -172,11 +176,41 @@ def convert(name: str, value, kind, field: dataclasses.Field):
         raise wrong from None
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise wrong
+    if kind is str and ("\0" in value or not encodable(value)):
+        raise UserError(f"{name}={shown(value)}: holds characters that no file or text can have ({field.metadata['doc']})")
+    if kind is int and abs(value) > LARGEST:
+        raise UserError(f"{name}={shown(value)}: must be at most 2**53 ({field.metadata['doc']})")
+    if kind is dict:
+        check_raw(name, value)
     least, most = field.metadata["least"], field.metadata["most"]
     if (least is not None and not value >= least) or (most is not None and not value <= most) or value == float("inf"):
         bounds = f"at least {least:g}" if most is None else f"between {least:g} and {most:g}"
         raise UserError(f"{name}={value}: must be {bounds} ({field.metadata['doc']})")
     return value
+
+
+def encodable(text: str) -> bool:
+    """Half of a surrogate pair can be written in YAML, and comes from arguments that aren't UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_raw(name: str, value) -> None:
+    """The raw section must be what JSON can say: it is DeepSpeed's, and goes to a file."""
+    if isinstance(value, dict):
+        for key_, inner in value.items():
+            if not isinstance(key_, str) or not encodable(key_):
+                raise UserError(f"{name}: the key {shown(key_)} must be text")
+            check_raw(f"{name}.{key_[:60]}" if name.count(".") < 6 else name, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            check_raw(name, inner)
+    elif isinstance(value, str) and not encodable(value) or isinstance(value, float) and not math.isfinite(value) or not (
+            value is None or isinstance(value, (bool, int, float, str))):
+        raise UserError(f"{name}={shown(value)}: must be text, a finite number, true, false, null, a list or a mapping")
 
 
 def flatten(tree: dict, where: str, prefix: str = "") -> dict:
@@ -188,13 +222,13 @@ def flatten(tree: dict, where: str, prefix: str = "") -> dict:
             out |= flatten(value, where, f"{full}.")
         elif full in SECTIONS:
             inside = ", ".join(k for k in KEYS if k.startswith(f"{full}."))
-            raise UserError(f"{where}: {full} is a section, not a value (got {value!r}); its keys are {inside}")
+            raise UserError(f"{where}: {full} is a section, not a value (got {shown(value)}); its keys are {inside}")
         elif full not in KEYS:
-            near = difflib.get_close_matches(full, KEYS, 1, 0.5)
+            near = difflib.get_close_matches(full[:100], KEYS, 1, 0.5)
             # A key given without its section, or in another one, is found by its last part.
             near = [k for k in KEYS if k.split(".")[-1] == str(name).split(".")[-1]] or near
             hint = f"did you mean {near[0]!r}?" if near else "`celo2-pretrain train --list-keys` lists them"
-            raise UserError(f"{where}: unknown key {full!r}; {hint}")
+            raise UserError(f"{where}: unknown key {shown(full)}; {hint}")
         else:
             out[full] = value
     return out
@@ -206,16 +240,15 @@ def parse_overrides(arguments: list[str]) -> dict:
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if not equals:
-            raise UserError(f"argument {argument!r} is not of the form key=value, for example optimizer.lr=2e-3")
-        try:
-            value = text if name in KEYS and KEYS[name][0] is str else yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
+            raise UserError(f"argument {shown(argument)} is not of the form key=value, for example optimizer.lr=2e-3")
+        value = text if name in KEYS and KEYS[name][0] is str else parse_yaml(text, f"argument {shown(argument)}")
         if name.startswith("deepspeed."):
             raw = out.setdefault("deepspeed", {})
             *parents, last = name.split(".")[1:]
             for parent in parents:
-                raw = raw.setdefault(parent, {})
+                raw = raw.setdefault(parent, {}) if isinstance(raw, dict) else raw
+            if not isinstance(raw, dict):
+                raise UserError(f"argument {shown(argument)}: another argument gives a value to a part of this key")
             # YAML reads 2e-3 as text.
             raw[last] = float(value) if isinstance(value, str) and re.fullmatch(r"[\d.]+e[+-]?\d+", value) else value
         else:
@@ -232,12 +265,16 @@ def merge(base: dict, over: dict) -> dict:
 
 
 def read_yaml(path: str) -> dict:
-    if not Path(path).is_file():
-        raise UserError(f"config {path!r} does not exist: the configs that come with the project are in configs/")
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not Path(path).is_file():
+            raise UserError(f"config {shown(path)} does not exist: the configs that come with the project are in configs/")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {path} is not valid YAML: it is not UTF-8 text (byte {error.start})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"config {shown(path)} can't be read: {getattr(error, 'strerror', None) or error}") from None
+    tree = parse_yaml(text, f"config {path}")
     if tree is not None and not isinstance(tree, dict):
         raise UserError(f"config {path} must be a mapping of sections, not {type(tree).__name__}")
     return flatten(tree or {}, path)
@@ -262,7 +299,7 @@ def load_config(path: str | None, overrides: list[str] = ()) -> Config:
 def check_entries(name: str, entries: list, example: str, *choices: dict[str, type]) -> None:
     """Each of `entries` has the keys of one of `choices`, with values of that type, numbers above 0."""
     for entry in entries:
-        wrong = UserError(f"{name}: {entry!r} is not of the form {example}")
+        wrong = UserError(f"{name}: {shown(entry)} is not of the form {example}")
         if not isinstance(entry, dict):
             raise wrong
         fitting = [choice for choice in choices if choice.keys() == entry.keys()]
@@ -273,9 +310,9 @@ def check_entries(name: str, entries: list, example: str, *choices: dict[str, ty
                 entry[field] = convert(f"{name}: {field}", entry[field], kind,
                                        key(None, f"as in {example}", None if kind is str else 0))
             except UserError as error:
-                raise UserError(f"{error} in {entry!r}") from None
+                raise UserError(f"{error} in {shown(entry)}") from None
             if entry[field] in (0, ""):
-                raise UserError(f"{name}: {field}={entry[field]!r} in {entry!r}: must be above 0")
+                raise UserError(f"{name}: {field}={entry[field]!r} in {shown(entry)}: must be above 0")
 
 
 def check(config: Config) -> None:
