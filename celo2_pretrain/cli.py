@@ -6,6 +6,7 @@ import sys
 from celo2_pretrain.meta import command as meta_train
 from celo2_pretrain.meta.evaluation import command as meta_eval
 from celo2_pretrain.plan import command as planning
+from celo2_pretrain.train import once
 from celo2_pretrain.train.errors import UserError
 
 INTRODUCTION = """\
@@ -165,9 +166,11 @@ def run_train(args) -> None:
     config = load_config(path, args.overrides)
     if args.resume and not args.config and not any(o.startswith("run_dir=") for o in args.overrides):
         config.run_dir = os.path.dirname(path)  # the folder may have been moved since
+    from celo2_pretrain.train.failures import ending_all_ranks
     from celo2_pretrain.train.loop import train
 
-    train(config, resume=args.resume or (config.run_dir if args.resume == "" else None), overwrite=args.overwrite)
+    with ending_all_ranks(config.run_dir):
+        train(config, resume=args.resume or (config.run_dir if args.resume == "" else None), overwrite=args.overwrite)
 
 
 def run_sweep(args) -> None:
@@ -253,8 +256,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a node found the same; one says it
-            print(f"celo2-pretrain: error: {error}", file=sys.stderr, flush=True)
+        if once.may_say(str(error)):  # the ranks of a node mostly find the same
+            print(f"celo2-pretrain: error: {error}{once.where_found()}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130

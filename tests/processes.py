@@ -25,10 +25,16 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "celo2_pretrain.cli", *arguments]
 
 
-def deepspeed(*arguments: str, ranks: int) -> list[str]:
-    """`deepspeed launch/pretrain.py` on so many ranks, with these arguments."""
+def deepspeed(*arguments: str, ranks: int, script: Path = ROOT / "launch/pretrain.py") -> list[str]:
+    """`deepspeed launch/pretrain.py` (or another script) on so many ranks, with these arguments."""
     return [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical", "--num_gpus",
-            str(ranks), "--master_port", str(free_port()), str(ROOT / "launch/pretrain.py"), *arguments]
+            str(ranks), "--master_port", str(free_port()), str(script), *arguments]
+
+
+def torchrun(*arguments: str, ranks: int, script: Path = ROOT / "launch/pretrain.py") -> list[str]:
+    """The same under torchrun."""
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port()),
+            str(script), *arguments]
 
 
 def drive(*arguments: str, ranks: int = 1, timeout: float = 500, **more: str) -> subprocess.CompletedProcess:

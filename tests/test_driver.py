@@ -10,9 +10,10 @@ from processes import drive
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.data.loader import Windows
-from celo2_pretrain.train import checkpoint
+from celo2_pretrain.train import checkpoint, once
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.metrics import read_metrics
+from celo2_pretrain.train.ranks import free_port
 
 MODEL = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32"]
 SMALL = [*MODEL, "train.micro_batch_size=2", "train.global_batch_size=4", "train.log_every=1", "eval.sequences=8",
@@ -102,11 +103,16 @@ def test_config_that_does_not_fit_data_or_ranks_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_other_ranks_keep_silent(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert main(["train", "optimizer.lrr=1"]) == 2
-    assert capsys.readouterr().err == ""
+def test_ranks_of_a_node_say_the_same_once_and_what_only_one_found_too(monkeypatch, capsys):
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))  # one launch
+    monkeypatch.setattr(once, "WAIT_SECONDS", 0.1)
+    for rank, key in (("0", "lrr"), ("1", "lrr"), ("1", "lrrr"), ("2", "lrrr")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(["train", f"optimizer.{key}=1"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "'optimizer.lrr'" in lines[0] and "'optimizer.lrrr'" in lines[1], lines
+    assert "rank" not in lines[0] and lines[1].endswith(" (found on rank 1)")
 
 
 @pytest.mark.slow

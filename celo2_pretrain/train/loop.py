@@ -25,10 +25,11 @@ from celo2_pretrain.train.config import Config, dump_config
 from celo2_pretrain.train.deepspeed_config import deepspeed_config
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.evaluate import training_loss, validation_loss
+from celo2_pretrain.train.failures import join_and_look
 from celo2_pretrain.train.metrics import Metrics, origin
 from celo2_pretrain.train.optim import Rates, build_optimizer
 from celo2_pretrain.train.plot import plot_runs
-from celo2_pretrain.train.ranks import join_ranks, world_from_environment
+from celo2_pretrain.train.ranks import world_from_environment
 from celo2_pretrain.train.schedule import BatchSizes, lr_factor
 
 
@@ -70,7 +71,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = build_optimizer(model, config.optimizer)  # reads the weights file, so it may refuse too
 
-    join_ranks()
+    join_and_look(config.run_dir)
     if rank == 0:
         start_run_dir(config, ds_config, world_size, resume_from if own else None)
     dist.barrier()

@@ -1,0 +1,28 @@
+"""`train`, in which one rank fails in a step: failing_worker.py RANK STEP HOW, then train's arguments."""
+import os
+import signal
+import sys
+
+from celo2_pretrain import cli
+from celo2_pretrain.train import loop
+from celo2_pretrain.train.errors import UserError
+
+bad_rank, bad_step, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+calls = 0
+real = loop.training_loss
+
+
+def training_loss(*arguments):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == bad_rank and calls == bad_step:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "refused":
+            raise UserError("this rank alone refuses")
+        raise ZeroDivisionError("made to fail")
+    return real(*arguments)
+
+
+loop.training_loss = training_loss
+sys.exit(cli.main(["train", *sys.argv[4:]]))
