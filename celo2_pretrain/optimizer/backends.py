@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "compile", "reference")
-JOB = 1 << 18  # elements of one call; fixed, so that sums don't depend on the number of threads
+JOB = 1 << 20  # elements of one call; fixed, so that sums don't depend on the number of threads
 
 
 def backend_for(device: torch.device) -> Reference:
