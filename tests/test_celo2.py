@@ -268,3 +268,25 @@ def test_an_optimizer_can_be_copied():
     train(net, optimizer, range(2, 4))
     train(*pair, range(2, 4))
     assert same(weights(net), weights(pair[0]))
+
+
+def test_matrices_spread_over_the_cores_take_the_same_step():
+    """With several threads each core orthogonalises matrices of its own; the caller's thread count is left as it was."""
+    def weights(threads: int) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        matrices = [nn.Parameter(torch.randn(5 + k, 9)) for k in range(7)]
+        optimizer = Celo2(matrices, lr=1e-2)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            for _ in range(3):
+                for p in matrices:
+                    p.grad = torch.randn_like(p)
+                optimizer.step()
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+        return matrices
+
+    for one, three in zip(weights(1), weights(3)):
+        torch.testing.assert_close(three, one, rtol=1e-5, atol=1e-6)

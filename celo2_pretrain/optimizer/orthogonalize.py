@@ -7,9 +7,10 @@ direction travels, never p, m or v, and nobody ever holds more than its bucket's
 from __future__ import annotations
 
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -152,11 +153,11 @@ class Exchange:
                         _inside(x, unit, part).copy_(received[cursor[rank]:cursor[rank] + part.numel].view(part.shape))
                         cursor[rank] += part.numel
             by_shape[unit.shape[-2:]].append(number)
+        if self._device().type == "cpu":  # nothing is gained by a batch, and a copy is saved
+            _on_cores(lambda number: matrices.update({number: normalize(newton_schulz(
+                matrices[number], coefficients, dtype), (-2, -1))}), sorted(matrices, key=lambda k: -self.mine[k].cost))
+            by_shape.clear()
         for shape, numbers in by_shape.items():
-            if self._device().type == "cpu":  # nothing is gained by a batch, and a copy is saved
-                for number in numbers:
-                    matrices[number] = normalize(newton_schulz(matrices[number], coefficients, dtype), (-2, -1))
-                continue
             stack = torch.cat([matrices[number].reshape(-1, *shape) for number in numbers])
             stack = normalize(newton_schulz(stack, coefficients, dtype), (-2, -1))
             sizes = [prod(self.mine[number].shape[:-2]) for number in numbers]
@@ -188,6 +189,26 @@ class Exchange:
                         part.of(self.directions[unit.held]).copy_(
                             received[cursor:cursor + part.numel].view(part.shape))
                         cursor += part.numel
+
+
+def _on_cores(work: Callable[[int], None], numbers: list[int]) -> None:
+    """`work` for each of `numbers`, one to a core: a product on one core is done with less waiting than one on all."""
+    threads = torch.get_num_threads()
+    if threads == 1 or len(numbers) < threads:
+        for number in numbers:
+            work(number)
+        return
+
+    @torch.no_grad()  # which a new thread doesn't inherit
+    def one(number: int) -> None:
+        work(number)
+
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(one, numbers))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _inside(x: Tensor, unit: Unit, part: Piece) -> Tensor:
