@@ -107,6 +107,20 @@ class Checkpoint:
 
 
 @dataclass
+class Track:
+    norms: bool = key(True, "record norms of gradient, update and weights by rule; takes a copy of a rank's weights")
+    peak_tflops: float | None = key(None, "TFLOP/s of a device, for mfu; null: the data sheet's of a known GPU", 0)
+    tensorboard: bool = key(False, "write the metrics for TensorBoard too, to run_dir/tensorboard")
+    wandb_project: str = key("", "project of Weights & Biases that the metrics go to; empty: none")
+
+
+@dataclass
+class Profile:
+    steps: str = key("", "steps to trace with torch.profiler, such as 10-12, to run_dir/profile; empty: none")
+    all_ranks: bool = key(False, "trace every rank, not only the first")
+
+
+@dataclass
 class Config:
     run_dir: str = key("runs/default", "folder for checkpoints, metrics.jsonl, loss.png and the resolved config.yaml")
     data: Data = dataclasses.field(default_factory=Data)
@@ -116,6 +130,8 @@ class Config:
     train: Train = dataclasses.field(default_factory=Train)
     eval: Eval = dataclasses.field(default_factory=Eval)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    track: Track = dataclasses.field(default_factory=Track)
+    profile: Profile = dataclasses.field(default_factory=Profile)
     deepspeed: dict = key({}, "raw DeepSpeed configuration, merged over the one made from the other keys")
 
 
@@ -337,11 +353,25 @@ def check(config: Config) -> None:
         raise UserError("model.attention=flash_attention_2 has no float32: set train.precision=bf16, or model.attention=sdpa")
     if optimizer.lr == 0:
         raise UserError("optimizer.lr=0: nothing would be learned; give a rate such as 1e-3")
+    if config.track.peak_tflops == 0:
+        raise UserError("track.peak_tflops=0: give the device's TFLOP/s, or null")
+    profiled_steps(config.profile.steps)
     if config.train.global_batch_size % config.train.micro_batch_size:
         raise UserError(
             f"train.global_batch_size={config.train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size={config.train.micro_batch_size}: change one of them"
         )
+
+
+def profiled_steps(text: str) -> tuple[int, int] | None:
+    """profile.steps as the first and the last step, counted from 1. Raises UserError."""
+    if not text:
+        return None
+    parts = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", text)
+    first, last = (int(parts[1]), int(parts[2] or parts[1])) if parts else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(f"profile.steps={text!r}: give a step or a range of steps from 1 on, for example 10-12")
+    return first, last
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:

@@ -20,17 +20,23 @@ from celo2_pretrain.data.mixture import Mixture, open_mixture
 from celo2_pretrain.data.tokenizer import load_tokenizer
 from celo2_pretrain.model.build import build_model, vocab_rows
 from celo2_pretrain.model.sample import sample
+from celo2_pretrain.plan.step_time import flops_per_token
 from celo2_pretrain.train import checkpoint
 from celo2_pretrain.train.config import Config, dump_config
 from celo2_pretrain.train.deepspeed_config import deepspeed_config
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.evaluate import training_loss, validation_loss
 from celo2_pretrain.train.failures import join_and_look
-from celo2_pretrain.train.metrics import Metrics, origin
+from celo2_pretrain.train.flops import Peak, peak_of
+from celo2_pretrain.train.insight import Insight, perplexity
+from celo2_pretrain.train.metrics import Metrics
 from celo2_pretrain.train.optim import Rates, build_optimizer
+from celo2_pretrain.train.origin import remove_origin, write_origin
 from celo2_pretrain.train.plot import plot_runs
+from celo2_pretrain.train.profiler import Profiler
 from celo2_pretrain.train.ranks import world_from_environment
 from celo2_pretrain.train.schedule import BatchSizes, lr_factor
+from celo2_pretrain.train.trackers import check_installed, open_trackers
 
 
 def train(config: Config, resume: str | None = None, overwrite: bool = False) -> None:
@@ -45,6 +51,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     """
     # Everything that can be refused is refused here, before the ranks meet.
     rank, world_size = world_from_environment()
+    check_installed(config)
     ds_config = deepspeed_config(config, world_size)
     mixture = open_mixture(config.data.path, config.data.mixture)
     index = mixture.index
@@ -69,11 +76,15 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
                         f"replace it, or choose another run_dir=…")
     model = build_seeded(config, index)
     parameters = sum(p.numel() for p in model.parameters())
+    per_token = flops_per_token(model, context)
     optimizer = build_optimizer(model, config.optimizer)  # reads the weights file, so it may refuse too
 
     join_and_look(config.run_dir)
+    device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
+    peak, trackers = peak_of(config, device), []
     if rank == 0:
-        start_run_dir(config, ds_config, world_size, resume_from if own else None)
+        start_run_dir(config, ds_config, world_size, resume_from if own else None, peak)
+        trackers = open_trackers(config, start["step"] if own else 0)
     dist.barrier()
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     if config.model.compile:
@@ -83,7 +94,8 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     if resume_from:
         checkpoint.load(engine, resume_from, bool(start["other_world"]))
 
-    metrics = Metrics(config.run_dir, start["step"], size.max_steps, active=rank == 0)
+    metrics = Metrics(config.run_dir, start["step"], size.max_steps, rank == 0, trackers)
+    insight, profiler = Insight(engine, optimizer, config, parameters, per_token, peak), Profiler(config, rank)
     metrics.say(
         f"{'resuming at step ' + str(start['step']) if resume else 'training'}: {model.config.model_type} with "
         f"{parameters / 1e6:.1f} M parameters, {config.optimizer.name}, ZeRO-{size.zero_stage}, {size.precision}, "
@@ -92,7 +104,8 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     if start["other_world"]:
         metrics.say(f"going on in another world ({', '.join(start['other_world'])}): equal to round-off, not bit for bit")
     try:
-        end = run_steps(engine, rates, config, loader, val_loader, metrics, description, start)
+        with insight.installed():
+            end = run_steps(engine, rates, config, loader, val_loader, metrics, description, start, insight, profiler)
     finally:
         metrics.close()
     if config.data.mixture:
@@ -101,7 +114,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     dist.destroy_process_group()
 
 
-def run_steps(engine, rates, config, loader, val_loader, metrics, description, start) -> int:
+def run_steps(engine, rates, config, loader, val_loader, metrics, description, start, insight, profiler) -> int:
     """The loop; returns the samples it has seen. DeepSpeed accumulates and clips the gradients, and steps after the last
     micro-batch."""
     size, peak, context = config.train, config.optimizer.lr, config.model.context
@@ -110,7 +123,8 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
 
     def validate(step: int) -> None:
         loss = validation_loss(engine, val_loader, engine.device)
-        metrics.log({"step": step, "val_loss": loss, "val_bits_per_byte": loss * bits_per_byte})
+        metrics.log({"step": step, "val_loss": loss, "val_bits_per_byte": loss * bits_per_byte,
+                     "val_perplexity": perplexity(loss), "tokens": samples * context})
 
     step, samples = start["step"], start["samples"]
     if step == 0:
@@ -120,15 +134,24 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
     while step < size.max_steps:
         rates.set(lr_factor(step, config.schedule, size.max_steps))
         accumulation = batch_sizes.set(engine, step)
+        profiler.before(step + 1)
+        insight.begin(step + 1)
         for micro in range(accumulation):
+            insight.mark("data")
             windows = loader.batch(samples, micro).to(engine.device)
+            insight.mark("forward")
             loss, cross_entropy = training_loss(engine, windows, size.z_loss)
+            insight.mark("backward")
             engine.backward(loss)
+            insight.mark("optimizer")
             try:
                 engine.step()
             except FloatingPointError as error:  # Celo2 found NaN or Inf in a gradient, on all ranks alike
                 raise UserError(f"training diverged in step {step + 1}: {error}") from None
             recent += cross_entropy.detach() / accumulation
+        insight.end()
+        if traced := profiler.after(step + 1):
+            metrics.say(traced)
         step, samples, steps_since = step + 1, samples + batch_sizes.at(step), steps_since + 1
         metrics.step(step)
 
@@ -140,13 +163,13 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
             if not math.isfinite(mean):
                 raise UserError(f"training diverged: loss {mean} at step {step}; lower optimizer.lr={peak:g}")
             seconds, norm = time.time() - since, engine.get_global_grad_norm()
-            tokens = (samples - samples_then) * context
+            speed = (samples - samples_then) * context / seconds
             metrics.log({
                 "step": step, "loss": mean, "lr": rates.optimizer.param_groups[0]["lr"],
-                "grad_norm": None if norm is None else float(norm), "samples": samples,
+                "grad_norm": None if norm is None else float(norm), "samples": samples, "tokens": samples * context,
                 "global_batch_size": batch_sizes.at(step - 1), "epochs": loader.epochs(samples),
-                "tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 3),
-                "skipped_steps": engine.skipped_steps,
+                "tokens_per_s": round(speed, 1), "seconds": round(seconds, 3),
+                "skipped_steps": engine.skipped_steps, **insight.record(mean, speed),
             })
             if engine.skipped_steps > skipped:
                 metrics.say(f"step {step}: DeepSpeed left out {engine.skipped_steps - skipped} step(s) with NaN or Inf in the "
@@ -177,7 +200,7 @@ def set_seeds(seed: int, rank: int) -> None:
     torch.manual_seed(seed + rank)
 
 
-def start_run_dir(config: Config, ds_config: dict, world_size: int, resume_from: Path | None) -> None:
+def start_run_dir(config: Config, ds_config: dict, world_size: int, resume_from: Path | None, peak: Peak) -> None:
     """Record what is about to run: a new run, or this folder's own from checkpoint `resume_from` on.
 
     An old run goes only now, when the new one is known to be able to start.
@@ -188,12 +211,11 @@ def start_run_dir(config: Config, ds_config: dict, world_size: int, resume_from:
     else:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
-        (folder / "origin.jsonl").unlink(missing_ok=True)
+        remove_origin(folder)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_atomically(folder / "config.yaml", dump_config(config))
     checkpoint.write_atomically(folder / "deepspeed.json", json.dumps(ds_config, indent=1) + "\n")
-    with open(folder / "origin.jsonl", "a") as file:  # one line for the start and for each resume
-        file.write(json.dumps(origin(world_size)) + "\n")
+    write_origin(folder, world_size, peak)
 
 
 def finish(engine, config: Config, mixture: Mixture, metrics: Metrics) -> None:

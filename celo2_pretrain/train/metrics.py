@@ -1,10 +1,5 @@
-"""What a run tells: metrics.jsonl for programs, a bar or plain lines for people, and a record of its origin."""
-import importlib.metadata
+"""What a run tells: metrics.jsonl for programs (docs/insight.md lists its fields), a bar or plain lines for people."""
 import json
-import os
-import platform
-import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -32,7 +27,9 @@ class Metrics:
     A resumed run drops the records after its checkpoint, so that metrics.jsonl is always one trajectory.
     """
 
-    def __init__(self, run_dir: str, start_step: int, max_steps: int, active: bool):
+    def __init__(self, run_dir: str, start_step: int, max_steps: int, active: bool, trackers: list = ()):
+        """`trackers`: get every record too (trackers.py)."""
+        self.trackers = trackers
         self.active, self.max_steps, self.start_step = active, max_steps, start_step
         if not active:
             return
@@ -54,6 +51,8 @@ class Metrics:
         if not self.active:
             return
         self.file.write(json.dumps(record) + "\n")
+        for tracker in self.trackers:
+            tracker.log(record)
         step = record["step"]
         if "val_loss" in record:
             self.val_loss = record["val_loss"]
@@ -64,8 +63,9 @@ class Metrics:
             self.bar.set_postfix_str(shown if self.val_loss is None else f"{shown}, val {self.val_loss:.3f}")
         else:
             left = (time.time() - self.started) / max(1, step - self.start_step) * (self.max_steps - step)
+            mfu = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
             print(f"step {step:>6}/{self.max_steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}"
-                  f"  {record['tokens_per_s']:>7,.0f} tokens/s  {left // 60:.0f}m{left % 60:02.0f}s left", flush=True)
+                  f"  {record['tokens_per_s']:>7,.0f} tokens/s{mfu}  {left // 60:.0f}m{left % 60:02.0f}s left", flush=True)
 
     def say(self, text: str) -> None:
         if self.active:
@@ -77,33 +77,5 @@ class Metrics:
         if self.active:
             self.bar.close()
             self.file.close()
-
-
-def git(*arguments: str) -> str | None:
-    """What git says about the source tree this package lies in; None outside a checkout."""
-    here = Path(__file__).resolve().parents[2]
-    try:
-        result = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
-def origin(world_size: int) -> dict:
-    """Versions, git state, command and hardware: what somebody needs to know to repeat the run."""
-    import torch
-
-    packages = ("celo2-pretrain", "torch", "deepspeed", "transformers", "sentencepiece", "numpy", "triton")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    changed = git("status", "--porcelain")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": shlex.join(sys.argv), "world_size": world_size,
-        "git_commit": git("rev-parse", "HEAD"), "git_changed_files": changed.splitlines() if changed else [],
-        "python": platform.python_version(), "versions": versions, "device": device,
-    }
+            for tracker in self.trackers:
+                tracker.close()

@@ -18,7 +18,7 @@ def build_optimizer(model: torch.nn.Module, config: Optimizer) -> torch.optim.Op
         group["weight_decay"] = config.weight_decay if is_hidden else 0.0
     if config.name == "adamw":
         return torch.optim.AdamW([
-            {"params": group["params"], "weight_decay": group["weight_decay"],
+            {"params": group["params"], "weight_decay": group["weight_decay"], "rule": group["rule"],  # for the norms' names
              "lr": config.lr * (1.0 if is_hidden else config.adamw_lr_multiplier)}
             for group, is_hidden in zip(groups, hidden)], betas=(0.9, 0.95), eps=1e-8)
     register(model)  # DeepSpeed warns of optimizers that it has not been told of
