@@ -104,10 +104,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(run=run_generate)
 
-    p = commands.add_parser("plot", help="loss curves of runs in one picture", description=(
-        "Draw the training and validation losses of one or more runs in one picture."))
+    p = commands.add_parser("plot", help="compare runs in one picture", description=(
+        "Draw one or more runs in one picture: losses, learning rate, norms of gradient, update and weights, tokens a second."))
     p.add_argument("runs", nargs="+", help="run folders")
-    p.add_argument("--out", default="loss.png", help=".png, .pdf or .svg (default: loss.png)")
+    p.add_argument("--out", default="runs.png", help=".png, .pdf or .svg (default: runs.png)")
+    p.add_argument("--x", choices=["step", "tokens", "time"], default="step", help="what to draw against (default: step)")
     p.add_argument("--title", default="")
     p.set_defaults(run=run_plot)
 
@@ -223,7 +224,7 @@ def run_generate(args) -> None:
 def run_plot(args) -> None:
     from celo2_pretrain.train.plot import plot_runs
 
-    plot_runs(args.runs, args.out, args.title)
+    plot_runs(args.runs, args.out, args.title, args.x)
     print(f"wrote {args.out}")
 
 

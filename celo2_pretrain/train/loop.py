@@ -32,7 +32,7 @@ from celo2_pretrain.train.insight import Insight, perplexity
 from celo2_pretrain.train.metrics import Metrics
 from celo2_pretrain.train.optim import Rates, build_optimizer
 from celo2_pretrain.train.origin import remove_origin, write_origin
-from celo2_pretrain.train.plot import plot_runs
+from celo2_pretrain.train.plot import plot_loss
 from celo2_pretrain.train.profiler import Profiler
 from celo2_pretrain.train.ranks import world_from_environment
 from celo2_pretrain.train.schedule import BatchSizes, lr_factor
@@ -229,7 +229,7 @@ def finish(engine, config: Config, mixture: Mixture, metrics: Metrics) -> None:
         metrics.say("a sample of the model's text:\n" + "\n".join(f"    | {line}" for line in text.splitlines()))
     if metrics.active:
         picture = Path(config.run_dir, "loss.png")
-        plot_runs([config.run_dir], str(picture))
+        plot_loss(config.run_dir, str(picture))
         metrics.say(f"loss curve: {picture}\nto train further: {resume_command(config)}")
 
 
