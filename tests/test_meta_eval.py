@@ -231,6 +231,16 @@ def test_speed_up_is_the_baselines_steps_over_those_to_its_final_loss():
     assert analysis.speed_up(baseline, baseline) == pytest.approx(1.0)
 
 
+def test_curves_of_other_spacing_are_averaged_only_at_steps_that_all_have():
+    found = analysis.entries([row("adamw", 1, 0, 2.0, [(100, 2.0)]), row("adamw", 1, 1, 2.0, [(100, 2.0)]),
+                              row("fast", 1, 0, 1.0, [(20, 5.0), (40, 4.0), (80, 2.0), (100, 1.0)]),
+                              row("fast", 1, 1, 1.0, [(40, 4.0), (60, 3.0), (80, 2.0), (100, 1.0)])])
+    fast = found["toy", "fast"]
+    assert fast.points() == [(40, [4.0, 4.0]), (80, [2.0, 2.0]), (100, [1.0, 1.0])]
+    assert fast.curve() == [(40, 4.0), (80, 2.0), (100, 1.0)]
+    assert analysis.speed_up(fast, found["toy", "adamw"]) == pytest.approx(100 / 80)
+
+
 @pytest.mark.parametrize("losses, span, expected", [
     ({1e-3: 1.04, 1e-2: 1.0, 1e-1: 1.08}, None, (0.5 + 0.25, False)),  # 2 % of 1.0, interpolated on both sides
     ({1e-3: 1.01, 1e-2: 1.0, 1e-1: 2.0}, None, (1 + 0.02, True)),  # still good at the lower end of the grid

@@ -48,11 +48,16 @@ class Entry:
         """The best rate is the grid's first or last: a wider grid might find a better one."""
         return len(self.lrs) > 1 and self.best_lr in (self.lrs[0], self.lrs[-1])
 
+    def points(self, lr: float | None = None) -> list[tuple[int, list[float]]]:
+        """(step, each seed's measure) at the best (or a given) rate, at the steps that all seeds have."""
+        curves = [dict(curve) for curve in self.curves[self.best_lr if lr is None else lr].values()]
+        # A folder may hold curves of other spacing: the k-th points of two seeds need not be of the same step.
+        shared = sorted(set.intersection(*map(set, curves))) if curves else []
+        return [(step, [curve[step] for curve in curves]) for step in shared]
+
     def curve(self, lr: float | None = None) -> list[tuple[int, float]]:
-        """(step, mean over seeds) at the best (or a given) rate, as far as all seeds got."""
-        curves = list(self.curves[self.best_lr if lr is None else lr].values())
-        length = min((len(curve) for curve in curves), default=0)
-        return [(curves[0][k][0], fmean(curve[k][1] for curve in curves)) for k in range(length)]
+        """(step, mean over seeds), as `points`."""
+        return [(step, fmean(values)) for step, values in self.points(lr)]
 
 
 def entries(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Entry]:

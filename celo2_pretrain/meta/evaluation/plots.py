@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import fmean
 
 from .analysis import Entry
 from .suite import TASKS
@@ -56,15 +57,14 @@ def curves(found: Entries, path: Path) -> Path:
     figure, panels, colours = _panels(found, "At each optimizer's best learning rate: mean and range of the seeds")
     limits: dict[str, list[float]] = {task: [] for task in panels}
     for (task, optimizer), entry in found.items():
-        points = entry.curve()
+        points = entry.points()
         if not points or not math.isfinite(entry.best):
             continue
-        steps, means = zip(*points)
-        seeds = [[value for _, value in curve[: len(steps)]] for curve in entry.curves[entry.best_lr].values()]
+        steps, seeds = zip(*points)  # seeds: at each step, each seed's measure
+        means = list(map(fmean, seeds))
         axis, colour = panels[task], colours[optimizer]
         axis.plot(steps, means, color=colour, label=f"{optimizer}", linewidth=1.4)
-        axis.fill_between(steps, list(map(min, zip(*seeds))), list(map(max, zip(*seeds))), color=colour, alpha=0.15,
-                          linewidth=0)
+        axis.fill_between(steps, list(map(min, seeds)), list(map(max, seeds)), color=colour, alpha=0.15, linewidth=0)
         axis.set_xlabel("step", fontsize=8)
         limits[task] += means[len(means) // 10:]
     for task, values in limits.items():  # the first steps would squeeze the rest
