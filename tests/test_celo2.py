@@ -290,3 +290,24 @@ def test_matrices_spread_over_the_cores_take_the_same_step():
 
     for one, three in zip(weights(1), weights(3)):
         torch.testing.assert_close(three, one, rtol=1e-5, atol=1e-6)
+
+
+def test_a_fast_adamw_is_told_once_with_what_to_set(caplog):
+    def warnings():
+        return [record.message for record in caplog.records if "adamw_lr_multiplier" in record.message]
+
+    net = model()
+    for lr, options in ((1e-3, {}), (3e-3, {"adamw_lr_multiplier": 6.67}), (3e-3, {"orthogonalize": False})):
+        train(net, Celo2(net.parameters(), lr=lr, **options), range(1))  # 20 x 1e-3 is the paper's; Celo2-base has no AdamW
+    assert not warnings()
+    train(net, Celo2(net.parameters(), lr=3e-3), range(2))
+    message, = warnings()
+    assert "0.003 x 20 = 0.06" in message and "set adamw_lr_multiplier to 6.67 or less" in message
+    caplog.clear()
+    optimizer = Celo2(net.parameters(), lr=1e-4)
+    train(net, optimizer, range(1))
+    assert not warnings()
+    for group in optimizer.param_groups:
+        group["lr"] = 2e-3  # as a schedule does
+    train(net, optimizer, range(2))
+    assert len(warnings()) == 1

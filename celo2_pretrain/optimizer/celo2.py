@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 RULES = ("celo2", "adamw")
 NONFINITE = ("error", "skip", "ignore")
+FAST_ADAMW = 0.02  # the paper's highest rate of AdamW's tensors, 20 x 1e-3; above it runs end worse (docs/stability.md)
 PLANS = 16  # kept for each group: where other tensors lack a gradient in each step (routed experts), they would pile up
 
 
@@ -45,7 +46,8 @@ class Celo2(torch.optim.Optimizer):
         weights: theta. `"default"`, a path, a hub repo id, or a dict of arrays; see `load_weights`.
         weight_decay: decoupled (group): `p ← p − lr · (step + weight_decay · p)`.
         orthogonalize: Newton–Schulz on the direction of matrices (group); False is Celo2-base.
-        adamw_lr_multiplier: AdamW tensors are stepped at this multiple of lr (group).
+        adamw_lr_multiplier: AdamW tensors are stepped at this multiple of lr (group). Where that is above 0.02, a warning
+            says so once (docs/stability.md).
         newton_schulz: coefficients of the orthogonalisation (group): `"celo2"`, the paper's, or `"polar_express"`
             (arXiv 2505.16932), which comes closer to the polar factor and is another optimizer.
         newton_schulz_dtype: of the orthogonalisation's products (group): `"fp32"`, `"bf16"`, or `"auto"`: bf16 on GPUs
@@ -94,7 +96,7 @@ class Celo2(torch.optim.Optimizer):
         self._originals: dict[int, list[Original]] = {}
         self._plans: OrderedDict[tuple, tuple[list[Tensor], list[Plan]]] = OrderedDict()
         self._mlps: dict[torch.device, MLP] = {}
-        self._stepped = False
+        self._stepped = self._warned = False
         if isinstance(params, (set, frozenset)):
             raise TypeError("parameters need an order that is the same in every run: pass a list, not a set")
         super().__init__(params, dict(
@@ -105,7 +107,7 @@ class Celo2(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps nothing but groups and states."""
         kept = ("mlp", "nonfinite", "state_dtype", "check_replicas_every", "bucket_size", "skipped_steps", "_steps",
-                "_originals", "_stepped")
+                "_originals", "_stepped", "_warned")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in kept}, "_plans": OrderedDict(), "_mlps": {}}
 
     # ---- parameter groups -------------------------------------------------------------------------------------
@@ -137,6 +139,20 @@ class Celo2(torch.optim.Optimizer):
         number = len(self.param_groups)  # what finds the originals again, whatever a wrapper does to the group
         super().add_param_group({**options, "rule": rule, "params": [o.param for o in originals], "group": number})
         self._originals[number] = originals
+        if originals:
+            self._warn_of_fast_adamw(self.param_groups[number])
+
+    def _warn_of_fast_adamw(self, group: dict[str, Any]) -> None:
+        """Say once, on the first rank, that AdamW's tensors move faster than is known to be good."""
+        rate = float(group["lr"] * group["adamw_lr_multiplier"]) if group["rule"] == "adamw" and not self._warned else 0.0
+        if rate <= FAST_ADAMW * 1.01:  # so that the multiplier advised below, in three digits, is quiet
+            return
+        self._warned = True
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            logger.warning(
+                "embeddings, head and 1-D tensors get AdamW at lr x adamw_lr_multiplier = %.3g x %.3g = %.3g; above %g "
+                "runs end at a higher loss and may spike: set adamw_lr_multiplier to %.3g or less (docs/stability.md)",
+                group["lr"], group["adamw_lr_multiplier"], rate, FAST_ADAMW, FAST_ADAMW / group["lr"])
 
     # ---- the step ---------------------------------------------------------------------------------------------
 
@@ -164,6 +180,7 @@ class Celo2(torch.optim.Optimizer):
             for param in params:
                 self._init_state(group, param, plans)
             if group["rule"] == "adamw":
+                self._warn_of_fast_adamw(group)  # a schedule may have raised the rate since
                 adamw_step(group, params, self.state)
             else:
                 for plan in plans:

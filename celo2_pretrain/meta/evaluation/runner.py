@@ -5,6 +5,7 @@ The parent alone writes results.jsonl: a line is one write, and a line that a cr
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -75,6 +76,7 @@ def _work(connection: Connection, tasks: Mapping[str, Task] | None) -> None:
     import torch
 
     torch.set_num_threads(1)
+    logging.getLogger("celo2_pretrain.optimizer.celo2").setLevel(logging.ERROR)  # the grids have rates that it warns of
     while True:
         try:
             job = connection.recv()
