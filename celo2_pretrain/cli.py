@@ -7,7 +7,7 @@ from celo2_pretrain.meta import command as meta_train
 from celo2_pretrain.meta.evaluation import command as meta_eval
 from celo2_pretrain.plan import command as planning
 from celo2_pretrain.train import once
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 
 INTRODUCTION = """\
 Pretrain GPT-style models with Celo2, a learned optimizer, under DeepSpeed.
@@ -251,7 +251,7 @@ def quiet_libraries() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns 0, or 2 after a line on standard error that says what was wrong with the input."""
+    """Run one command; returns 0, or after a line on standard error 2 (wrong input) or 75 (stopped on request)."""
     args = parser().parse_args(argv)
     quiet_libraries()
     try:
@@ -259,7 +259,11 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if once.may_say(str(error)):  # the ranks of a node mostly find the same
             print(f"celo2-pretrain: error: {error}{once.where_found()}", file=sys.stderr, flush=True)
-        return 2
+        return EXIT_USER_ERROR
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"celo2-pretrain: {stopped}", file=sys.stderr, flush=True)
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         return 130
     return 0

@@ -63,11 +63,14 @@ def describe(config: Config, index: dict, world_size: int) -> dict:
     }
 
 
-def save(engine, config: Config, description: dict, step: int, samples: int) -> Path:
-    """Write a checkpoint on all ranks; `latest` names it only when every rank's part is on disk."""
+def save(engine, config: Config, description: dict, step: int, samples: int, extra: dict) -> Path:
+    """Write a checkpoint on all ranks; `latest` names it only when every rank's part is on disk.
+
+    `extra` goes into state.json, for `read_state`.
+    """
     folder = Path(config.run_dir, "checkpoints")
     tag = f"step_{step:08d}"
-    state = {"step": step, "samples": samples, "description": description}
+    state = {"step": step, "samples": samples, "description": description, "extra": extra}
     if dist.get_rank() == 0 and (folder / tag).exists():
         shutil.rmtree(folder / tag)  # left by a trajectory that this one replaces; `latest` names an older one
     engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
@@ -111,6 +114,7 @@ def read_state(checkpoint: Path, description: dict) -> dict:
     """
     state = json.loads((checkpoint / "state.json").read_text())
     state["other_world"] = []
+    state.setdefault("extra", {})  # checkpoints of earlier versions have none
     for name, ours in description.items():
         theirs = state["description"].get(name)
         if theirs == ours:

@@ -89,6 +89,8 @@ class Train:
     precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "arithmetic of the model; master weights are fp32 in each")
     zero_stage: Literal[0, 1, 2, 3] = key(2, "shards: 1 optimizer state, 2 also gradients, 3 also parameters")
     log_every: int = key(10, "steps between lines of metrics.jsonl", 1)
+    stop_file: str | None = key(None, "when this file appears, the run saves and stops; null: STOP in run_dir")
+    watchdog_seconds: float = key(1800.0, "end all ranks when one makes no progress for so long; 0: never", 0)
 
 
 @dataclass

@@ -1,5 +1,9 @@
-"""The one error type for bad input: its message is all that the user needs to see."""
+"""How a run ends other than well, with the exit code of each: docs/faults.md says what to do then."""
 import reprlib
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on purpose, goes on with --resume
+EXIT_HUNG = 76  # no progress in train.watchdog_seconds
 
 SHOWN = reprlib.Repr()
 SHOWN.maxstring = SHOWN.maxother = 120
@@ -8,6 +12,10 @@ SHOWN.maxlong = 60
 
 class UserError(Exception):
     """What was wrong, the value, and what to do, in one line. The command line prints it and exits with code 2."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved: why, and how to go on, in one line. The command line exits with code 75."""
 
 
 def shown(value) -> str:

@@ -31,12 +31,18 @@ def training_loss(model, windows: torch.Tensor, z_loss: float = 0.0) -> tuple[to
 
 
 @torch.no_grad()
-def validation_loss(model, loader: ValLoader, device: torch.device) -> float:
-    """Mean loss per token in nats over all ranks' windows. Every rank of the loader's world must call it."""
+def validation_loss(model, loader: ValLoader, device: torch.device, stopping=lambda: False) -> float | None:
+    """Mean loss per token in nats over all ranks' windows. Every rank of the loader's world must call it.
+
+    `stopping` is called before each batch; None is returned when it says yes (on every rank then).
+    """
     was_training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, number of windows
     for windows, weights in loader:
+        if stopping():
+            model.train(was_training)
+            return None
         losses = sequence_losses(model, windows.to(device)).double()
         weights = weights.to(device).double()
         total += torch.stack([(losses * weights).sum(), weights.sum()])

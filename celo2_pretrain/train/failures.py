@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.errors import Stopped, UserError
 from celo2_pretrain.train.ranks import join_ranks, world_from_environment
 
 FIRST = "error_first.txt"
@@ -39,7 +39,7 @@ def lost_connection(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def ending_all_ranks(run_dir: str):
-    """While a run trains: an exception other than UserError ends this process with exit code 1, and with it all ranks.
+    """While a run trains: an exception other than UserError and Stopped ends this process with exit code 1, and with it all ranks.
 
     A single process gets its exception back when it is written down.
     """
@@ -49,6 +49,8 @@ def ending_all_ranks(run_dir: str):
     except UserError as error:
         if world_size > 1 and torch.distributed.is_initialized():
             claim(run_dir, f"rank {rank} on {socket.gethostname()}: {error}", GRACE_AFTER_USER_ERROR, code=2)
+        raise
+    except Stopped:  # on all ranks alike, with a checkpoint
         raise
     except Exception as error:
         if world_size == 1:

@@ -24,7 +24,7 @@ from celo2_pretrain.plan.step_time import flops_per_token
 from celo2_pretrain.train import checkpoint
 from celo2_pretrain.train.config import Config, dump_config
 from celo2_pretrain.train.deepspeed_config import deepspeed_config
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.errors import Stopped, UserError
 from celo2_pretrain.train.evaluate import training_loss, validation_loss
 from celo2_pretrain.train.failures import join_and_look
 from celo2_pretrain.train.flops import Peak, peak_of
@@ -36,7 +36,9 @@ from celo2_pretrain.train.plot import plot_loss
 from celo2_pretrain.train.profiler import Profiler
 from celo2_pretrain.train.ranks import world_from_environment
 from celo2_pretrain.train.schedule import BatchSizes, lr_factor
+from celo2_pretrain.train.stop import Agreement, StopRequests
 from celo2_pretrain.train.trackers import check_installed, open_trackers
+from celo2_pretrain.train.watchdog import Watchdog, forget
 
 
 def train(config: Config, resume: str | None = None, overwrite: bool = False) -> None:
@@ -47,8 +49,15 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
         overwrite: replace a run that is already in config.run_dir.
 
     Raises UserError, alike on every rank and before any process waits for another, when the data, the checkpoint or the
-    number of ranks don't fit the config.
+    number of ranks don't fit the config; Stopped when it was asked to stop and has saved.
     """
+    rank, _ = world_from_environment()
+    stop_file = Path(config.train.stop_file or Path(config.run_dir, "STOP"))
+    with StopRequests(stop_file, rank) as requests, Watchdog(config.run_dir, rank, config.train.watchdog_seconds) as watchdog:
+        run(config, resume, overwrite, requests, watchdog)
+
+
+def run(config: Config, resume: str | None, overwrite: bool, requests: StopRequests, watchdog: Watchdog) -> None:
     # Everything that can be refused is refused here, before the ranks meet.
     rank, world_size = world_from_environment()
     check_installed(config)
@@ -61,7 +70,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
                          world_size)
     val_loader = ValLoader(mixture, context, size.micro_batch_size, config.eval.sequences, rank, world_size)
     description = checkpoint.describe(config, index, world_size)
-    start = {"step": 0, "samples": 0, "other_world": []}
+    start = {"step": 0, "samples": 0, "other_world": [], "extra": {}}
     resume_from = checkpoint.find(resume) if resume else None
     own = resume_from is not None and resume_from.parent.resolve() == Path(config.run_dir, "checkpoints").resolve()
     if resume_from:
@@ -86,6 +95,8 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
         start_run_dir(config, ds_config, world_size, resume_from if own else None, peak)
         trackers = open_trackers(config, start["step"] if own else 0)
     dist.barrier()
+    watchdog.begin()
+    agreement = Agreement(requests, world_size)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     if config.model.compile:
         engine.compile()
@@ -105,7 +116,11 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
         metrics.say(f"going on in another world ({', '.join(start['other_world'])}): equal to round-off, not bit for bit")
     try:
         with insight.installed():
-            end = run_steps(engine, rates, config, loader, val_loader, metrics, description, start, insight, profiler)
+            end = run_steps(engine, rates, config, loader, val_loader, metrics, description, start, insight, profiler,
+                            watchdog, agreement)
+    except Stopped:
+        dist.destroy_process_group()
+        raise
     finally:
         metrics.close()
     if config.data.mixture:
@@ -114,29 +129,40 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     dist.destroy_process_group()
 
 
-def run_steps(engine, rates, config, loader, val_loader, metrics, description, start, insight, profiler) -> int:
+def run_steps(engine, rates, config, loader, val_loader, metrics, description, start, insight, profiler, watchdog,
+              agreement) -> int:
     """The loop; returns the samples it has seen. DeepSpeed accumulates and clips the gradients, and steps after the last
-    micro-batch."""
+    micro-batch. Raises Stopped when a rank was asked to stop: a checkpoint of this step is there then."""
     size, peak, context = config.train, config.optimizer.lr, config.model.context
     batch_sizes = BatchSizes(size, context)
     bits_per_byte = loader.mixture.val_tokens_per_byte / math.log(2)
 
-    def validate(step: int) -> None:
-        loss = validation_loss(engine, val_loader, engine.device)
-        metrics.log({"step": step, "val_loss": loss, "val_bits_per_byte": loss * bits_per_byte,
-                     "val_perplexity": perplexity(loss), "tokens": samples * context})
+    def validate(step: int) -> bool:
+        """False: given up half-way, because the run is to stop (not after the last step, which has nothing left to do)."""
+        def stopping() -> bool:
+            watchdog.beat(f"validating after step {step}")
+            return step < size.max_steps and agreement.exchange()[1]
+
+        loss = validation_loss(engine, val_loader, engine.device, stopping)
+        if loss is not None:
+            metrics.log({"step": step, "val_loss": loss, "val_bits_per_byte": loss * bits_per_byte,
+                         "val_perplexity": perplexity(loss), "tokens": samples * context})
+        return loss is not None
 
     step, samples = start["step"], start["samples"]
-    if step == 0:
-        validate(0)
-    recent, since, steps_since, samples_then = torch.zeros((), device=engine.device), time.time(), 0, samples
+    agreement.requests.at_boundaries = True  # from here on a signal is obeyed in the loop
+    if agreement.exchange()[1] or ((step == 0 or start["extra"].get("validation_due")) and not validate(step)):
+        agreement.stop(f"before the first step: nothing to save; to go on: {resume_command(config)}")
+    recent, since, steps_since, samples_then = 0.0, time.time(), 0, samples
     skipped = engine.skipped_steps
     while step < size.max_steps:
         rates.set(lr_factor(step, config.schedule, size.max_steps))
         accumulation = batch_sizes.set(engine, step)
+        step_loss = torch.zeros((), device=engine.device)
         profiler.before(step + 1)
         insight.begin(step + 1)
         for micro in range(accumulation):
+            watchdog.beat(f"taking step {step + 1}")
             insight.mark("data")
             windows = loader.batch(samples, micro).to(engine.device)
             insight.mark("forward")
@@ -148,18 +174,18 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
                 engine.step()
             except FloatingPointError as error:  # Celo2 found NaN or Inf in a gradient, on all ranks alike
                 raise UserError(f"training diverged in step {step + 1}: {error}") from None
-            recent += cross_entropy.detach() / accumulation
+            step_loss += cross_entropy.detach() / accumulation
         insight.end()
         if traced := profiler.after(step + 1):
             metrics.say(traced)
         step, samples, steps_since = step + 1, samples + batch_sizes.at(step), steps_since + 1
         metrics.step(step)
+        loss, stopping = agreement.exchange(float(step_loss))
+        recent += loss
 
         last = step == size.max_steps
         if step % size.log_every == 0 or last:
             mean = recent / steps_since
-            dist.all_reduce(mean)
-            mean = float(mean) / loader.world_size
             if not math.isfinite(mean):
                 raise UserError(f"training diverged: loss {mean} at step {step}; lower optimizer.lr={peak:g}")
             seconds, norm = time.time() - since, engine.get_global_grad_norm()
@@ -175,12 +201,18 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
                 metrics.say(f"step {step}: DeepSpeed left out {engine.skipped_steps - skipped} step(s) with NaN or Inf in the "
                             f"gradient ({engine.skipped_steps} in all)")
                 skipped = engine.skipped_steps
-            recent, since, steps_since, samples_then = torch.zeros((), device=engine.device), time.time(), 0, samples
+            recent, since, steps_since, samples_then = 0.0, time.time(), 0, samples
         paused = time.time()
-        if step % config.eval.every == 0 or last:
-            validate(step)
-        if step % config.checkpoint.every == 0 or last:
-            checkpoint.save(engine, config, description, step, samples)
+        due = step % config.eval.every == 0 or last
+        if due and (last or not stopping):
+            due = not validate(step)
+            stopping |= due
+        if step % config.checkpoint.every == 0 or last or stopping:
+            watchdog.beat(f"saving step {step}")
+            saved = checkpoint.save(engine, config, description, step, samples, {"validation_due": due})
+            stopping = agreement.exchange()[1]  # asked for while saving
+        if stopping and not last:
+            agreement.stop(f"at step {step}, saved {saved}; to go on: {resume_command(config)}")
         since += time.time() - paused  # tokens/s counts training only
     return samples
 
@@ -213,6 +245,7 @@ def start_run_dir(config: Config, ds_config: dict, world_size: int, resume_from:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         remove_origin(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    forget(folder)
     checkpoint.write_atomically(folder / "config.yaml", dump_config(config))
     checkpoint.write_atomically(folder / "deepspeed.json", json.dumps(ds_config, indent=1) + "\n")
     write_origin(folder, world_size, peak)
@@ -230,12 +263,12 @@ def finish(engine, config: Config, mixture: Mixture, metrics: Metrics) -> None:
     if metrics.active:
         picture = Path(config.run_dir, "loss.png")
         plot_loss(config.run_dir, str(picture))
-        metrics.say(f"loss curve: {picture}\nto train further: {resume_command(config)}")
+        metrics.say(f"loss curve: {picture}\nto train further: {resume_command(config, 2 * config.train.max_steps)}")
 
 
-def resume_command(config: Config) -> str:
+def resume_command(config: Config, max_steps: int | None = None) -> str:
     _, world_size = world_from_environment()
-    arguments = f"--resume {shlex.quote(config.run_dir)} train.max_steps={2 * config.train.max_steps}"
+    arguments = f"--resume {shlex.quote(config.run_dir)}" + (f" train.max_steps={max_steps}" if max_steps else "")
     if world_size == 1:
         return f"celo2-pretrain train {arguments}"
     names = [name for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS") if name in os.environ]
