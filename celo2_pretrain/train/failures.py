@@ -1,8 +1,8 @@
 """How an error on one rank ends all of them, with the first error on top.
 
 The rank that fails writes its traceback to run_dir/error_rank_N.txt and one line to run_dir/error_first.txt, before its
-connections break. Each rank looks at that file while it trains, and whoever loses a connection looks there for the reason: it
-ends with one line, wherever it is, also where NCCL would wait or the other node's launcher knows nothing.
+connections break. Each rank looks at that file while it trains, and whoever loses a connection looks there for the reason:
+it ends with one line, wherever it is, also where NCCL would wait or the other node's launcher knows nothing.
 """
 import contextlib
 import os
@@ -78,8 +78,8 @@ def write(run_dir: str, rank: int, error: BaseException) -> Path | None:
     """The traceback as run_dir/error_rank_N.txt; None where there is no run folder yet, or no space in it."""
     path = Path(run_dir, f"error_rank_{rank}.txt")
     try:
-        path.write_text(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} rank {rank} on {socket.gethostname()}, process {os.getpid()}\n"
-                        + "".join(traceback.format_exception(error)))
+        who = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} rank {rank} on {socket.gethostname()}, process {os.getpid()}"
+        path.write_text(f"{who}\n" + "".join(traceback.format_exception(error)))
     except OSError:
         return None
     return path

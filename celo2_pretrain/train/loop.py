@@ -3,9 +3,7 @@ import json
 import math
 import os
 import random
-import shlex
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from celo2_pretrain.train.evaluate import training_loss, validation_loss
 from celo2_pretrain.train.failures import join_and_look
 from celo2_pretrain.train.flops import Peak, peak_of
 from celo2_pretrain.train.insight import Insight, perplexity
+from celo2_pretrain.train.launcher import resume_command
 from celo2_pretrain.train.metrics import Metrics
 from celo2_pretrain.train.optim import Rates, build_optimizer
 from celo2_pretrain.train.origin import remove_origin, write_origin
@@ -264,14 +263,3 @@ def finish(engine, config: Config, mixture: Mixture, metrics: Metrics) -> None:
         picture = Path(config.run_dir, "loss.png")
         plot_loss(config.run_dir, str(picture))
         metrics.say(f"loss curve: {picture}\nto train further: {resume_command(config, 2 * config.train.max_steps)}")
-
-
-def resume_command(config: Config, max_steps: int | None = None) -> str:
-    _, world_size = world_from_environment()
-    arguments = f"--resume {shlex.quote(config.run_dir)}" + (f" train.max_steps={max_steps}" if max_steps else "")
-    if world_size == 1:
-        return f"celo2-pretrain train {arguments}"
-    names = [name for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS") if name in os.environ]
-    prefix = "".join(f"{name}={shlex.quote(os.environ[name])} " for name in names)
-    script = os.path.relpath(sys.argv[0])
-    return f"{prefix}deepspeed --no_local_rank --quiet --num_gpus {world_size} {shlex.quote(script)} {arguments}"
