@@ -194,6 +194,8 @@ def test_a_resumed_meta_training_is_the_uninterrupted_one(tmp_path, estimator):
     read = lambda name: [json.loads(line) for line in (tmp_path / name / train.METRICS).read_text().splitlines()]  # noqa: E731
     for a, b in zip(read("whole"), read("parts"), strict=True):
         assert a | {"seconds": 0} == b | {"seconds": 0}
+    assert [record["step"] for record in read("parts")] == list(range(1, 9))
+    assert (tmp_path / "parts/meta_loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_live_units_change_nothing_at_first_and_can_learn():
@@ -218,6 +220,63 @@ def test_live_units_change_nothing_at_first_and_can_learn():
 def test_a_wrong_configuration_is_told_at_the_door(arguments, message):
     with pytest.raises(UserError, match=message):
         config.load_config(None, arguments)
+
+
+def test_the_defaults_are_the_papers_recipe():
+    paper = config.load_config(None, [])
+    assert (paper.estimator, paper.truncation, paper.sigma, paper.length_min, paper.length_max) == ("pes", 50, 0.01, 100, 2000)
+    assert (len(paper.family_names), paper.problems, {name.partition("/")[0] for name in paper.family_names}) == (4, 8, {"mlp"})
+    assert (paper.lr_min, paper.lr_max, paper.schedule, paper.scale_min, paper.scale_max) == (1e-3, 1e-3, "constant", 1e-3, 1e3)
+    assert (paper.outer_lr, paper.outer_clip, paper.init, paper.orthogonalize) == (5e-5, 1.0, "random", True)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_augmentation_is_another_scale_of_the_parameters_for_the_same_problem(scale):
+    task, n, losses = tasks.make("quadratic"), 2, []
+    for s in (1.0, scale):
+        generator = torch.Generator().manual_seed(4)
+        fixed = inner.Fixed(torch.full((n,), 1e-3), torch.full((n,), 50.0), torch.full((n,), s))
+        problems = inner.start(task, inner.Harness(), fixed, generator)
+        theta = rule.random_theta(torch.Generator().manual_seed(5))
+        _, loss = inner.make_advance(task, inner.Harness(), shared_theta=True)(theta, problems, task.draw(generator, n))
+        losses.append((problems.params["w"], loss))
+    (plain, loss), (scaled, same) = losses
+    torch.testing.assert_close(scaled * scale, plain)
+    torch.testing.assert_close(same, loss)
+
+
+@pytest.mark.parametrize("name, size, image, label", [("mnist", 28, "image", "label"), ("cifar10", 32, "img", "label")])
+def test_the_papers_images_come_through_datasets(name, size, image, label, monkeypatch):
+    datasets, pillow = pytest.importorskip("datasets"), pytest.importorskip("PIL.Image")
+    mode = "RGB" if name == "cifar10" else "L"
+    pictures = [pillow.new(mode, (size, size), (shade,) * 3 if mode == "RGB" else shade) for shade in (0, 255, 255)]
+    rows = datasets.Dataset.from_dict({image: pictures, label: [3, 9, 0]}, features=datasets.Features(
+        {image: datasets.Image(), label: datasets.Value("int64")}))
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: asked.append((arguments, options)) or rows)
+    images.load.cache_clear()
+    try:
+        loaded = images.load(name)
+    finally:
+        images.load.cache_clear()
+    assert asked == [((images.HUB[name][0], None), {"split": "train"})]
+    assert loaded.x.shape == (3, 64) and loaded.y.tolist() == [3, 9, 0]
+    assert loaded.x.mean().abs() < 1e-5 and loaded.x.std() == pytest.approx(1, abs=1e-5)
+    assert loaded.x[0].max() < 0 < loaded.x[1].min()  # dark and bright are still that
+
+
+def test_without_a_network_the_papers_images_are_told_in_a_line(monkeypatch, capsys, tmp_path):
+    datasets = pytest.importorskip("datasets")
+
+    def offline(*arguments, **options):
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    images.load.cache_clear()
+    assert main(["meta-train", "families=mlp/svhn", f"out={tmp_path / 'out'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "'svhn' is ufldl-stanford/svhn on the Hugging Face hub" in error
+    assert "offline, use digits" in error
 
 
 def test_an_unknown_family_lists_those_there_are():

@@ -125,8 +125,8 @@ def _hub(name: str) -> tuple[Tensor, Tensor]:
     try:
         rows = load_dataset(path, config or None, split="train")
     except Exception as error:
-        raise UserError(f"image set {name!r} is {path} on the Hugging Face hub, which could not be loaded ({error}); "
-                              f"offline, use {', '.join(LOCAL)}") from error
+        raise UserError(f"image set {name!r} is {path} on the Hugging Face hub, which could not be loaded "
+                        f"({' '.join(str(error).split())}); offline, use {', '.join(LOCAL)}") from error
     x = torch.stack([torch.from_numpy(np.asarray(row.convert("L"), dtype=np.float32)) for row in rows[image]])
     return F.adaptive_avg_pool2d(x[:, None], SIDE)[:, 0] / 255, torch.tensor(rows[label])
 
