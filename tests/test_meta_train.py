@@ -2,9 +2,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from processes import environment
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.meta import config, estimators, images, inner, rule, tasks, train
@@ -220,6 +225,41 @@ def test_live_units_change_nothing_at_first_and_can_learn():
 def test_a_wrong_configuration_is_told_at_the_door(arguments, message):
     with pytest.raises(UserError, match=message):
         config.load_config(None, arguments)
+
+
+@pytest.mark.multiprocess
+def test_a_rule_of_another_width_is_trained_and_deployed(tmp_path):
+    """As docs/meta_training.md says: edit DIMS, meta-train, and step with the plain-torch passes."""
+    root = Path(__file__).parents[1]
+    shutil.copytree(root / "celo2_pretrain", tmp_path / "celo2_pretrain", ignore=shutil.ignore_patterns("__pycache__", "kernels"))
+    shutil.copytree(root / "kernels", tmp_path / "celo2_pretrain/kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    path = tmp_path / "celo2_pretrain/optimizer/reference.py"
+    source = path.read_text()
+    assert source.count("DIMS = (FEATURES_ND, 8, 8, 3)") == 1
+    path.write_text(source.replace("DIMS = (FEATURES_ND, 8, 8, 3)", "DIMS = (FEATURES_ND, 12, 10, 3)"))
+    (tmp_path / "deploy.py").write_text(
+        "import torch\n"
+        "from celo2_pretrain import Celo2, cli\n"
+        "from celo2_pretrain.optimizer import reference\n"
+        f"options = {SMALL!r} + ['outer_steps=1', 'out=m']\n"
+        "assert cli.main(['meta-train', *options]) in (0, None)\n"
+        "p = torch.nn.Parameter(torch.randn(7, 5))\n"
+        "before, p.grad = p.detach().clone(), torch.randn(7, 5)\n"
+        "optimizer = Celo2([p], lr=1e-2, weights='m/theta_000001.safetensors')\n"
+        "optimizer.step()\n"
+        "step, _ = reference.step(before, p.grad, reference.init_state(before), optimizer.mlp)\n"
+        "torch.testing.assert_close(p.detach(), before - 1e-2 * step, rtol=1e-5, atol=1e-6)\n"
+        "print([tuple(w.shape) for w in optimizer.mlp])\n")
+
+    def deploy(backend: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "deploy.py"], cwd=tmp_path, capture_output=True, text=True, timeout=600,
+                              env=environment(PYTHONPATH=str(tmp_path), CELO2_BACKEND=backend))
+
+    done = deploy("auto")
+    assert done.returncode == 0, done.stderr
+    assert "[(30, 12), (12,), (12, 10), (10,), (10, 3), (3,)]" in done.stdout
+    shutil.rmtree(tmp_path / "m")
+    assert "the rule has (30, 12, 10): set CELO2_BACKEND=reference" in deploy("compile").stderr
 
 
 def test_the_defaults_are_the_papers_recipe():

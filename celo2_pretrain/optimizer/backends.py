@@ -22,7 +22,7 @@ from torch import Tensor
 from ..kernels import cpu
 from . import passes
 from .passes import FirstLayer, Scale, Shape, Tensors
-from .reference import MLP, NORM_EPS
+from .reference import DIMS, MLP, NORM_EPS
 from .views import Piece
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "compile", "reference")
+KERNEL_DIMS = (30, 8, 8)  # features and hidden units that the kernels are written for
 JOB = 1 << 20  # elements of one call; fixed, so that sums don't depend on the number of threads
 
 
@@ -46,6 +47,11 @@ def backend_for(device: torch.device) -> Reference:
 def _choose(wanted: str, device: str) -> Reference:
     if wanted == "reference":
         chosen, why = Reference(), "CELO2_BACKEND asks for it"
+    elif DIMS[:3] != KERNEL_DIMS:  # a changed rule (docs/meta_training.md)
+        if wanted != "auto":
+            raise RuntimeError(f"CELO2_BACKEND={wanted}, but the kernels are made for an MLP of {KERNEL_DIMS}, the rule "
+                               f"has {DIMS[:3]}: set CELO2_BACKEND=reference, or auto")
+        chosen, why = Reference(), f"the kernels are made for an MLP of {KERNEL_DIMS}, the rule has {DIMS[:3]}"
     elif wanted == "triton" or device != "cpu":
         chosen, why = _choose_triton(wanted, device)
     else:

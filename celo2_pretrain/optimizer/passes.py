@@ -225,7 +225,7 @@ def first_layer(squares: Tensor, v_row: Tensor, v_col: Tensor, shape: Shape, mlp
     """Fold step 5 into `w0`. `squares` (18 or 15, *lead) from pass B, `v_row` (3, *row), `v_col` (3, *col) updated."""
     inverse = (squares / shape.per_matrix + NORM_EPS).rsqrt()  # (features, *lead)
     weight = inverse.unsqueeze(-1) * mlp.w0[list(shape.elementwise)].view(
-        len(shape.elementwise), *[1] * len(shape.full), 8)  # (features, *lead, 8)
+        len(shape.elementwise), *[1] * len(shape.full), -1)  # (features, *lead, 8)
     if not shape.matrix:
         return FirstLayer(weight.squeeze(1), [mlp.b0])
     weight = weight.squeeze(-2).squeeze(-2).movedim(0, -2)  # (*lead axes, features, 8)

@@ -11,7 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SHAPES = {"w0": (30, 8), "b0": (8,), "w1": (8, 8), "b1": (8,), "w2": (8, 3), "b2": (3,)}
+from celo2_pretrain.optimizer.reference import DIMS
+
+_FEATURES, _FIRST, _SECOND, _OUTPUTS = DIMS
+SHAPES = {"w0": (_FEATURES, _FIRST), "b0": (_FIRST,), "w1": (_FIRST, _SECOND), "b1": (_SECOND,),
+          "w2": (_SECOND, _OUTPUTS), "b2": (_OUTPUTS,)}
 # Width of the 14 feature groups, in the order of `reference.features`; they sum to 30.
 GROUPS = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
 
