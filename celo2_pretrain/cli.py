@@ -89,10 +89,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
     p.set_defaults(run=run_sweep)
 
-    p = commands.add_parser("eval", help="validation loss of a run", description=(
-        "Validation loss of a run's newest (or one) checkpoint."))
+    p = commands.add_parser("eval", help="validation loss of a run, and benchmark tasks", description=(
+        "Validation loss, perplexity and bits per byte of a run's newest (or one) checkpoint; with --tasks also its scores "
+        "in EleutherAI's lm-evaluation-harness. On a GPU if there is one."))
     p.add_argument("path", help="run folder, or one of its checkpoints/step_… folders")
     p.add_argument("--sequences", type=int, help="validation windows (default: all)")
+    p.add_argument("--tasks", metavar="TASK,TASK,…", help="tasks of the harness (hellaswag, arc_easy, …); needs "
+                   "pip install 'celo2-pretrain[lm-eval]'")
+    p.add_argument("--task-folder", metavar="FOLDER", help="with task files (.yaml) of your own, for --tasks")
+    p.add_argument("--limit", type=int, help="only so many examples of each task, to try it")
+    p.add_argument("--json", metavar="FILE", help="write all results there, too")
     p.set_defaults(run=run_eval)
 
     p = commands.add_parser("generate", help="continue a text", description="Continue a text with a run's model.")
@@ -186,23 +192,9 @@ def run_sweep(args) -> None:
 
 
 def run_eval(args) -> None:
-    import math
+    from celo2_pretrain.model import score
 
-    from celo2_pretrain.data.loader import ValLoader
-    from celo2_pretrain.data.mixture import open_mixture
-    from celo2_pretrain.model.export import load_trained
-    from celo2_pretrain.train.evaluate import validation_loss
-
-    model, _, config = load_trained(args.path)
-    if args.sequences is not None and args.sequences < 1:
-        raise UserError(f"--sequences {args.sequences}: must be at least 1")
-    mixture = open_mixture(config.data.path, config.data.mixture)
-    loader = ValLoader(
-        mixture, config.model.context, config.train.micro_batch_size, args.sequences or sys.maxsize, 0, 1)
-    loss = validation_loss(model, loader, "cpu")
-    bits = loss * mixture.val_tokens_per_byte / math.log(2)
-    print(f"validation loss {loss:.4f} nats a token, {bits:.4f} bits per byte, "
-          f"perplexity {math.exp(loss):.2f}, over {loader.sequences} windows of {config.model.context} tokens")
+    score.evaluate(args.path, args.sequences, score.task_names(args.tasks), args.task_folder, args.limit, args.json)
 
 
 def run_generate(args) -> None:

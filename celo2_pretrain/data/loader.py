@@ -103,6 +103,10 @@ class ValLoader:
         self.windows = np.concatenate([np.arange(count) for count in counts])
         self.weights = (np.array(mixture.weights) * self.sequences / counts)[self.folders]
 
+    def __len__(self) -> int:
+        """Batches of this rank, as many as of every other."""
+        return -(-self.sequences // (self.batch_size * self.world_size))
+
     def __iter__(self):
         """Pairs of int64 (batch_size, context + 1) and float32 weights (batch_size,): 1, or 0 for rows that don't
         count, in a single folder."""

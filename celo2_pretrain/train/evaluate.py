@@ -2,6 +2,7 @@
 import deepspeed.comm as dist
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from celo2_pretrain.data.loader import ValLoader
 
@@ -31,15 +32,17 @@ def training_loss(model, windows: torch.Tensor, z_loss: float = 0.0) -> tuple[to
 
 
 @torch.no_grad()
-def validation_loss(model, loader: ValLoader, device: torch.device, stopping=lambda: False) -> float | None:
+def validation_loss(model, loader: ValLoader, device: torch.device, stopping=lambda: False, show: bool = False
+                    ) -> float | None:
     """Mean loss per token in nats over all ranks' windows. Every rank of the loader's world must call it.
 
-    `stopping` is called before each batch; None is returned when it says yes (on every rank then).
+    `stopping` is called before each batch; None is returned when it says yes (on every rank then). `show` draws a bar on
+    a terminal, where it takes longer than two seconds.
     """
     was_training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, number of windows
-    for windows, weights in loader:
+    for windows, weights in tqdm(loader, "validation", len(loader), leave=False, delay=2, disable=None if show else True):
         if stopping():
             model.train(was_training)
             return None
