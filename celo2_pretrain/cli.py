@@ -74,7 +74,8 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("train", help="train or resume", description=TRAIN, formatter_class=raw)
     p.add_argument("--config", help="YAML file (default: the resumed run's config.yaml, or the defaults)")
     p.add_argument("--resume", nargs="?", const="", metavar="PATH",
-                   help="continue a run or checkpoint (default: run_dir's newest)")
+                   help="continue a run or checkpoint (default: run_dir's newest); auto: run_dir's newest "
+                   "whole one, or begin where there is none")
     p.add_argument("--overwrite", action="store_true", help="replace the run in run_dir")
     p.add_argument("--list-keys", action="store_true", help="list all keys with their defaults and meanings")
     p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
@@ -166,12 +167,15 @@ def run_train(args) -> None:
         args.overrides.insert(0, args.resume)
         args.resume = ""
     path = args.config
-    if args.resume and not path:
+    if args.resume == "auto" and not path:
+        known = os.path.join(load_config(None, args.overrides).run_dir, "config.yaml")
+        path = known if os.path.exists(known) else None
+    elif args.resume and not path:
         from celo2_pretrain.model.export import run_config_path
 
         path = run_config_path(args.resume)
     config = load_config(path, args.overrides)
-    if args.resume and not args.config and not any(o.startswith("run_dir=") for o in args.overrides):
+    if args.resume not in (None, "", "auto") and not args.config and not any(o.startswith("run_dir=") for o in args.overrides):
         config.run_dir = os.path.dirname(path)  # the folder may have been moved since
     from celo2_pretrain.train.failures import ending_all_ranks
     from celo2_pretrain.train.loop import train

@@ -10,7 +10,7 @@ from processes import drive
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.data.loader import Windows
-from celo2_pretrain.train import checkpoint, once
+from celo2_pretrain.train import deepspeed_files, once
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.metrics import read_metrics
 from celo2_pretrain.train.ranks import free_port
@@ -190,9 +190,9 @@ def test_plot_draws_several_runs_or_refuses(run, tmp_path, capsys):
 
 
 def test_random_states_are_restored():
-    saved = checkpoint.random_states()
+    saved = deepspeed_files.random_states()
     first = random.random(), np.random.rand(), torch.rand(3).tolist()
-    checkpoint.set_random_states(saved)
+    deepspeed_files.set_random_states(saved)
     assert first == (random.random(), np.random.rand(), torch.rand(3).tolist())
 
 

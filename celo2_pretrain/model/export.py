@@ -12,14 +12,15 @@ from celo2_pretrain.data.documents import mask_documents
 from celo2_pretrain.data.mixture import open_mixture
 from celo2_pretrain.data.tokenizer import load_tokenizer
 from celo2_pretrain.model.build import build_model
-from celo2_pretrain.train import checkpoint
+from celo2_pretrain.optimizer.adamw_checkpoint import load_plain
+from celo2_pretrain.train import choose
 from celo2_pretrain.train.config import load_config
 from celo2_pretrain.train.errors import UserError
 
 
 def run_config_path(path: str) -> str:
     """The config.yaml of the run that `path` (a run folder or one of its checkpoints) belongs to."""
-    checkpoint.find(path)
+    choose.find(path)
     for folder in (Path(path), *Path(path).parents[:2], *Path(path).resolve().parents[:2]):
         if (folder / "config.yaml").is_file():
             return str(folder / "config.yaml")
@@ -27,7 +28,10 @@ def run_config_path(path: str) -> str:
 
 
 def master_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The checkpoint's weights by name, in float32 where DeepSpeed kept float32 masters."""
+    """The checkpoint's weights by name, in float32 where DeepSpeed kept float32 masters.
+
+    Nothing of it is executed: `verify` found plain data in its files, before DeepSpeed opens them.
+    """
     if any(folder.glob("*zero_pp_rank_*optim_states.pt")):
         from deepspeed.utils import logger
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -35,17 +39,17 @@ def master_weights(folder: Path) -> dict[str, torch.Tensor]:
         logger.setLevel(logging.WARNING)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints a lot
             return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name)
-    # ZeRO-0: DeepSpeed's own file, written by this program.
-    return torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    return load_plain(folder / "mp_rank_00_model_states.pt")["module"]  # ZeRO-0
 
 
 def load_trained(path: str):
     """(model, tokenizer, config) of the newest checkpoint of run `path`, or of one checkpoint; the model in float32."""
     config = load_config(run_config_path(path))
-    folder = checkpoint.find(path)
+    folder = choose.find(path)
+    choose.verify(folder)
     mixture = open_mixture(config.data.path, config.data.mixture)
     index = mixture.index
-    description = checkpoint.read_state(folder, {})["description"]
+    description = choose.read_state(folder, {})["description"]
     if description["data.path's tokenizer"] != index["tokenizer"]["sha256"][:12]:
         raise UserError(f"{mixture.paths[0]} was prepared again with another tokenizer since {folder} was written: "
                         f"prepare it with the old one")

@@ -57,7 +57,7 @@ class AdamWCheckpoint:
         models = sorted(self.folder.glob("*mp_rank_00_model_states.pt"), key=_rank_of)
         if not models:
             raise StateError(f"{self._where} is no DeepSpeed checkpoint: it has no *_model_states.pt")
-        model = _load(models[0])
+        model = load_plain(models[0])
         if not files:
             self._without_zero(model, names, trained)
             return
@@ -65,7 +65,7 @@ class AdamWCheckpoint:
         if missing:
             raise StateError(f"{self._where} lacks the optim_states file of rank {min(missing)}: copy the "
                              "checkpoint again, with all ranks' files")
-        saved = [_load(path) for path in files]
+        saved = [load_plain(path) for path in files]
         if len(files) > 1 and saved[0].get("ds_config", {}).get("zero_optimization", {}).get("round_robin_gradients"):
             raise StateError(f"{self._where} was saved with round_robin_gradients, where DeepSpeed records the "
                              "tensors' places wrong: load it in DeepSpeed, call save_state(engine, …), and convert "
@@ -228,14 +228,18 @@ def _rank_of(path: Path) -> int:
     return int(found[1]) if found else 0
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_plain(path: Path, map_location: Any = "cpu", mmap: bool = True) -> dict[str, Any]:
+    """What torch.save wrote to a file, where it is plain data: nothing of the file is executed.
+
+    Args: map_location, mmap: as of torch.load. Raises StateError for a file that holds other classes, or is damaged.
+    """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     try:
         with torch.serialization.safe_globals([fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"the class {found[1]}" if found else "something that is not plain data"

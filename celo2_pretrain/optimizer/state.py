@@ -114,13 +114,13 @@ def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:
             state_files.begin(folder)
 
     shares = _shares(held)
-    _together(begin)
+    together(begin)
     try:
-        files = _gather(_together(write))
+        files = gather(together(write))
         index = {"tensors": {h.name: h.describe() for h in held}, "groups": _options(held), "extra": extra,
                  "loss_scale": {key: getattr(scaler, key) for key in SCALE if hasattr(scaler, key)} if scaler else None,
                  "files": {name: entry for some in files for name, entry in some.items()}}
-        _together(lambda: state_files.finish(folder, index) if _rank() == 0 else None)
+        together(lambda: state_files.finish(folder, index) if _rank() == 0 else None)
     except BaseException:
         if _rank() == 0:
             state_files.abandon(folder)
@@ -167,8 +167,8 @@ def load_state(optimizer: Any, folder: str | Path, verify: bool = True) -> Any:
                 logger.warning("the restored state was made with other weights (theta) than the optimizer was given; "
                                "going on with the restored ones")
 
-    reader = _together(open_)
-    _together(restore)
+    reader = together(open_)
+    together(restore)
     _refresh(wrapper, held)
     return reader.extra
 
@@ -197,9 +197,9 @@ def _examine(optimizer: Any) -> tuple[torch.optim.Optimizer, Any, list[Held]]:
         if not names:
             raise StateError("the optimizer has no trainable parameters")
 
-    _together(check)
+    together(check)
     digest = hashlib.sha256(json.dumps([h.describe() | {"name": h.name} for h in held]).encode()).hexdigest()
-    everyone = _gather(digest)
+    everyone = gather(digest)
     if any(other != everyone[0] for other in everyone):
         rank = next(rank for rank, other in enumerate(everyone) if other != everyone[0])
         raise StateError(f"rank {rank} has other parameters than rank 0 (names, order, shapes, rules or views); "
@@ -423,7 +423,7 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _gather(value: T) -> list[T]:
+def gather(value: T) -> list[T]:
     """Everyone's value."""
     if _world() == 1:
         return [value]
@@ -432,7 +432,7 @@ def _gather(value: T) -> list[T]:
     return values
 
 
-def _together(work: Callable[[], T]) -> T:
+def together(work: Callable[[], T]) -> T:
     """Do a rank's own part (no collectives in it); where it fails on any rank, raise the same error on all.
 
     Otherwise the rank that failed would leave the others waiting in their next collective.
@@ -445,6 +445,6 @@ def _together(work: Callable[[], T]) -> T:
     message = None if failed is None else str(failed)
     if failed is not None and not isinstance(failed, (StateError, LayoutError)):
         message = f"{type(failed).__name__}: {failed} (on rank {_rank()})"
-    if first := next((text for text in _gather(message) if text), None):
+    if first := next((text for text in gather(message) if text), None):
         raise StateError(first) from failed
     return value

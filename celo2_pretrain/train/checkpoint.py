@@ -1,53 +1,35 @@
-"""Checkpoints of a run: DeepSpeed's files, one file of random states per rank, and a description to check first.
+"""Checkpoints of a run, each of them whole or not there (docs/checkpoints.md).
 
     run_dir/checkpoints/step_00000500/   DeepSpeed's model and optimizer files, random_state_rank_*.pt, state.json;
-                                         any_world/: parameters and optimizer state for another world (optimizer/state.py)
-    run_dir/checkpoints/latest           the name of the newest whole checkpoint, written last and by a rename
+                                         any_world/: parameters and optimizer state for another world (optimizer/state.py);
+                                         manifest.json: size and sha256 of every other file
+    run_dir/checkpoints/latest           the name of the newest one, moved last
+    run_dir/checkpoints/.tmp-*           what is being written or removed; the next start clears it away
+
+`save`, `load` and `finish` are called by every rank.
 """
 import json
 import os
-import random
 import shutil
 from pathlib import Path
+from typing import Any, Callable
 
 import deepspeed.comm as dist
-import numpy as np
-import torch
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
-from celo2_pretrain.optimizer.state import StateError, load_state, save_state
+from celo2_pretrain.optimizer import state_files
+from celo2_pretrain.optimizer.adamw_checkpoint import load_plain
+from celo2_pretrain.optimizer.state import StateError, gather, load_state, save_state, together
+from celo2_pretrain.train import manifest
+from celo2_pretrain.train.choose import ANY_WORLD, in_order, latest, newest_good, step_of  # noqa: F401
 from celo2_pretrain.train.config import Config, as_tree
+from celo2_pretrain.train.deepspeed_files import Files, files_of, random_states, set_random_states
 from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.manifest import write_atomically
 
-
-ANY_WORLD = "any_world"  # folder of the state that goes on with another of these:
 # How the model is computed or began: a resumed run may have it otherwise.
 NOT_OF_THE_MODEL = ("activation_checkpointing", "attention", "compile", "scaled_init")
-OF_THE_WORLD = ("number of ranks", "train.zero_stage", "train.precision", "optimizer.state_dtype")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def random_states() -> dict:
-    """This process's random states, in types that torch.load(weights_only=True) reads."""
-    kind, keys, *rest = np.random.get_state()
-    states = {"python": random.getstate(), "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
-              "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_random_states(states: dict) -> None:
-    random.setstate(states["python"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+TEMPORARY = ".tmp-"
 
 
 def describe(config: Config, index: dict, world_size: int) -> dict:
@@ -63,85 +45,163 @@ def describe(config: Config, index: dict, world_size: int) -> dict:
     }
 
 
-def save(engine, config: Config, description: dict, step: int, samples: int, extra: dict) -> Path:
-    """Write a checkpoint on all ranks; `latest` names it only when every rank's part is on disk.
+def save(engine, config: Config, description: dict, step: int, samples: int, extra: dict,
+         say: Callable[[str], None] = print) -> Path | None:
+    """Write a checkpoint of what the run is in after `step` steps.
 
-    `extra` goes into state.json, for `read_state`.
+    Args:
+        description: of `describe`.
+        samples: windows that the run has seen.
+        extra: goes into state.json, for `read_state`.
+        say: is told on rank 0 of a save that failed, or of an old checkpoint that couldn't be removed.
+
+    Returns the checkpoint's folder; None where it couldn't be written and checkpoint.on_error is continue (not after the
+    last step). Else raises UserError then, alike on all ranks. The checkpoints before it stay as they are.
     """
+    files = files_of(engine)
     folder = Path(config.run_dir, "checkpoints")
-    tag = f"step_{step:08d}"
+    final, temporary = folder / f"step_{step:08d}", folder / f"{TEMPORARY}step_{step:08d}"
+    if files.newest == final:  # a stop right after the regular save
+        return final
     state = {"step": step, "samples": samples, "description": description, "extra": extra}
-    if dist.get_rank() == 0 and (folder / tag).exists():
-        shutil.rmtree(folder / tag)  # left by a trajectory that this one replaces; `latest` names an older one
-    engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
-    torch.save(random_states(), folder / tag / f"random_state_rank_{dist.get_rank()}.pt")
+    tell = say if dist.get_rank() == 0 else lambda text: None
+    try:
+        entries = write(engine, files, config, temporary, state)
+        together(lambda: publish(temporary, final, step, entries) if dist.get_rank() == 0 else None)
+    except StateError as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        kept = latest(folder)
+        kept = f"the newest whole checkpoint is {folder / kept}" if kept else "the run has no checkpoint yet"
+        message = f"cannot save {final}: {error}; {kept}"
+        if config.checkpoint.on_error == "stop" or step == config.train.max_steps:
+            raise UserError(f"{message}: see to it, then go on with --resume {config.run_dir}") from None
+        tell(f"warning: {message}; training goes on, as checkpoint.on_error=continue says")
+        return None
+    files.newest = final
+    if dist.get_rank() == 0:
+        prune(final, config.checkpoint.keep_last, config.checkpoint.keep_every, tell)
+    return final
+
+
+def write(engine, files: Files, config: Config, folder: Path, state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """All of a checkpoint but its manifest; returns the manifest's entries. Raises StateError, alike on all ranks."""
+    def prepare() -> None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            check_space(folder)
+
+    def write_own() -> dict[str, dict[str, Any]]:
+        files.checked()
+        files.save(random_states(), str(folder / f"random_state_rank_{dist.get_rank()}.pt"))
+        if dist.get_rank() == 0:
+            text = json.dumps(state, indent=1) + "\n"
+            files.written["state.json"] = manifest.write_file(folder / "state.json", lambda file: file.write(text.encode()))
+        return files.checked()
+
+    together(prepare)
+    files.begin(folder)
+    engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
+    entries = {name: entry for some in gather(together(write_own)) for name, entry in some.items()}
     if config.checkpoint.any_world:
         try:
-            save_state(engine, folder / tag / ANY_WORLD)
+            save_state(engine, folder / ANY_WORLD)
         except StateError as error:
-            raise UserError(f"cannot save {folder / tag / ANY_WORLD}: {error}; checkpoint.any_world=false leaves it out") from None
-    dist.barrier()
-    if dist.get_rank() == 0:
-        write_atomically(folder / tag / "state.json", json.dumps(state, indent=1) + "\n")
-        write_atomically(folder / "latest", tag)
-        old = sorted(p for p in folder.glob("step_*") if p.name < tag)
-        for path in old[: max(0, len(old) - config.checkpoint.keep + 1)]:
-            shutil.rmtree(path)
-    dist.barrier()
-    return folder / tag
+            raise StateError(f"{error}; checkpoint.any_world=false leaves out {ANY_WORLD}/") from None
+        entries |= together(lambda: any_world_entries(folder) if dist.get_rank() == 0 else {})
+    return entries
 
 
-def find(path: str) -> Path:
-    """The checkpoint folder that `path` (a run, its checkpoints folder, or one checkpoint) stands for."""
-    given = Path(path)
-    if not given.exists():
-        raise UserError(f"no run or checkpoint at {path!r}: give a run folder or checkpoints/step_… of one")
-    if (given / "state.json").is_file():
-        return given
-    folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
-    if not (folder / "latest").is_file():
-        raise UserError(f"{path!r} has no whole checkpoint: start the run without --resume")
-    found = folder / (folder / "latest").read_text().strip()
-    if not (found / "state.json").is_file():
-        raise UserError(f"{folder / 'latest'} names {found.name}, which is incomplete: name a checkpoint")
-    return found
+def check_space(folder: Path) -> None:
+    """Refuse to fill the disk with a checkpoint that won't fit. Raises StateError."""
+    others = in_order(folder.parent)
+    try:
+        needed = sum(entry["size"] for entry in manifest.read(others[-1])["files"].values()) if others else 0
+    except manifest.Damaged:
+        return
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StateError(f"{folder.parent} has {free / 1e6:,.1f} MB left, the checkpoint before took {needed / 1e6:,.1f} MB")
 
 
-def read_state(checkpoint: Path, description: dict) -> dict:
-    """The checkpoint's state.json, and in it `other_world`: what of OF_THE_WORLD is another now.
+def any_world_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """The manifest's entries of what `save_state` wrote, which has the checksums already."""
+    index = folder / ANY_WORLD / state_files.INDEX
+    digests = {name: entry["sha256"] for name, entry in json.loads(index.read_bytes())["files"].items()}
+    digests[state_files.INDEX] = manifest.sha256(index)
+    return {f"{ANY_WORLD}/{name}": {"size": (folder / ANY_WORLD / name).stat().st_size, "sha256": digest}
+            for name, digest in digests.items()}
 
-    Raises UserError when the checkpoint is of another model or set-up than this run's.
-    """
-    state = json.loads((checkpoint / "state.json").read_text())
-    state["other_world"] = []
-    state.setdefault("extra", {})  # checkpoints of earlier versions have none
-    for name, ours in description.items():
-        theirs = state["description"].get(name)
-        if theirs == ours:
+
+def publish(temporary: Path, final: Path, step: int, entries: dict[str, dict[str, Any]]) -> None:
+    """Give a written checkpoint its name, then have `latest` name it."""
+    try:
+        manifest.write(temporary, step, entries)
+    except manifest.Damaged as error:
+        raise StateError(str(error)) from None
+    if final.exists():
+        remove(final)  # left by a trajectory that this one replaces; `latest` names an older one
+    os.rename(temporary, final)
+    manifest.sync_folder(final.parent)
+    write_atomically(final.parent / "latest", final.name)
+
+
+def prune(newest: Path, keep_last: int, keep_every: int, say: Callable[[str], None]) -> None:
+    """Remove what is older than the `keep_last` newest ones; every `keep_every`-th step stays."""
+    old = [path for path in in_order(newest.parent) if step_of(path) < step_of(newest)]
+    for path in old[: max(0, len(old) - keep_last + 1)]:
+        if keep_every and step_of(path) % keep_every == 0:
             continue
-        if name in OF_THE_WORLD and (checkpoint / ANY_WORLD).is_dir():
-            state["other_world"].append(f"{name} {theirs} -> {ours}")
-            continue
-        hint = "; checkpoint.any_world=true would have made this possible" if name in OF_THE_WORLD else ""
-        raise UserError(
-            f"cannot resume from {checkpoint}: it was written with {name} = {theirs}, this run has {ours}; "
-            f"resume with the same, or start another run_dir{hint}"
-        )
-    return state
+        try:
+            remove(path)
+        except OSError as error:
+            say(f"warning: cannot remove the old checkpoint {path}: {error.strerror}")
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; one that is half gone has no checkpoint's name."""
+    doomed = checkpoint.with_name(f"{TEMPORARY}removed-{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def clear_away(folder: Path) -> None:
+    """Remove what a killed run left half written in its checkpoints folder."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load(engine, checkpoint: Path, other_world: bool) -> None:
-    """Load model, optimizer and this rank's random state, on all ranks.
+    """Load model, optimizer and this rank's random state, on all ranks; before training, or in the middle of it.
 
     Into another world only parameters and optimizer states go; the random states begin anew there.
+    `choose.verify` comes first: here nothing is compared. Raises UserError.
     """
-    if other_world:
-        try:
+    files_of(engine).newest = None
+    forget_gradients(engine)
+    try:
+        if other_world:
             load_state(engine, checkpoint / ANY_WORLD)
-        except StateError as error:
-            raise UserError(f"cannot resume from {checkpoint}: {error}") from None
-        return
-    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
-    if path is None:
-        raise UserError(f"DeepSpeed found no checkpoint in {checkpoint}: files are missing")
-    set_random_states(torch.load(checkpoint / f"random_state_rank_{dist.get_rank()}.pt", weights_only=True))
+            return
+        path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
+        if path is None:
+            raise StateError("DeepSpeed finds no checkpoint there: files are missing")
+        set_random_states(load_plain(checkpoint / f"random_state_rank_{dist.get_rank()}.pt"))
+    except StateError as error:
+        raise UserError(f"cannot resume from {checkpoint}: {error}") from None
+
+
+def forget_gradients(engine) -> None:
+    """Drop what a step that wasn't finished has accumulated, so that the next micro-batch is the first of a step."""
+    engine.micro_steps = 0
+    zero = engine.optimizer
+    zero.zero_grad()
+    for parameter in engine.module.parameters():
+        parameter.grad = None
+    for name, value in (("averaged_gradients", {}), ("all_grad_tensors", {})):  # ZeRO's
+        if hasattr(zero, name):
+            setattr(zero, name, value)
+    if isinstance(zero, DeepSpeedZeroOptimizer):  # stages 1 and 2
+        zero.micro_step_id = INITIAL_MICRO_STEP_ID

@@ -6,7 +6,7 @@ from celo2_pretrain.train.errors import UserError
 OURS = {
     "train_batch_size": "train.global_batch_size", "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.global_batch_size", "gradient_clipping": "train.grad_clip",
-    "optimizer": "optimizer.*", "scheduler": "schedule.*",
+    "optimizer": "optimizer.*", "scheduler": "schedule.*", "checkpoint": "checkpoint.*",
 }
 
 

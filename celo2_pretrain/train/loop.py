@@ -19,7 +19,7 @@ from celo2_pretrain.data.tokenizer import load_tokenizer
 from celo2_pretrain.model.build import build_model, vocab_rows
 from celo2_pretrain.model.sample import sample
 from celo2_pretrain.plan.step_time import flops_per_token
-from celo2_pretrain.train import checkpoint
+from celo2_pretrain.train import checkpoint, choose
 from celo2_pretrain.train.config import Config, dump_config
 from celo2_pretrain.train.deepspeed_config import deepspeed_config
 from celo2_pretrain.train.errors import Stopped, UserError
@@ -33,7 +33,7 @@ from celo2_pretrain.train.optim import Rates, build_optimizer
 from celo2_pretrain.train.origin import remove_origin, write_origin
 from celo2_pretrain.train.plot import plot_loss
 from celo2_pretrain.train.profiler import Profiler
-from celo2_pretrain.train.ranks import world_from_environment
+from celo2_pretrain.train.ranks import join_ranks, world_from_environment
 from celo2_pretrain.train.schedule import BatchSizes, lr_factor
 from celo2_pretrain.train.stop import Agreement, StopRequests
 from celo2_pretrain.train.trackers import check_installed, open_trackers
@@ -44,7 +44,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     """Train as `config` says; every rank of the launched world calls it.
 
     Args:
-        resume: a run folder or checkpoint to continue from.
+        resume: a run folder or checkpoint to continue from, or "auto": config.run_dir's newest whole one, if there is one.
         overwrite: replace a run that is already in config.run_dir.
 
     Raises UserError, alike on every rank and before any process waits for another, when the data, the checkpoint or the
@@ -70,16 +70,26 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     val_loader = ValLoader(mixture, context, size.micro_batch_size, config.eval.sequences, rank, world_size)
     description = checkpoint.describe(config, index, world_size)
     start = {"step": 0, "samples": 0, "other_world": [], "extra": {}}
-    resume_from = checkpoint.find(resume) if resume else None
+    tell = print if rank == 0 else lambda text: None
+    if resume == choose.AUTO:
+        join_ranks()  # they share the reading
+        resume_from = choose.automatic(config.run_dir, overwrite, tell)
+    else:
+        resume_from = choose.find(resume) if resume else None
     own = resume_from is not None and resume_from.parent.resolve() == Path(config.run_dir, "checkpoints").resolve()
     if resume_from:
-        start = checkpoint.read_state(resume_from, description)
+        start = choose.read_state(resume_from, description)
+        if start["step"] >= size.max_steps and resume == choose.AUTO:
+            tell(f"{resume_from} is at step {start['step']} of {size.max_steps}: nothing left to do")
+            return dist.destroy_process_group()
         if start["step"] >= size.max_steps:
             raise UserError(
                 f"{resume_from} is already at step {start['step']}, train.max_steps is {size.max_steps}: to train on, "
                 f"give a larger one, for example train.max_steps={2 * start['step']}"
             )
-    if Path(config.run_dir, "checkpoints").exists() and not own and not overwrite:
+    elif resume == choose.AUTO:
+        tell(f"{config.run_dir} has no checkpoint yet: beginning anew")
+    if Path(config.run_dir, "checkpoints").exists() and not (own or overwrite or resume == choose.AUTO):
         raise UserError(f"run_dir {config.run_dir!r} already holds a run: pass --resume to continue it, --overwrite to "
                         f"replace it, or choose another run_dir=…")
     model = build_seeded(config, index)
@@ -88,6 +98,8 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     optimizer = build_optimizer(model, config.optimizer)  # reads the weights file, so it may refuse too
 
     join_and_look(config.run_dir)
+    if resume_from and resume != choose.AUTO:
+        choose.verify(resume_from)
     device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
     peak, trackers = peak_of(config, device), []
     if rank == 0:
@@ -107,7 +119,7 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     metrics = Metrics(config.run_dir, start["step"], size.max_steps, rank == 0, trackers)
     insight, profiler = Insight(engine, optimizer, config, parameters, per_token, peak), Profiler(config, rank)
     metrics.say(
-        f"{'resuming at step ' + str(start['step']) if resume else 'training'}: {model.config.model_type} with "
+        f"{'resuming at step ' + str(start['step']) if resume_from else 'training'}: {model.config.model_type} with "
         f"{parameters / 1e6:.1f} M parameters, {config.optimizer.name}, ZeRO-{size.zero_stage}, {size.precision}, "
         f"{world_size} rank(s), {size.global_batch_size * context:,} tokens a step, {loader.count:,} windows"
     )
@@ -208,10 +220,10 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
             stopping |= due
         if step % config.checkpoint.every == 0 or last or stopping:
             watchdog.beat(f"saving step {step}")
-            saved = checkpoint.save(engine, config, description, step, samples, {"validation_due": due})
+            saved = checkpoint.save(engine, config, description, step, samples, {"validation_due": due}, metrics.say)
             stopping = agreement.exchange()[1]  # asked for while saving
         if stopping and not last:
-            agreement.stop(f"at step {step}, saved {saved}; to go on: {resume_command(config)}")
+            agreement.stop(f"at step {step}, {f'saved {saved}' if saved else 'not saved'}; to go on: {resume_command(config)}")
         since += time.time() - paused  # tokens/s counts training only
     return samples
 
@@ -238,6 +250,7 @@ def start_run_dir(config: Config, ds_config: dict, world_size: int, resume_from:
     """
     folder = Path(config.run_dir)
     if resume_from:
+        checkpoint.clear_away(resume_from.parent)
         checkpoint.write_atomically(resume_from.parent / "latest", resume_from.name)
     else:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -37,7 +37,9 @@ def free_port() -> int:
 
 
 def join_ranks() -> None:
-    """Start torch.distributed through DeepSpeed, also for a single process without a launcher."""
+    """Start torch.distributed through DeepSpeed, also for a single process without a launcher; once."""
+    if deepspeed.comm.is_initialized():
+        return
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
