@@ -8,7 +8,7 @@ import torch
 
 from celo2_pretrain.train.config import Config
 from celo2_pretrain.train.flops import Peak
-from celo2_pretrain.train.norms import SUMS, Norms, by_rule
+from celo2_pretrain.train.norms import SUMS, Norms, by_rule, sum_of_squares
 from celo2_pretrain.train.timers import Timers
 
 GIB = 1 << 30
@@ -31,6 +31,9 @@ class Insight:
         self.timers = Timers(engine.device)
         self.norms = Norms(optimizer) if config.track.norms else None
         self._watched = False
+        # In float32 without ZeRO DeepSpeed clips gradients and tells nobody by how much.
+        self._tells_norm = config.train.zero_stage > 0 or config.train.precision != "fp32"
+        self._unclipped: float | None = None
 
     @contextlib.contextmanager
     def installed(self):
@@ -42,6 +45,7 @@ class Insight:
         size = self.config.train
         self._watched = step % size.log_every == 0 or step == size.max_steps
         if self._watched:
+            self._unclipped = None
             self.timers.begin()
             if self.norms:
                 self.norms.begin()
@@ -49,6 +53,10 @@ class Insight:
     def mark(self, phase: str) -> None:
         """The next of timers.PHASES begins."""
         self.timers.mark(phase)
+        if (phase == "optimizer" and self._watched and self.norms and not self._tells_norm
+                and self.engine.is_gradient_accumulation_boundary()):
+            squares = [sum_of_squares(p.grad) for p in self.engine.module.parameters() if p.grad is not None]
+            self._unclipped = float(torch.stack(squares).sum()) ** 0.5
 
     def end(self) -> None:
         """After the step."""
@@ -80,7 +88,9 @@ class Insight:
                            squares.to(self.engine.device)])
         dist.all_reduce(total)
         total = total.tolist()
-        norm = self.engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm() if self._tells_norm else self._unclipped
+        if norm is not None:
+            out["grad_norm"] = float(norm)
         out |= by_rule(total[len(times):], self.parameters, None if norm is None else float(norm))
         return out | {f"time/{phase}": round(seconds / world, 5) for phase, seconds in zip(times, total)}
 
