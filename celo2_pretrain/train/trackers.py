@@ -1,8 +1,8 @@
 """TensorBoard and Weights & Biases: where the records of metrics.jsonl also go, under the same names."""
-import importlib.util
 import logging
 import secrets
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 from celo2_pretrain.train.config import Config, as_tree
@@ -16,7 +16,7 @@ def check_installed(config: Config) -> None:
     wanted = {"tensorboard": ("track.tensorboard=true", config.track.tensorboard),
               "wandb": (f"track.wandb_project={config.track.wandb_project}", bool(config.track.wandb_project))}
     for package, (key, on) in wanted.items():
-        if on and importlib.util.find_spec(package) is None:
+        if on and find_spec(package) is None:
             raise UserError(f"{key} needs the package {package}: pip install 'celo2-pretrain[track]', or leave it out")
 
 
