@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 RULES = ("celo2", "adamw")
 NONFINITE = ("error", "skip", "ignore")
 FAST_ADAMW = 0.02  # the paper's highest rate of AdamW's tensors, 20 x 1e-3; above it runs end worse (docs/stability.md)
+LARGEST = torch.finfo(torch.float32).max ** 0.5  # gradients from here on have no square, and their norm is infinite
 PLANS = 16  # kept for each group: where other tensors lack a gradient in each step (routed experts), they would pile up
 
 
@@ -54,8 +55,8 @@ class Celo2(torch.optim.Optimizer):
             with bfloat16 matrix units, else fp32. bf16's error is small beside that of five iterations, but it is not
             round-off: sharded and unsharded steps then agree to 1e-2, not 1e-5 (docs/newton_schulz.md).
         adamw_betas, adamw_eps: of the AdamW rule (group).
-        nonfinite: what a NaN or Inf in a gradient does: `"error"` raises FloatingPointError naming the tensors before
-            anything is changed, `"skip"` leaves the step out (all ranks alike) with a warning, `"ignore"` doesn't look.
+        nonfinite: what a NaN, an Inf or a value above 1.8e19 (whose square overflows) in a gradient does: `"error"` raises
+            FloatingPointError naming the tensors before anything is changed, `"skip"` leaves the step out (all ranks alike) with a warning, `"ignore"` doesn't look.
             DeepSpeed leaves such steps out by itself (fp16, and bf16 unless `check_grad_overflow` is false), before it
             calls the optimizer; where it doesn't, it steps one param group after the other, and "before anything"
             means the group at hand.
@@ -194,7 +195,7 @@ class Celo2(torch.optim.Optimizer):
         return loss
 
     def _found_nonfinite(self, ready: list) -> bool:
-        """Whether some rank's gradient has a NaN or Inf; the same answer on every rank."""
+        """Whether some rank's gradient has a NaN, Inf or overflow; the same answer on every rank."""
         names = []
         for _, _, plans in ready:
             for plan in plans:
@@ -204,7 +205,7 @@ class Celo2(torch.optim.Optimizer):
                 names += [held.name for held, flag in zip(plan.layout.slices, flags.tolist()) if flag]
         if not names:
             return False
-        what = f"NaN or Inf in the gradient of {', '.join(names[:5])}" + (
+        what = f"NaN, Inf or overflow in the gradient of {', '.join(names[:5])}" + (
             f" and {len(names) - 5} more tensors" if len(names) > 5 else "")
         if self.nonfinite == "error":
             raise FloatingPointError(f"{what}; this step was not taken. Lower the learning rate, clip gradients, or use "
@@ -322,10 +323,10 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _nonfinite(x: Tensor) -> Tensor:
-    """Whether a flat tensor has a NaN or Inf: () bool, in one pass over it."""
+    """Whether a flat tensor has a NaN or Inf, or a value whose square is none of float32's: () bool, in one pass over it."""
     if x.numel() == 0:
         return torch.zeros((), dtype=torch.bool, device=x.device)
-    return ~torch.isfinite(torch.stack(torch.aminmax(x))).all()
+    return ~(torch.stack(torch.aminmax(x)).abs() < LARGEST).all()  # so that a NaN counts
 
 
 def _zeros_like(param: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

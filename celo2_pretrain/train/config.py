@@ -91,6 +91,12 @@ class Train:
     log_every: int = key(10, "steps between lines of metrics.jsonl", 1)
     stop_file: str | None = key(None, "when this file appears, the run saves and stops; null: STOP in run_dir")
     watchdog_seconds: float = key(1800.0, "end all ranks when one makes no progress for so long; 0: never", 0)
+    on_nonfinite: Literal["stop", "skip"] = key("skip", "a step with NaN, Inf or overflow: stop the run, or leave it out")
+    max_skipped: int = key(10, "such steps in a row that are left out before the run stops after all", 0)
+    on_spike: Literal["ignore", "warn", "rollback"] = key(
+        "warn", "rollback: to the newest checkpoint, and on with the data after the spike's")
+    spike_nats: float = key(1.0, "a loss so far above the median of the last 64 steps is a spike", 0)
+    max_rollbacks: int = key(3, "rollbacks before the run stops", 0)
 
 
 @dataclass

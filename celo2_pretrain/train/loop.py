@@ -1,7 +1,6 @@
 """The training run, from a config to a trained model: the loop itself is `run_steps`."""
 import json
 import math
-import os
 import random
 import shutil
 import time
@@ -26,6 +25,7 @@ from celo2_pretrain.train.errors import Stopped, UserError
 from celo2_pretrain.train.evaluate import training_loss, validation_loss
 from celo2_pretrain.train.failures import join_and_look
 from celo2_pretrain.train.flops import Peak, peak_of
+from celo2_pretrain.train.guard import Guard, guarded
 from celo2_pretrain.train.insight import Insight, perplexity
 from celo2_pretrain.train.launcher import resume_command
 from celo2_pretrain.train.metrics import Metrics
@@ -117,6 +117,8 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
         checkpoint.load(engine, resume_from, bool(start["other_world"]))
 
     metrics = Metrics(config.run_dir, start["step"], size.max_steps, rank == 0, trackers)
+    guarded(engine)
+    guard = Guard(engine, optimizer, config, start["extra"].get("guard"), resume_from)
     insight, profiler = Insight(engine, optimizer, config, parameters, per_token, peak), Profiler(config, rank)
     metrics.say(
         f"{'resuming at step ' + str(start['step']) if resume_from else 'training'}: {model.config.model_type} with "
@@ -128,7 +130,7 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     try:
         with insight.installed():
             end = run_steps(engine, rates, config, loader, val_loader, metrics, description, start, insight, profiler,
-                            watchdog, agreement)
+                            guard, watchdog, agreement)
     except Stopped:
         dist.destroy_process_group()
         raise
@@ -140,11 +142,11 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     dist.destroy_process_group()
 
 
-def run_steps(engine, rates, config, loader, val_loader, metrics, description, start, insight, profiler, watchdog,
+def run_steps(engine, rates, config, loader, val_loader, metrics, description, start, insight, profiler, guard, watchdog,
               agreement) -> int:
     """The loop; returns the samples it has seen. DeepSpeed accumulates and clips the gradients, and steps after the last
     micro-batch. Raises Stopped when a rank was asked to stop: a checkpoint of this step is there then."""
-    size, peak, context = config.train, config.optimizer.lr, config.model.context
+    size, context = config.train, config.model.context
     batch_sizes = BatchSizes(size, context)
     bits_per_byte = loader.mixture.val_tokens_per_byte / math.log(2)
 
@@ -164,8 +166,7 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
     agreement.requests.at_boundaries = True  # from here on a signal is obeyed in the loop
     if agreement.exchange()[1] or ((step == 0 or start["extra"].get("validation_due")) and not validate(step)):
         agreement.stop(f"before the first step: nothing to save; to go on: {resume_command(config)}")
-    recent, since, steps_since, samples_then = 0.0, time.time(), 0, samples
-    skipped = engine.skipped_steps
+    recent, since, samples_then = [], time.time(), samples  # losses of steps that were taken since the last record
     while step < size.max_steps:
         rates.set(lr_factor(step, config.schedule, size.max_steps))
         accumulation = batch_sizes.set(engine, step)
@@ -181,38 +182,37 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
             insight.mark("backward")
             engine.backward(loss)
             insight.mark("optimizer")
-            try:
-                engine.step()
-            except FloatingPointError as error:  # Celo2 found NaN or Inf in a gradient, on all ranks alike
-                raise UserError(f"training diverged in step {step + 1}: {error}") from None
+            engine.step()
             step_loss += cross_entropy.detach() / accumulation
         insight.end()
         if traced := profiler.after(step + 1):
             metrics.say(traced)
-        step, samples, steps_since = step + 1, samples + batch_sizes.at(step), steps_since + 1
-        metrics.step(step)
+        step, samples = step + 1, samples + batch_sizes.at(step)
         loss, stopping = agreement.exchange(float(step_loss))
-        recent += loss
+        found = guard.look(step, loss)
+        if found.what != "fine":
+            metrics.event({"step": step, "event": found.what, "why": found.why, "samples": samples})
+        if found.what == "roll back":
+            step = guard.roll_back(step, description, metrics)
+            recent = []
+            continue
+        if found.what != "left out":
+            recent.append(loss)
+        metrics.step(step)
 
         last = step == size.max_steps
-        if step % size.log_every == 0 or last:
-            mean = recent / steps_since
-            if not math.isfinite(mean):
-                raise UserError(f"training diverged: loss {mean} at step {step}; lower optimizer.lr={peak:g}")
+        if (step % size.log_every == 0 or last) and recent:
+            mean = sum(recent) / len(recent)
             seconds, norm = time.time() - since, engine.get_global_grad_norm()
             speed = (samples - samples_then) * context / seconds
             metrics.log({
                 "step": step, "loss": mean, "lr": rates.optimizer.param_groups[0]["lr"],
-                "grad_norm": None if norm is None else float(norm), "samples": samples, "tokens": samples * context,
+                "grad_norm": float(norm) if norm is not None and math.isfinite(norm) else None, "samples": samples, "tokens": samples * context,
                 "global_batch_size": batch_sizes.at(step - 1), "epochs": loader.epochs(samples),
                 "tokens_per_s": round(speed, 1), "seconds": round(seconds, 3),
-                "skipped_steps": engine.skipped_steps, **insight.record(mean, speed),
+                "skipped_steps": guard.left_out, **insight.record(mean, speed),
             })
-            if engine.skipped_steps > skipped:
-                metrics.say(f"step {step}: DeepSpeed left out {engine.skipped_steps - skipped} step(s) with NaN or Inf in the "
-                            f"gradient ({engine.skipped_steps} in all)")
-                skipped = engine.skipped_steps
-            recent, since, steps_since, samples_then = 0.0, time.time(), 0, samples
+            recent, since, samples_then = [], time.time(), samples
         paused = time.time()
         due = step % config.eval.every == 0 or last
         if due and (last or not stopping):
@@ -220,7 +220,8 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
             stopping |= due
         if step % config.checkpoint.every == 0 or last or stopping:
             watchdog.beat(f"saving step {step}")
-            saved = checkpoint.save(engine, config, description, step, samples, {"validation_due": due}, metrics.say)
+            saved = checkpoint.save(engine, config, description, step, samples,
+                                    {"validation_due": due, "guard": guard.state()}, metrics.say)
             stopping = agreement.exchange()[1]  # asked for while saving
         if stopping and not last:
             agreement.stop(f"at step {step}, {f'saved {saved}' if saved else 'not saved'}; to go on: {resume_command(config)}")

@@ -3,6 +3,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Callable
 
 from tqdm import tqdm
 
@@ -21,6 +22,12 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
     return records
 
 
+def _keep(path: Path, kept: Callable[[dict], bool]) -> Path:
+    """Rewrite the file with those of its records that are `kept`."""
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in read_metrics(path.parent) if kept(record)))
+    return path
+
+
 class Metrics:
     """Rank 0's record of the run; on other ranks (active=False) every method does nothing.
 
@@ -33,10 +40,8 @@ class Metrics:
         self.active, self.max_steps, self.start_step = active, max_steps, start_step
         if not active:
             return
-        kept = [record for record in read_metrics(run_dir) if record["step"] <= start_step]
-        path = Path(run_dir, "metrics.jsonl")
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self.file = open(path, "a", buffering=1)
+        self.path = Path(run_dir, "metrics.jsonl")
+        self.file = open(_keep(self.path, lambda record: record["step"] <= start_step), "a", buffering=1)
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(total=max_steps, initial=start_step, disable=not self.terminal, dynamic_ncols=True, unit="step")
         self.started = time.time()
@@ -66,6 +71,19 @@ class Metrics:
             mfu = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
             print(f"step {step:>6}/{self.max_steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}"
                   f"  {record['tokens_per_s']:>7,.0f} tokens/s{mfu}  {left // 60:.0f}m{left % 60:02.0f}s left", flush=True)
+
+    def event(self, record: dict) -> None:
+        """Write a record with "step" and "event" (docs/faults.md), and say its "why"."""
+        if self.active:
+            self.file.write(json.dumps(record) + "\n")
+            self.say(f"step {record['step']:>6}/{self.max_steps}  {record['event']}: {record['why']}")
+
+    def rewind(self, step: int) -> None:
+        """Drop the records after `step`, but for events: the run goes on from there."""
+        if self.active:
+            self.file.close()
+            self.file = open(_keep(self.path, lambda record: record["step"] <= step or "event" in record), "a", buffering=1)
+            self.bar.update(step - self.bar.n)
 
     def say(self, text: str) -> None:
         if self.active:

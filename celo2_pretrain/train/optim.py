@@ -4,6 +4,7 @@ import torch
 from celo2_pretrain import Celo2, param_groups, register
 from celo2_pretrain.train.config import Optimizer
 from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.guard import GuardedAdamW
 
 
 def build_optimizer(model: torch.nn.Module, config: Optimizer) -> torch.optim.Optimizer:
@@ -17,7 +18,7 @@ def build_optimizer(model: torch.nn.Module, config: Optimizer) -> torch.optim.Op
     for group, is_hidden in zip(groups, hidden):
         group["weight_decay"] = config.weight_decay if is_hidden else 0.0
     if config.name == "adamw":
-        return torch.optim.AdamW([
+        return GuardedAdamW([
             {"params": group["params"], "weight_decay": group["weight_decay"], "rule": group["rule"],  # for the norms' names
              "lr": config.lr * (1.0 if is_hidden else config.adamw_lr_multiplier)}
             for group, is_hidden in zip(groups, hidden)], betas=(0.9, 0.95), eps=1e-8)
@@ -27,7 +28,7 @@ def build_optimizer(model: torch.nn.Module, config: Optimizer) -> torch.optim.Op
         return Celo2(model.parameters() if base else groups, lr=config.lr, weights=config.weights,
                      weight_decay=config.weight_decay, orthogonalize=not base,
                      adamw_lr_multiplier=config.adamw_lr_multiplier, state_dtype=config.state_dtype,
-                     newton_schulz_dtype=config.newton_schulz_dtype)
+                     newton_schulz_dtype=config.newton_schulz_dtype, nonfinite="skip")  # train/guard.py counts them
     except (ValueError, OSError) as error:  # the weights: a path or repository that isn't there, or holds other arrays
         raise UserError(f"optimizer.weights={config.weights!r}: {error}") from None
 
