@@ -1,4 +1,4 @@
-"""The launch scripts, as far as one machine can try them: nodes are process groups, network namespaces, or stand-ins' hosts."""
+"""The launch scripts, as far as one machine can: nodes are process groups, network namespaces, or hosts of stand-ins."""
 import os
 import shutil
 import subprocess
@@ -93,8 +93,8 @@ def run_nodes(nodes: list[list[str]], **more: str) -> list[str]:
 @pytest.mark.multiprocess
 def test_torchrun_on_two_nodes_of_one_rank_each(data, tmp_path):
     common = ["--nnodes", "2", "--nproc", "1", "--master", f"127.0.0.1:{free_port()}"]
-    first, second = run_nodes([[str(ROOT / "launch/torchrun.sh"), *common, "--node-rank", str(rank), "--",
-                                *arguments(data, tmp_path)] for rank in (0, 1)])
+    line = [str(ROOT / "launch/torchrun.sh"), *common, "--node-rank"]
+    first, second = run_nodes([[*line, str(rank), "--", *arguments(data, tmp_path)] for rank in (0, 1)])
     check_run(tmp_path, first, "launch/torchrun.sh --nnodes 2 --node-rank 0 --master 127.0.0.1:")
     assert "step" not in second and "to train further" not in second
 
@@ -205,7 +205,7 @@ def test_hostfile_keeps_its_order(tmp_path):
 @pytest.mark.parametrize("launched, command", [
     ({}, "celo2-pretrain train --resume 'runs/a b' train.max_steps=8"),
     ({"WORLD_SIZE": "4", "CROSS_SIZE": "1"}, "deepspeed --no_local_rank --quiet --num_gpus 4 "),
-    ({"WORLD_SIZE": "1", "CROSS_SIZE": "1", "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "1"}, "torchrun --nproc_per_node 1 "),
+    ({"WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "1"}, "torchrun --nproc_per_node 1 "),
 ])
 def test_resume_command_is_for_the_launcher_that_started_the_run(monkeypatch, launched, command):
     for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS", "RANK", "SLURM_NTASKS"):

@@ -39,7 +39,7 @@ def lost_connection(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def ending_all_ranks(run_dir: str):
-    """While a run trains: an exception other than UserError and Stopped ends this process with exit code 1, and with it all ranks.
+    """While a run trains: an exception other than UserError and Stopped ends this process with code 1, and so all ranks.
 
     A single process gets its exception back when it is written down.
     """
@@ -62,7 +62,9 @@ def ending_all_ranks(run_dir: str):
 
 
 def join_and_look(run_dir: str) -> None:
-    """Join the ranks; from then on, end this process when another one leaves an error in `run_dir`."""
+    """Join the ranks; from then on, end this process when another one leaves an error in `run_dir`. Once in a process."""
+    if torch.distributed.is_initialized():
+        return
     rank, world_size = world_from_environment()
     if rank == 0:  # an earlier run's errors, before any rank could take them for this one's
         for path in Path(run_dir).glob("error_*.txt"):

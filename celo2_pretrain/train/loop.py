@@ -19,6 +19,7 @@ from celo2_pretrain.model.build import build_model, vocab_rows
 from celo2_pretrain.model.sample import sample
 from celo2_pretrain.plan.step_time import flops_per_token
 from celo2_pretrain.train import checkpoint, choose
+from celo2_pretrain.train.checks import check_node, check_ranks
 from celo2_pretrain.train.config import Config, dump_config
 from celo2_pretrain.train.deepspeed_config import deepspeed_config
 from celo2_pretrain.train.errors import Stopped, UserError
@@ -33,7 +34,7 @@ from celo2_pretrain.train.optim import Rates, build_optimizer
 from celo2_pretrain.train.origin import remove_origin, write_origin
 from celo2_pretrain.train.plot import plot_loss
 from celo2_pretrain.train.profiler import Profiler
-from celo2_pretrain.train.ranks import join_ranks, world_from_environment
+from celo2_pretrain.train.ranks import world_from_environment
 from celo2_pretrain.train.schedule import BatchSizes, lr_factor
 from celo2_pretrain.train.stop import Agreement, StopRequests
 from celo2_pretrain.train.trackers import check_installed, open_trackers
@@ -72,7 +73,7 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     start = {"step": 0, "samples": 0, "other_world": [], "extra": {}}
     tell = print if rank == 0 else lambda text: None
     if resume == choose.AUTO:
-        join_ranks()  # they share the reading
+        join_and_look(config.run_dir)  # they share the reading
         resume_from = choose.automatic(config.run_dir, overwrite, tell)
     else:
         resume_from = choose.find(resume) if resume else None
@@ -92,12 +93,14 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     if Path(config.run_dir, "checkpoints").exists() and not (own or overwrite or resume == choose.AUTO):
         raise UserError(f"run_dir {config.run_dir!r} already holds a run: pass --resume to continue it, --overwrite to "
                         f"replace it, or choose another run_dir=…")
+    check_node(config, index, replaced=overwrite and not own)
     model = build_seeded(config, index)
     parameters = sum(p.numel() for p in model.parameters())
     per_token = flops_per_token(model, context)
     optimizer = build_optimizer(model, config.optimizer)  # reads the weights file, so it may refuse too
 
     join_and_look(config.run_dir)
+    check_ranks(config, index)
     if resume_from and resume != choose.AUTO:
         choose.verify(resume_from)
     device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import deepspeed
+import torch
 
 from celo2_pretrain.train.errors import UserError
 
@@ -37,7 +38,9 @@ def free_port() -> int:
 
 
 def join_ranks() -> None:
-    """Start torch.distributed through DeepSpeed, also for a single process without a launcher; once."""
+    """Start torch.distributed through DeepSpeed, also for a single process without a launcher; once.
+
+    Raises UserError where the ranks don't meet."""
     if deepspeed.comm.is_initialized():
         return
     from deepspeed.utils import logger
@@ -48,8 +51,17 @@ def join_ranks() -> None:
                        "MASTER_PORT": str(free_port())}
     if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
         announce_compilation()
+    # Or NCCL would put all of a node's ranks on the first GPU.
+    deepspeed.accelerator.get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     with contextlib.redirect_stdout(io.StringIO()):  # "built successfully", from every rank
-        deepspeed.init_distributed()
+        try:
+            deepspeed.init_distributed()
+        except RuntimeError as error:  # torch's DistError is one
+            if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error).lower():
+                raise
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(f"rank {os.environ['RANK']} can't meet the others at {where}: {' '.join(str(error).split())[:300]}; "
+                            f"is that the first node's address and a free port there, and did every node start?") from None
 
 
 def announce_compilation() -> None:

@@ -1,0 +1,134 @@
+"""What the start of a run refuses or warns of: what this node lacks, and ranks that don't agree."""
+import subprocess
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from processes import ROOT, environment, torchrun
+
+from celo2_pretrain.train import checks
+from celo2_pretrain.train.config import load_config
+from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.ranks import free_port
+
+SMALL = ["model.layers=1", "model.width=16", "model.heads=1", "model.context=16", "train.micro_batch_size=2",
+         "train.global_batch_size=4", "train.max_steps=1", "eval.sequences=4", "optimizer.adamw_lr_multiplier=2"]
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Path:
+    """A finished run on two ranks."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    line = torchrun(*SMALL, "train.zero_stage=2", f"data.path={data}", f"run_dir={folder}", ranks=2)
+    result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0 and "warning: the ranks" not in result.stderr, result.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_checkpoint_is_as_large_as_estimated(run, data):
+    from celo2_pretrain.data.shards import read_index
+    from celo2_pretrain.model.build import build_model
+
+    config, index = load_config(str(run / "config.yaml")), read_index(data)
+    parameters = sum(p.numel() for p in build_model(config.model, index["vocab_size"], index["eos_id"]).parameters())
+    estimated, real = checks.checkpoint_bytes(config, parameters), checks.folder_bytes(run / "checkpoints")
+    # This model is nearly all embedding, which takes less than a hidden matrix; files have headers.
+    assert 0.4 * estimated < real < estimated + 300_000, (estimated, real)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("other, folder, message", [
+    (["optimizer.lr=0.002"], ".", "the ranks don't agree: the configuration is "),
+    ([], "elsewhere", "run_dir 'runs/here' is not the same folder on rank 1 ("),
+])
+def test_ranks_that_dont_agree_are_refused_on_all(data, tmp_path, other, folder, message):
+    (tmp_path / "elsewhere").mkdir()
+    shared = environment(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    ranks = []
+    for rank, (more, cwd) in enumerate(((["optimizer.lr=0.001"], "."), (other or ["optimizer.lr=0.001"], folder))):
+        # Each as the only rank of its node, so that each says what it finds.
+        line = [*torchrun(ranks=1)[:1], str(ROOT / "launch/pretrain.py"), *SMALL, *more, f"data.path={data}", "run_dir=runs/here"]
+        env = shared | {"RANK": str(rank), "LOCAL_RANK": "0", "TORCHELASTIC_RESTART_COUNT": str(rank)}
+        ranks.append(subprocess.Popen(line, cwd=tmp_path / cwd, env=env, text=True, stdout=subprocess.PIPE,
+                                      stderr=subprocess.PIPE))
+    try:
+        errors = [process.communicate(timeout=500)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [2, 2], errors
+    assert all(message in error and error.count("\n") == 1 for error in errors), errors
+    assert not (tmp_path / "runs/here").exists()
+
+
+def test_differences_name_values_and_ranks():
+    found = [{"torch": "2.13", "python": "3.11"}, {"torch": "2.13", "python": "3.11"}, {"torch": "2.12", "python": "3.11"}]
+    assert checks.differences(found, ["a", "b", "c"]) == ["torch is 2.13 on rank 0 (a and 1 more), 2.12 on rank 2 (c)"]
+    assert checks.differences(found[:2], ["a", "b"]) == []
+
+
+def test_disk_space_is_looked_at_before_training(tmp_path):
+    config = load_config(None, [f"run_dir={tmp_path}"])
+    one = checks.checkpoint_bytes(config, 10**6)
+    assert one == 44 * 10**6  # 4 for the model, twice 4 + 16 for the optimizer
+    assert checks.check_disk(config, 10**6, 2 * one) is None
+    assert "there is no room for two" in checks.check_disk(config, 10**6, 2 * one - 1)
+    with pytest.raises(UserError, match="0.04 GB free, and a checkpoint of 1 M parameters takes about 0.04 GB"):
+        checks.check_disk(config, 10**6, one - 1)
+    assert checks.free_bytes(str(tmp_path / "not/yet/there")) > 0
+
+
+def test_memory_that_the_ranks_cannot_have_is_refused(monkeypatch):
+    config = load_config(None, ["train.zero_stage=0"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    need = 2 * 10**6 * (4 + 4 + 4 + 16)
+    for limit, free, expected in ((need, need, None), (need, need - 1, "are free")):
+        monkeypatch.setattr(checks, "host_memory", lambda: (limit, free))
+        warning = checks.check_memory(config, 10**6, 2)
+        assert warning is None if expected is None else expected in warning
+    monkeypatch.setattr(checks, "host_memory", lambda: (need - 1, 0))
+    with pytest.raises(UserError, match="need at least 0.06 GB of its memory for 1 M parameters"):
+        checks.check_memory(config, 10**6, 2)
+
+
+def test_the_machines_memory_is_found():
+    total, free = checks.host_memory()
+    assert 0 <= free <= total and total > 1e8
+
+
+def test_small_shared_memory_is_warned_of(monkeypatch):
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: Usage(64 << 20, 0, 64 << 20))
+    assert checks.check_shared_memory("/") is None  # one rank
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    assert "has 64 MiB, and 2 ranks may use" in checks.check_shared_memory("/")
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    class Accelerator:
+        def device_name(self):
+            return "cuda"
+
+        def device_count(self):
+            return 2
+
+    monkeypatch.setattr(checks, "get_accelerator", Accelerator)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    checks.check_gpus()
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="4 ranks on .*, but 2 GPU.s. are visible there"):
+        checks.check_gpus()
+
+
+def test_open_files_are_raised_to_what_is_allowed(monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(checks.resource, "setrlimit", lambda kind, limits: given.append(limits))
+    for limits in ((256, 65536), (256, 512), (8192, 8192)):
+        monkeypatch.setattr(checks.resource, "getrlimit", lambda kind: limits)
+        checks.raise_open_files()
+    assert given == [(4096, 65536), (512, 512)]
+    assert capsys.readouterr().err.count("allows 512 open files a process") == 1
