@@ -6,7 +6,7 @@ import sys
 from celo2_pretrain.meta import command as meta_train
 from celo2_pretrain.meta.evaluation import command as meta_eval
 from celo2_pretrain.plan import command as planning
-from celo2_pretrain.train import once
+from celo2_pretrain.train import once, restarts
 from celo2_pretrain.train.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 
 INTRODUCTION = """\
@@ -31,6 +31,9 @@ Train a model. Each key of the configuration can be given as key=value after the
   celo2-pretrain train --config configs/tiny_cpu.yaml optimizer.lr=2e-3 model.layers=6 run_dir=runs/deeper
   celo2-pretrain train --resume runs/deeper train.max_steps=2000
   celo2-pretrain train --list-keys
+When it fails, start it again from its last checkpoint, a launcher's ranks too, and with fewer of them (docs/faults.md):
+  celo2-pretrain train --config configs/gpt2_124m.yaml --max-restarts 20 --ranks 8,8,4 \\
+      --launch "deepspeed --no_local_rank --num_gpus {ranks} launch/pretrain.py"
 """
 SWEEP = """\
 Train once for each learning rate, one after the other, and choose the one with the least validation loss at the end.
@@ -78,6 +81,12 @@ def parser() -> argparse.ArgumentParser:
                    "whole one, or begin where there is none")
     p.add_argument("--overwrite", action="store_true", help="replace the run in run_dir")
     p.add_argument("--list-keys", action="store_true", help="list all keys with their defaults and meanings")
+    p.add_argument("--max-restarts", type=int, metavar="N",
+                   help="when it fails, start again from its last checkpoint, at most N times")
+    p.add_argument("--launch", metavar="COMMAND",
+                   help="with --max-restarts: the driver that gets train's arguments (default: this train)")
+    p.add_argument("--ranks", metavar="N,N,…",
+                   help="what {ranks} in --launch stands for; the next one is taken when a start brought no new checkpoint")
     p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
     p.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
     p.set_defaults(run=run_train)
@@ -157,7 +166,7 @@ def run_prepare(args) -> None:
     print(describe(index, args.out))
 
 
-def run_train(args) -> None:
+def run_train(args) -> int | None:
     from celo2_pretrain.train.config import list_keys, load_config
 
     if args.list_keys:
@@ -177,6 +186,10 @@ def run_train(args) -> None:
     config = load_config(path, args.overrides)
     if args.resume not in (None, "", "auto") and not args.config and not any(o.startswith("run_dir=") for o in args.overrides):
         config.run_dir = os.path.dirname(path)  # the folder may have been moved since
+    if args.max_restarts is not None:
+        return restarts.supervise(args, config)
+    if args.launch or args.ranks:
+        raise UserError("--launch and --ranks are for --max-restarts N: give it too, or start the launcher itself")
     from celo2_pretrain.train.failures import ending_all_ranks
     from celo2_pretrain.train.loop import train
 
@@ -248,10 +261,14 @@ def quiet_libraries() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns 0, or after a line on standard error 2 (wrong input) or 75 (stopped on request)."""
+    return restarts.note(run(argv))
+
+
+def run(argv: list[str] | None) -> int:
     args = parser().parse_args(argv)
     quiet_libraries()
     try:
-        args.run(args)
+        return args.run(args) or 0
     except UserError as error:
         if once.may_say(str(error)):  # the ranks of a node mostly find the same
             print(f"celo2-pretrain: error: {error}{once.where_found()}", file=sys.stderr, flush=True)
@@ -262,7 +279,6 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_STOPPED
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":

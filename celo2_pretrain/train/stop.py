@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from celo2_pretrain.train.errors import EXIT_STOPPED, Stopped
+from celo2_pretrain.train.restarts import INTERRUPTED, note
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-INTERRUPTED = 130  # what shells give for SIGINT
 
 
 class StopRequests:
@@ -74,7 +74,7 @@ class StopRequests:
 
     def _leave(self, code: int, why: str) -> None:
         self._say(why)
-        os._exit(code)  # the main thread may wait in a collective, for ever
+        os._exit(note(code))  # the main thread may wait in a collective, for ever
 
     def _say(self, text: str) -> None:
         if self.rank == 0:
