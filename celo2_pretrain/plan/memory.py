@@ -38,7 +38,7 @@ class Memory:
     activations: float  # saved for the backward pass, one micro-batch
     temporaries: float  # of the backward pass beyond them, the logits' gradients above all
     step_gradients: float  # in the step: kept ones and float32 copies
-    step_buffers: float  # in the step: directions, exchange, Newton–Schulz
+    step_buffers: float  # in the step: directions, exchange, Newton–Schulz; in a logged one a copy of the weights it steps
     reserve_context: float
 
     @property
@@ -103,7 +103,8 @@ def memory(model: nn.Module, groups: list[Group], plans: list[Plan | None], conf
         weights=size * (here if stage == 3 else total), gathered=gathered, gradients=gradients,
         master=4 * here if stage or size < 4 else 0.0, states=states(groups, plans, shares, config.optimizer.state_dtype),
         buckets=buckets, activations=acts.saved, temporaries=acts.peak - acts.saved, step_gradients=step_gradients,
-        step_buffers=max((step_buffers(plan) for plan in plans if plan is not None), default=0.0),
+        step_buffers=max((step_buffers(plan) for plan in plans if plan is not None), default=0.0) + (
+            4.0 * (largest if stage else here) if config.track.norms else 0.0),  # without ZeRO all groups in one call
         reserve_context=CONTEXT if gpu else 0.0,
     )
 
