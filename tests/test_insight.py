@@ -125,6 +125,8 @@ def test_missing_packages_are_refused_before_anything_is_written(monkeypatch, ca
 def test_steps_to_trace_are_a_range_from_1_on(text):
     with pytest.raises(UserError, match="profile.steps"):
         load_config(None, [f"profile.steps={text}"])
+    with pytest.raises(UserError, match="the run ends before"):
+        load_config(None, ["profile.steps=8", "train.max_steps=7"])
     assert profiled_steps("7") == (7, 7) and profiled_steps("10-12") == (10, 12) and profiled_steps("") is None
 
 

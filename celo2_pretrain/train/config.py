@@ -365,7 +365,9 @@ def check(config: Config) -> None:
         raise UserError("optimizer.lr=0: nothing would be learned; give a rate such as 1e-3")
     if config.track.peak_tflops == 0:
         raise UserError("track.peak_tflops=0: give the device's TFLOP/s, or null")
-    profiled_steps(config.profile.steps)
+    profiled = profiled_steps(config.profile.steps)
+    if profiled and profiled[0] > config.train.max_steps:
+        raise UserError(f"profile.steps={config.profile.steps!r}: the run ends before, at train.max_steps={config.train.max_steps}")
     if config.train.global_batch_size % config.train.micro_batch_size:
         raise UserError(
             f"train.global_batch_size={config.train.global_batch_size} is not a multiple of "

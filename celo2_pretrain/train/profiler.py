@@ -3,6 +3,7 @@
     profile.steps=10-12          steps 10 to 12
     echo 3 > run_dir/PROFILE     three steps of a running run, from the next line of metrics on; rank 0 only
 """
+import os
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ class Profiler:
     def __init__(self, config: Config, rank: int):
         self.folder = Path(config.run_dir, "profile")
         self.request = Path(config.run_dir, REQUEST)
-        self.log_every, self.rank = config.train.log_every, rank
+        self.log_every, self.max_steps, self.rank = config.train.log_every, config.train.max_steps, rank
         self.first, self.last = profiled_steps(config.profile.steps) or (0, 0)
         if rank and not config.profile.all_ranks:
             self.first, self.last = 0, 0
@@ -34,18 +35,13 @@ class Profiler:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it writes of its own start and stop between our lines
             self.running = torch.profiler.profile(activities=activities, acc_events=True)
             self.running.start()
 
     def after(self, step: int) -> str | None:
         """After it; what to tell the user once the trace is written."""
-        if self.running and step >= self.last:
-            return self.stop(step)
-        return None
-
-    def stop(self, step: int) -> str | None:
-        """End a trace that runs, also before its last step."""
-        if not self.running:
+        if not self.running or step < min(self.last, self.max_steps):
             return None
         self.running.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
