@@ -64,6 +64,7 @@ class Optimizer:
     newton_schulz_dtype: Literal["auto", "fp32", "bf16"] = key(
         "auto", "orthogonalisation in fp32, bf16, or auto: bf16 on GPUs that have it in matrix units")
     state_dtype: Literal["fp32", "bf16", "fp8"] = key("fp32", "Celo2's accumulators: 16, 8 or 4 bytes a parameter")
+    check_replicas_every: int = key(0, "steps between comparisons of what must be the same on all ranks; 0: never", 0)
 
 
 @dataclass
@@ -404,7 +405,10 @@ def dump_config(config: Config) -> str:
     tree = as_tree(config)
     if config.model.from_ is not None:  # the shape is that model's, and may not be given
         tree["model"] = {name: value for name, value in tree["model"].items() if f"model.{name}" not in ARCHITECTURE}
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    if parse_yaml(text, "config") == tree:
+        return text
+    return yaml.safe_dump(tree, sort_keys=False)  # PyYAML writes some line ends of Unicode as they are, and reads spaces
 
 
 def list_keys() -> str:

@@ -28,7 +28,8 @@ def build_optimizer(model: torch.nn.Module, config: Optimizer) -> torch.optim.Op
         return Celo2(model.parameters() if base else groups, lr=config.lr, weights=config.weights,
                      weight_decay=config.weight_decay, orthogonalize=not base,
                      adamw_lr_multiplier=config.adamw_lr_multiplier, state_dtype=config.state_dtype,
-                     newton_schulz_dtype=config.newton_schulz_dtype, nonfinite="skip")  # train/guard.py counts them
+                     newton_schulz_dtype=config.newton_schulz_dtype, check_replicas_every=config.check_replicas_every,
+                     nonfinite="skip")  # train/guard.py counts them
     except (ValueError, OSError) as error:  # the weights: a path or repository that isn't there, or holds other arrays
         raise UserError(f"optimizer.weights={config.weights!r}: {error}") from None
 
