@@ -66,7 +66,8 @@ def test_wide_vocabularies_get_wide_tokens(tmp_path):
     writer.write(np.array([70_000, 1, 2, 3, 100_000]), 1, 5)
     writer.close()
     empty = ShardWriter(tmp_path, "val", "uint32", 3).summary()
-    index = {"format": "celo2-tokens-1", "dtype": "uint32", "splits": {"train": writer.summary(), "val": empty}}
+    index = {"format": "celo2-tokens-1", "dtype": "uint32", "vocab_size": 100_001, "eos_id": 1,
+             "tokenizer": {"kind": "sentencepiece", "sha256": ""}, "splits": {"train": writer.summary(), "val": empty}}
     (tmp_path / "index.json").write_text(json.dumps(index))
     assert TokenArray(tmp_path, "train").read(0, 5).tolist() == [70_000, 1, 2, 3, 100_000]
     assert TokenArray(tmp_path, "train").read(2, 2).tolist() == [2, 3]

@@ -6,6 +6,7 @@ with the input leaves nothing behind.
 """
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -18,11 +19,12 @@ import numpy as np
 
 from celo2_pretrain.data.encode import Chunk, Encoded, chunks, encode_in_order
 from celo2_pretrain.data.progress import Progress
-from celo2_pretrain.data.shards import FORMAT, SPLITS, ShardWriter
+from celo2_pretrain.data.shards import FORMAT, SPLITS, ShardWriter, check_split
 from celo2_pretrain.data.sources import Interrupted
 from celo2_pretrain.data.statistics import Statistics
 from celo2_pretrain.data.tokenizer import load_tokenizer, train_tokenizer
 from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.json_file import read_json
 
 SAVE_SECONDS = 10
 SINGLE = "the corpus is a single document: at least two are needed, for training and for validation"
@@ -106,10 +108,21 @@ def only_one(path: Path, out: str) -> Iterator[None]:
 
 def read_progress(work: Path, arguments: dict, overwrite: bool) -> dict | None:
     """How far an interrupted call with these arguments came; None where there is none (or a replaced one)."""
-    try:
-        state = json.loads((work / "progress.json").read_text())
-    except FileNotFoundError:
+    path, again = work / "progress.json", "pass --overwrite to begin anew"
+    if not path.exists():
         return None
+    try:
+        state = read_json(path, again)
+        if state.pop("sha256", None) != fingerprint(state):
+            raise UserError(f"{path} is damaged: {again}")
+        for split, summary in state["splits"].items():
+            check_split(summary, split)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): {again}") from None
+    except UserError:
+        if overwrite:
+            return None
+        raise
     for name in sorted(arguments.keys() | state["arguments"].keys()):
         ours, theirs = arguments.get(name), state["arguments"].get(name)
         if ours != theirs and not overwrite:
@@ -118,6 +131,11 @@ def read_progress(work: Path, arguments: dict, overwrite: bool) -> dict | None:
         if ours != theirs:
             return None
     return state
+
+
+def fingerprint(record: dict) -> str:
+    """What tells that a record is as it was written, beyond being JSON."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def train(source, vocab_size: int, max_bytes: int):
@@ -147,7 +165,7 @@ def write(source, work: Path, arguments: dict, state: dict | None, shard_tokens:
             writer.flush()
         record = {"arguments": arguments, "cursor": cursor, "fraction": fraction, "statistics": counts.state(),
                   "splits": {split: writer.summary() for split, writer in writers.items()}}
-        write_durably(work / "progress.json", json.dumps(record))
+        write_durably(work / "progress.json", json.dumps(record | {"sha256": fingerprint(record)}))
 
     try:
         if state is None:

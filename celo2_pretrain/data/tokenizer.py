@@ -10,7 +10,8 @@ from pathlib import Path
 
 import sentencepiece as spm
 
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.errors import UserError, first_line, shown
+from celo2_pretrain.train.json_file import read_json
 
 SENTENCE_CHARS = 1000  # sentencepiece skips sentences above 4,192 bytes; 1,000 characters are always below
 
@@ -24,6 +25,8 @@ class SentencePieceTokenizer:
         self.model = model
         self.processor = spm.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self.processor.vocab_size()
+        if self.vocab_size < 2:
+            raise UserError("the sentencepiece model is empty: train it again")
         self.eos_id, self.unk_id = self.processor.eos_id(), self.processor.unk_id()
         self.fingerprint = hashlib.sha256(model).hexdigest()
         if self.eos_id < 0:
@@ -70,7 +73,7 @@ class TransformersTokenizer:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
         except Exception as error:  # the hub, the network, or a folder without a tokenizer
-            raise UserError(f"cannot load tokenizer {name!r}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"cannot load tokenizer {shown(name)}: {first_line(error)}") from None
         self.vocab_size = len(self.tokenizer)
         self.eos_id, self.unk_id = self.tokenizer.eos_token_id, self.tokenizer.unk_token_id
         if self.eos_id is None:
@@ -97,6 +100,10 @@ class TransformersTokenizer:
 def load_tokenizer(where: str | Path) -> SentencePieceTokenizer | TransformersTokenizer:
     """A sentencepiece `.model` file, a folder of prepared data, or a transformers tokenizer's folder or hub name."""
     path = Path(where)
+    try:
+        path.exists()
+    except OSError as error:
+        raise UserError(f"tokenizer {shown(str(where))} can't be read: {error.strerror}") from None
     if path.is_dir() and (path / "tokenizer.model").is_file() and not (path / "tokenizer_config.json").exists():
         path = path / "tokenizer.model"
     elif path.is_dir() and (path / "tokenizer").is_dir():
@@ -105,10 +112,22 @@ def load_tokenizer(where: str | Path) -> SentencePieceTokenizer | TransformersTo
         if not path.is_file():
             raise UserError(f"tokenizer {str(where)!r} does not exist: give a .model file, a folder or a hub name")
         try:
-            return SentencePieceTokenizer(path.read_bytes())
-        except RuntimeError:
+            tokenizer = SentencePieceTokenizer(path.read_bytes())
+        except (RuntimeError, ValueError, OSError):  # ValueError: its message quotes bytes that are no text
             raise UserError(f"{path} is not a sentencepiece model") from None
+        check_fingerprint(path, tokenizer.fingerprint)
+        return tokenizer
     return TransformersTokenizer(str(path))
+
+
+def check_fingerprint(model: Path, fingerprint: str) -> None:
+    """Raises UserError when `model` lies in a folder of prepared data whose tokens were made with another."""
+    index = model.with_name("index.json")
+    if index.is_file():
+        told = read_json(index, "prepare the data again").get("tokenizer")
+        if not isinstance(told, dict) or told.get("sha256") != fingerprint:
+            raise UserError(f"{model} is not the tokenizer that the tokens beside it were made with: copy it again, or "
+                            "prepare the data again")
 
 
 def sentences(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

@@ -24,3 +24,9 @@ def shown(value) -> str:
         return SHOWN.repr(value)
     except ValueError:  # a number of more digits than Python writes
         return f"a number of {value.bit_length():,} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+
+
+def first_line(error: Exception) -> str:
+    """What an error of some library says first, as a part of one line: printable, and not long."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "") or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text)[:300]

@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl for programs (docs/insight.md lists its fields), a bar or plain lines for people."""
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -8,17 +9,32 @@ from typing import Callable
 from tqdm import tqdm
 
 from celo2_pretrain.train.checkpoint import write_atomically
+from celo2_pretrain.train.json_file import parse_json
+
+
+NUMBERS = re.compile(r"loss|val_loss|val_bits_per_byte|lr|grad_norm|tokens|tokens_per_s|seconds|"
+                     r"(time|update_norm|weight_norm)/.*")
+
+
+def is_record(tree) -> bool:
+    """Is it a line of metrics.jsonl: a step, and numbers (or null) where there must be some?"""
+    if not isinstance(tree, dict) or type(tree.get("step")) is not int or not 0 <= tree["step"] < 2**53:
+        return False
+    return all(isinstance(value, float) or type(value) is int and abs(value) < 2**53
+               for name, value in tree.items() if NUMBERS.fullmatch(name) and (value is not None or name == "val_loss"))
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The records of metrics.jsonl; a last line that a crash cut short is left out."""
+    """The records of metrics.jsonl; lines that a crash cut short, or that are damaged, are left out."""
     path = Path(run_dir, "metrics.jsonl")
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = parse_json(line)
+        except ValueError:
+            continue
+        if is_record(record):
+            records.append(record)
     return records
 
 

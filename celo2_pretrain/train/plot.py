@@ -1,5 +1,6 @@
 """Curves of one or more runs in one picture: a panel for each kind of figure, a colour for each run."""
 import itertools
+import math
 from pathlib import Path
 
 from celo2_pretrain.train.errors import UserError
@@ -23,12 +24,13 @@ AXES = {"step": "step", "tokens": "tokens", "time": "hours of training"}
 
 def read_run(run: str) -> list[dict]:
     """The records of a run, each with `hours` of training until then. Raises UserError where there are none."""
-    records = [record for record in read_metrics(run) if "loss" in record or "val_loss" in record]
+    records = [record for record in read_metrics(run)
+               if any(isinstance(loss := record.get(name), (int, float)) and math.isfinite(loss) for name in ("loss", "val_loss"))]
     if not records:
         raise UserError(f"{run!r} has no metrics.jsonl with losses: give folders of runs")
     seconds = 0.0
     for record in records:
-        seconds += record.get("seconds", 0.0)  # a validation has none: it stands where the training before it ended
+        seconds += record.get("seconds") or 0.0  # a validation has none: it stands where the training before it ended
         record["hours"] = seconds / 3600
     return records
 
@@ -41,7 +43,8 @@ def labels(runs: list[str]) -> list[str]:
 
 def curve(records: list[dict], field: str, x: str) -> list[tuple[float, float]]:
     where = {"time": "hours"}.get(x, x)
-    return [(record[where], record[field]) for record in records if record.get(field) is not None and where in record]
+    return [(record[where], record[field]) for record in records
+            if all(record.get(name) is not None and math.isfinite(record[name]) for name in (where, field))]
 
 
 def new_figure(out: str, **options):
