@@ -44,7 +44,7 @@ LAYOUTS = (
 
 
 def _few(names) -> str:
-    names = sorted(str(name) for name in names)
+    names = sorted(text if text.isprintable() else repr(text) for text in (str(name)[:60] for name in names))
     return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")
 
 
