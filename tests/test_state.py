@@ -15,6 +15,7 @@ from celo2_pretrain import Celo2
 from celo2_pretrain.optimizer import state_files
 from celo2_pretrain.optimizer.state import StateError, load_state, save_state
 from celo2_pretrain.optimizer.state_files import StateReader
+from celo2_pretrain.optimizer.views import MatrixView
 
 WORKER = Path(__file__).parent / "state_worker.py"
 ROUND_OFF = 1e-5  # relative to the largest element; measured: below 2e-6
@@ -232,8 +233,8 @@ def test_any_range_is_read_across_files(tmp_path):
     files = state_files.write_ranges(tmp_path / "state.incomplete", "rank_0", [("w", 0, 600), ("w", 600, 1000)],
                                      lambda name, a, b: {"param": values[a:b].clone()}, most=32 * 70)
     assert len(files) > 5
-    state_files.finish(tmp_path / "state", {"tensors": {"w": {"shape": [40, 25]}}, "groups": [], "files": files,
-                                            "extra": None})
+    state_files.finish(tmp_path / "state", {"tensors": {"w": state_files.tensor_entry((40, 25), "celo2", MatrixView())},
+                                            "groups": [], "files": files, "extra": None})
     reader = StateReader(tmp_path / "state")
     for start, stop in ((0, 1000), (69, 71), (70, 140), (555, 999), (3, 3)):
         assert torch.equal(reader.read("w", "param", start, stop), values[start:stop])
@@ -258,10 +259,11 @@ def drop(index, name):
 
 @pytest.mark.parametrize("words, change", {
     "has no parameter 'square.weight'": lambda f, i: (i["tensors"].pop("square.weight"), drop(i, "square.weight")),
-    "which the optimizer does not train": lambda f, i: (i["tensors"].update(more={"shape": [0], "rule": "adamw"})),
+    "which the optimizer does not train": lambda f, i: (
+        i["tensors"].update(more={"shape": [0], "rule": "adamw", "vector": False, "view": {}})),
     "with shape [7, 13]": lambda f, i: i["tensors"]["up.weight"].update(shape=[7, 13]),
     "with view": lambda f, i: i["tensors"]["up.weight"]["view"].update(transpose=False),
-    "with rule adamw, the optimizer with celo2": lambda f, i: i["tensors"]["up.weight"].update(rule="adamw"),
+    "with rule 'adamw', the optimizer with 'celo2'": lambda f, i: i["tensors"]["up.weight"].update(rule="adamw"),
     "format version 99": lambda f, i: i.update(version=99),
     "is not of the format": lambda f, i: i.update(format="other"),
     "lacks 'shared.safetensors'": lambda f, i: (f / "shared.safetensors").unlink(),

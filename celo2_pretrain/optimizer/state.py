@@ -11,6 +11,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Callable, Iterable, Iterator, TypeVar
 
 import torch
@@ -151,6 +152,7 @@ def load_state(optimizer: Any, folder: str | Path, verify: bool = True) -> Any:
                              "parameters can be refreshed too")
         if verify:
             reader.verify(_rank(), _world())
+        reader.require(f"{h.name}|{key}" for h in held if h.rule == "celo2" and not h.vector for key in ("v_row", "v_col"))
         return reader
 
     def restore() -> None:
@@ -160,8 +162,7 @@ def load_state(optimizer: Any, folder: str | Path, verify: bool = True) -> Any:
         _restore_options(reader, held)
         for key, value in (reader.loss_scale or {}).items() if _scaler(wrapper) is not None else ():
             setattr(_scaler(wrapper), key, value)
-        theta = reader.theta()
-        if theta is not None and isinstance(inner, Celo2):
+        if (theta := reader.theta()) is not None and isinstance(inner, Celo2):
             inner.mlp, old, inner._mlps = load_weights(theta), inner.mlp, {}
             if any(not torch.equal(a, b) for a, b in zip(inner.mlp, old)):
                 logger.warning("the restored state was made with other weights (theta) than the optimizer was given; "
@@ -198,8 +199,7 @@ def _examine(optimizer: Any) -> tuple[torch.optim.Optimizer, Any, list[Held]]:
             raise StateError("the optimizer has no trainable parameters")
 
     together(check)
-    digest = hashlib.sha256(json.dumps([h.describe() | {"name": h.name} for h in held]).encode()).hexdigest()
-    everyone = gather(digest)
+    everyone = gather(hashlib.sha256(json.dumps([h.describe() | {"name": h.name} for h in held]).encode()).hexdigest())
     if any(other != everyone[0] for other in everyone):
         rank = next(rank for rank, other in enumerate(everyone) if other != everyone[0])
         raise StateError(f"rank {rank} has other parameters than rank 0 (names, order, shapes, rules or views); "
@@ -334,7 +334,7 @@ def _compare(reader: StateReader, held: list[Held]) -> None:
         for key in ("shape", "rule", "vector", "view"):
             if (key == "view" and h.rule == "adamw") or ours[key] == theirs[key]:
                 continue
-            raise StateError(f"{where!r} has {h.name!r} with {key} {theirs[key]}, the optimizer with {ours[key]}: "
+            raise StateError(f"{where!r} has {h.name!r} with {key} {short(theirs[key])}, the optimizer with {ours[key]!r}: "
                              "construct model and param groups as when it was saved" + (
                                  " (a state changes from AdamW to Celo2 and back by celo2_pretrain.optimizer.takeover)"
                                  if key == "rule" else ""))
@@ -344,8 +344,8 @@ def _compare(reader: StateReader, held: list[Held]) -> None:
         other = first.setdefault(id(h.group), h)
         if options.get(other.name) != options.get(h.name):
             raise StateError(f"{other.name!r} and {h.name!r} are in one param group now, but {where!r} has different "
-                             f"options for them ({options.get(other.name)} and {options.get(h.name)}): make the same "
-                             "param groups as when it was saved")
+                             "options for them: make the same param groups as when it was saved")
+    reader.check_options({h.name: h.group for h in held})
 
 
 def _restore(h: Held, reader: StateReader) -> None:

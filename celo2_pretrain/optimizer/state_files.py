@@ -16,6 +16,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Callable, Iterable
 
 import torch
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .state_index import check_index, check_options
 from .views import MatrixView
 
 FORMAT, VERSION = "celo2-optimizer-state", 1
@@ -143,14 +145,18 @@ class StateReader:
                              "save_state wrote")
         try:
             index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise StateError(f"{self.folder / INDEX} is damaged ({error}); use another checkpoint") from None
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             raise StateError(f"{self.folder / INDEX} is not of the format {FORMAT!r}; give the folder that save_state "
                              "wrote")
-        if index["version"] != VERSION:
-            raise StateError(f"{str(folder)!r} has format version {index['version']}, this program reads version "
+        if index.get("version") != VERSION:
+            raise StateError(f"{str(folder)!r} has format version {short(index.get('version'))}, this program reads version "
                              f"{VERSION}: load it with the version of Celo2-Pretrain that wrote it")
+        try:
+            check_index(index)
+        except ValueError as error:
+            raise StateError(f"{self.folder / INDEX} is damaged ({error}); use another checkpoint") from None
         self.tensors: dict[str, dict[str, Any]] = index["tensors"]
         self.groups: list[dict[str, Any]] = index["groups"]
         self.files: dict[str, dict[str, Any]] = index["files"]
@@ -168,8 +174,8 @@ class StateReader:
             held.sort()
             ends = [0, *(stop for _, stop, _ in held)]
             if [start for start, _, _ in held] != ends[:-1] or ends[-1] != prod(self.tensors[name]["shape"]):
-                raise StateError(f"{str(folder)!r} does not hold {name!r} exactly once: its files have the flat ranges "
-                                 f"{[list(x[:2]) for x in held]} of {prod(self.tensors[name]['shape'])} elements")
+                raise StateError(f"{str(folder)!r} does not hold {short(name)} exactly once: its files have the flat ranges "
+                                 f"{short([list(x[:2]) for x in held])} of {prod(self.tensors[name]['shape'])} elements")
         self._open = lru_cache(maxsize=8)(lambda file: safe_open(self.folder / file, framework="pt"))
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
@@ -178,6 +184,22 @@ class StateReader:
             if _sha256(self.folder / file) != self.files[file]["sha256"]:
                 raise StateError(f"{self.folder / file} is damaged (its sha256 is not the index's): copy it again, or "
                                  "use another checkpoint")
+
+    def check_options(self, now: dict[str, dict[str, Any]]) -> None:
+        """Raises StateError for saved options that the optimizer's groups, `now` by parameter name, can't take."""
+        try:
+            check_options(self.groups, now)
+        except ValueError as error:
+            raise StateError(f"{self.folder / INDEX} is damaged ({error}); use another checkpoint") from None
+
+    def require(self, keys: Iterable[str]) -> None:
+        """Raises StateError where one of `keys` is not among what is the same on all ranks."""
+        try:
+            there = set(self._open(SHARED).keys()) if SHARED in self.files else set()
+        except (SafetensorError, OSError) as error:
+            raise StateError(f"{self.folder / SHARED} is damaged ({error}); use another checkpoint") from None
+        if missing := [key for key in keys if key not in there]:
+            raise StateError(f"{str(self.folder)!r} has no {missing[0]!r} ({len(missing)} such): use another checkpoint")
 
     def read(self, name: str, key: str, start: int, stop: int) -> Tensor:
         """The flat elements [start, stop) of one tensor's `key`, 1-D float32, read from whichever files hold them."""
