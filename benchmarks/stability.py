@@ -144,13 +144,14 @@ def main() -> None:
 
 def summary(rows: list[dict]) -> None:
     """Print a line for each setting, over its seeds."""
-    print("| setting | final loss | spikes, all seeds | own | worst lasting rise |\n| --- | --- | --- | --- | --- |")
+    print("| setting | final loss | spikes | own | worst lasting rise |\n| --- | --- | --- | --- | --- |")
     groups = {}
     for row in rows:
         groups.setdefault(title(row), []).append(row)
     for name, group in groups.items():
         final = torch.tensor([row["final"] for row in group])
-        print(f"| {name} | {final.mean():.3f} ± {final.std():.3f} | {sum(row['spikes'] for row in group)} | "
+        spread = f" ± {final.std():.3f}" if len(group) > 1 else ""
+        print(f"| {name} | {final.mean():.3f}{spread} | {sum(row['spikes'] for row in group)} | "
               f"{sum(row['own_spikes'] for row in group)} | {max(row['lasting_rise'] for row in group):.2f} |")
 
 
