@@ -6,7 +6,7 @@ hidden matrices, or of all tensors); and at four times the rate.
 
 A *spike* is a training loss above the median of the 200 steps before it by more than 6 times their median absolute
 deviation and by 0.3. Batches of 8 windows differ in how hard they are, and all settings see the same ones: a spike is the
-setting's *own* where its loss is also 0.3 above the settings' median on that batch. A *lasting* rise is that of the mean
+setting's *own* where it also rises by 0.3 more than the settings' median rise on that batch. A *lasting* rise is that of the mean
 of 50 steps above the least such mean before. Writes results/stability.csv and .png; finished runs are kept, so that it
 goes on where it was interrupted.
 """
@@ -28,7 +28,7 @@ from celo2_pretrain.meta.evaluation.tasks_text import CONTEXT, corpus, language_
 from celo2_pretrain.train.config import Schedule
 from celo2_pretrain.train.schedule import lr_factor
 
-RISE = 0.3  # nats a byte
+RISE, WINDOW = 0.3, 200  # nats a byte, steps
 
 
 def settings(seeds: int) -> list[dict]:
@@ -72,15 +72,13 @@ def run(setting: dict, steps: int) -> list[float]:
     return losses
 
 
-def spikes(losses: torch.Tensor, window: int = 200) -> torch.Tensor:
-    """The steps at which a spike begins, after the first `window`."""
+def rises(losses: torch.Tensor, window: int = WINDOW) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each step's loss above the median of the `window` steps before it (from step `window` on), and whether it is high."""
     before = losses.unfold(0, window, 1)[:-1]
     median = before.median(-1, keepdim=True).values
     deviation = (before - median).abs().median(-1).values
     rise = losses[window:] - median[:, 0]
-    high = (rise > 6 * deviation) & (rise > RISE)
-    begins = high & ~torch.cat([torch.zeros(1, dtype=torch.bool), high[:-1]])
-    return begins.nonzero()[:, 0] + window
+    return rise, (rise > 6 * deviation) & (rise > RISE)
 
 
 def lasting_rise(losses: torch.Tensor, window: int = 50) -> float:
@@ -91,17 +89,17 @@ def lasting_rise(losses: torch.Tensor, window: int = 50) -> float:
 
 def table(runs: list[tuple[dict, torch.Tensor]], steps: int) -> list[dict]:
     """A row for each (setting, losses); a run that became NaN has fewer losses than `steps`."""
-    typical = {}
+    typical, risen = {}, [rises(losses) for _, losses in runs]
     for seed in {setting["seed"] for setting, _ in runs}:
-        same = [F.pad(losses, (0, steps - len(losses)), value=torch.nan)
-                for setting, losses in runs if setting["seed"] == seed]
+        same = [F.pad(rise, (0, steps - WINDOW - len(rise)), value=torch.nan)
+                for (setting, _), (rise, _) in zip(runs, risen) if setting["seed"] == seed]
         typical[seed] = torch.stack(same).nanmedian(0).values
     rows = []
-    for setting, losses in runs:
-        begins = spikes(losses)
-        own = losses[begins] - typical[setting["seed"]][begins] > RISE
+    for (setting, losses), (rise, high) in zip(runs, risen):
+        begins = high & ~F.pad(high[:-1], (1, 0))
+        own = begins & (rise - typical[setting["seed"]][:len(rise)] > RISE)
         final = losses[-100:].mean().item() if len(losses) == steps and losses.isfinite().all() else float("inf")
-        rows.append({**setting, "final": round(final, 4), "spikes": len(begins), "own_spikes": int(own.sum()),
+        rows.append({**setting, "final": round(final, 4), "spikes": int(begins.sum()), "own_spikes": int(own.sum()),
                      "lasting_rise": round(lasting_rise(losses[losses.isfinite()]), 3)})
     return rows
 
