@@ -16,7 +16,7 @@ PANELS = {
     "norm of the update": ("update_norm/celo2", "update_norm/adamw"),
     "norm of the weights": ("weight_norm/celo2", "weight_norm/adamw"),
     "tokens a second": ("tokens_per_s",),
-    "seconds waited for communication, of a step's": ("time/communication",),
+    "seconds of a step waited for communication": ("time/communication",),
 }
 LOGARITHMIC = ("norm of the update", "gradient norm, before clipping")
 AXES = {"step": "step", "tokens": "tokens", "time": "hours of training"}
