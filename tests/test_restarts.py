@@ -15,6 +15,7 @@ from celo2_pretrain.cli import main
 from celo2_pretrain.train import failures, restarts
 from celo2_pretrain.train.metrics import read_metrics
 from celo2_pretrain.train.ranks import free_port
+from celo2_pretrain.train.stop import StopRequests
 
 HERE = Path(__file__).parent
 
@@ -55,8 +56,8 @@ def test_a_failed_run_goes_on_from_its_own_checkpoint(supervised):
     assert supervised("sys.exit(1)", failing, "killed()", "save(4)", arguments=["--overwrite"]) == 0
     auto = ["--resume", "auto"]
     assert supervised.starts == [["--overwrite"], ["--overwrite"], auto, auto]
-    assert "exit code 1); starting again in 0.1 s, as before: it had saved nothing" in supervised.told
-    assert "exit code 1; rank 1 on here: ValueError: why); starting again in 0.1 s, from step_00000002" in supervised.told
+    assert "exit code 1; starting again in 0.1 s, as before: it had saved nothing" in supervised.told
+    assert "exit code 1; rank 1 on here: ValueError: why; starting again in 0.1 s, from step_00000002" in supervised.told
     assert "killed by SIGKILL (for memory? `dmesg` tells)" in supervised.told
     assert supervised.told.endswith("finished after 3 restart(s)\n") and "Traceback" not in supervised.told
     assert restarts.FIRST_ERROR == failures.FIRST
@@ -95,7 +96,7 @@ def test_the_end_without_the_last_step_is_a_failure_and_restarts_are_counted(sup
     assert supervised("save(3)", "save(3)", restarts=1) == 1
     assert len(supervised.starts) == 2
     assert "exit code 0 before the last step: its launcher was killed" in supervised.told
-    assert "and has used up --max-restarts 1; step_00000003 is its newest checkpoint" in supervised.told
+    assert "--max-restarts 1 is used up; step_00000003 is its newest checkpoint" in supervised.told
 
 
 @pytest.mark.parametrize("code, why", [
@@ -115,7 +116,7 @@ def test_fewer_ranks_follow_a_start_that_saved_nothing_new(supervised):
 
 def test_processes_that_a_launcher_left_are_gone_before_the_next_start(supervised, monkeypatch):
     monkeypatch.setattr(restarts, "GRACE_SECONDS", 0.2)
-    leave = "(folder / 'pid').write_text(str(python('import time; time.sleep(1000)').pid)); sys.exit(1)"
+    leave = "(folder / 'pid').write_text(str(python('import time; time.sleep(200)').pid)); sys.exit(1)"
     assert supervised(leave, "gone((folder / 'pid').read_text()) and save(4)", restarts=1) == 0
 
 
@@ -134,7 +135,7 @@ def unharmed():
 RANK = """import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (open({file!r}, 'a').write('saved'), sys.exit(75)))
 open({file!r} + '.ready', 'w').close()
-time.sleep(1000)"""
+time.sleep(200)"""
 
 
 def rank(path: Path) -> str:
@@ -156,7 +157,7 @@ def test_a_signal_asks_the_ranks_and_not_their_launcher(supervised, unharmed, na
 
 def test_a_signal_between_two_starts_ends_the_supervisor(supervised, unharmed):
     ask = f"import os, time; time.sleep(1); os.kill({os.getpid()}, 15)"
-    restarts.FIRST_WAIT = 1000  # the fixture sets it back
+    restarts.FIRST_WAIT = 200  # the fixture sets it back
     # It isn't one of the run's processes, so that nobody waits for it.
     line = f"subprocess.Popen([sys.executable, '-S', '-c', {ask!r}], env={{}}); sys.exit(1)"
     assert supervised(line) == 75
@@ -165,7 +166,7 @@ def test_a_signal_between_two_starts_ends_the_supervisor(supervised, unharmed):
 
 def test_a_second_signal_ends_a_run_that_does_not_stop(supervised, unharmed):
     stubborn = "signal.signal(signal.SIGTERM, signal.SIG_IGN); supervisor(signal.SIGINT); time.sleep(1); "
-    assert supervised(stubborn + "supervisor(signal.SIGINT); time.sleep(1000)") == 130
+    assert supervised(stubborn + "supervisor(signal.SIGINT); time.sleep(200)") == 130
     assert len(supervised.starts) == 1
 
 
@@ -189,6 +190,16 @@ def test_wrong_arguments_are_refused_before_a_start(arguments, message, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_ranks_note_how_they_end(tmp_path, monkeypatch):
+    notes = tmp_path / "notes"
+    monkeypatch.setenv(restarts.NOTES, str(notes))
+    assert main(["train", "optimizer.lrr=1"]) == 2
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit):  # in a rank that can't return: it waits for others
+        StopRequests(tmp_path / "STOP", 0)._leave(75, "why")
+    assert notes.read_text() == "2\n75\n"
+
+
 def test_the_ranks_of_a_launcher_do_not_supervise(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     assert main(["train", "--max-restarts", "1"]) == 2
@@ -204,7 +215,7 @@ def test_a_run_whose_rank_is_killed_goes_on_with_fewer_ranks(data, tmp_path):
     worker = shlex.join([str(HERE / "restarting_worker.py"), str(tmp_path / "broken")])
     line = command("train", "--max-restarts", "2", "--ranks", "2,1", "--launch", f"{launch} {{ranks}} {worker}", *SMALL,
                    f"data.path={data}", f"run_dir={run}", "train.max_steps=4", "checkpoint.every=2")
-    result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=900)
+    result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stdout + result.stderr
     ours = [line for line in result.stderr.splitlines() if line.startswith("celo2-pretrain: ")]
     assert ours[-1] == "celo2-pretrain: finished after 2 restart(s)"

@@ -257,9 +257,9 @@ def supervise(args, config: Config) -> int:
             end = outcome(code, start.noted(), bool(asked.names), checkpoints.finished(config.train.max_steps))
             saved = checkpoints.newest()
             if end is None:
-                failed = f"the run failed ({reason(code, config.run_dir, start.since)})"
+                failed = f"the run failed: {reason(code, config.run_dir, start.since)}"
                 if restarts == args.max_restarts:
-                    say(f"error: {failed}, and has used up --max-restarts {args.max_restarts}; {went(saved)}")
+                    say(f"error: {failed}; --max-restarts {args.max_restarts} is used up; {went(saved)}")
                     return code if code > 0 else 128 - code if code else 1
                 if saved and saved != own:
                     wait = FIRST_WAIT
