@@ -11,7 +11,7 @@ from processes import ROOT
 from celo2_pretrain import cli
 
 PLACEHOLDERS = re.compile(r"…|\.\.\.|[A-Z]{3,}")  # of what the reader fills in: "RUN", "--config …"
-PROGRAMS = r"(?:[A-Z_0-9]+=\S+ )*(?:celo2-pretrain|deepspeed|torchrun|python|launch/|sbatch|srun)\S* "
+PROGRAMS = r"(?:[A-Z_0-9]+=\S+ )*(?:celo2-pretrain|deepspeed|torchrun|python|sbatch|srun|launch/\S+) "
 
 
 def commands(text: str) -> list[str]:
@@ -91,7 +91,7 @@ def configuration(args) -> str | None:
         for name in args.gpu.split(","):
             device(name, 1)
     if getattr(args, "launch", None):
-        return problem(args.launch)
+        return problem(re.sub(r"\{[a-z]+\}", "2", args.launch))  # {ranks}, filled in by the driver
     return None
 
 

@@ -23,6 +23,14 @@ RUN = {
     **{f"DS_ACCELERATOR=cpu deepspeed --num_gpus {ranks} examples/{name}.py":
        "test_examples.py::test_the_swapped_example_trains_with_celo2_and_ends_below_adamw"
        for name, ranks in (("hf_trainer", 1), ("accelerate_loop", 1), ("deepspeed_loop", 2))},
+    "celo2-pretrain eval runs/tiny_cpu --json runs/tiny_cpu/eval.json":
+        "test_score.py::test_eval_counts_every_token_once_and_the_bytes_they_stand_for",
+    "celo2-pretrain generate runs/tiny_cpu --prompt \"def main\" --tokens 100":
+        "test_driver.py::test_generate_continues_the_prompt",
+    "celo2-pretrain export runs/tiny_cpu --out exported --dtype bfloat16":
+        "test_score.py::test_the_exported_model_has_equal_logits_and_the_tokenizer_the_same_ids",
+    "celo2-pretrain eval runs/tiny_cpu --tasks mine --task-folder my_tasks --limit 20":
+        "test_score.py::test_tasks_are_scored_by_the_harness_on_the_exported_model",
     "torchrun --nproc_per_node 2 examples/fsdp2.py":
         "test_examples.py::test_the_swapped_example_trains_with_celo2_and_ends_below_adamw",
 }
