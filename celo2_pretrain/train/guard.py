@@ -52,8 +52,8 @@ def guarded(engine) -> None:
                 grad.fill_(math.nan)
 
     def clip() -> None:
-        engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
-        spoil(engine._global_grad_norm, [p.grad for p in engine.module.parameters() if p.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+        spoil(norm, [p.grad for p in engine.module.parameters() if p.grad is not None])
 
     engine.clip_fp32_gradients = clip
     if engine.zero_optimization_stage() == 3:

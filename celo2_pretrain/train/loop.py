@@ -197,7 +197,7 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
             metrics.event({"step": step, "event": found.what, "why": found.why, "samples": samples})
         if found.what == "roll back":
             step = guard.roll_back(step, description, metrics)
-            recent = []
+            recent, since, samples_then = [], time.time(), samples
             continue
         if found.what != "left out":
             recent.append(loss)
@@ -210,7 +210,8 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
             speed = (samples - samples_then) * context / seconds
             metrics.log({
                 "step": step, "loss": mean, "lr": rates.optimizer.param_groups[0]["lr"],
-                "grad_norm": float(norm) if norm is not None and math.isfinite(norm) else None, "samples": samples, "tokens": samples * context,
+                "grad_norm": float(norm) if norm is not None and math.isfinite(norm) else None,
+                "samples": samples, "tokens": samples * context,
                 "global_batch_size": batch_sizes.at(step - 1), "epochs": loader.epochs(samples),
                 "tokens_per_s": round(speed, 1), "seconds": round(seconds, 3),
                 "skipped_steps": guard.left_out, **insight.record(mean, speed),
