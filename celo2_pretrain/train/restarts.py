@@ -214,7 +214,7 @@ def reason(code: int, run_dir: str, since: float) -> str:
     with contextlib.suppress(OSError, IndexError):
         path = Path(run_dir, FIRST_ERROR)
         if path.stat().st_mtime >= since - 1:  # file systems count in up to a second
-            text += f"; {path.read_text().splitlines()[0]}"
+            text += f"; {path.read_text().splitlines()[0][:300]}"  # all of it is above, in the ranks' output
     return text
 
 
