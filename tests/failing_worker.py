@@ -2,6 +2,7 @@
 import os
 import signal
 import sys
+import time
 
 from celo2_pretrain import cli
 from celo2_pretrain.train import loop
@@ -18,6 +19,8 @@ def training_loss(*arguments):
     if os.environ["RANK"] == bad_rank and calls == bad_step:
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "hung":
+            time.sleep(10000)
         if how == "refused":
             raise UserError("this rank alone refuses")
         raise ZeroDivisionError("made to fail")

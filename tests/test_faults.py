@@ -1,12 +1,10 @@
-"""A run that is asked to stop, that hangs or that loses a rank ends in bounded time, says why, and goes on."""
-import os
+"""A run that is asked to stop saves, exits with code 75, and goes on as if nothing had been."""
 import signal
-import subprocess
-import threading
 from pathlib import Path
 
 import pytest
-from processes import ROOT, command, deepspeed, drive, environment
+from processes import command, deepspeed, drive
+from running import Driver
 
 from celo2_pretrain.train.metrics import read_metrics
 
@@ -15,48 +13,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 CONFIG = ["model.layers=1", "model.width=32", "model.heads=2", "model.context=32", "train.micro_batch_size=2",
           "train.global_batch_size=4", "train.log_every=1", "eval.sequences=8", "optimizer.adamw_lr_multiplier=2",
           "checkpoint.any_world=false", "schedule.steps=6"]
-
-
-def default_signals() -> None:
-    """What a process started in a terminal has (one started in the background by a script ignores SIGINT)."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-class Driver:
-    """A running driver whose output is read line by line; it is killed at the end, whatever happens."""
-
-    def __init__(self, line: list[str], **more: str):
-        self.process = subprocess.Popen(line, env=environment(PYTHONUNBUFFERED="1", **more), text=True, stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT, preexec_fn=default_signals, start_new_session=True)
-        self.output = ""
-        self.timer = threading.Timer(400, self.kill)
-        self.timer.start()
-
-    def kill(self) -> None:
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-
-    def read_until(self, text: str) -> str:
-        """The line that has `text` in it."""
-        for line in self.process.stdout:
-            self.output += line
-            if text in line:
-                return line
-        raise AssertionError(f"the driver ended without {text!r}:\n{self.output}")
-
-    def end(self) -> int:
-        self.output += self.process.stdout.read()
-        return self.process.wait()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.timer.cancel()
-        self.kill()
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +47,29 @@ def test_signal_saves_and_exits_with_75_and_the_run_goes_on_as_if_nothing_was(da
         result = drive("--resume", str(run), f"train.max_steps={max(6, step + 1)}")
         assert result.returncode == 0, result.stdout + result.stderr
         assert [r for r in trajectory(run) if r[0] <= 6] == whole[:-1] + [whole[-1]]
+
+
+def test_signal_before_the_first_step_ends_the_run_with_75(data, tmp_path):
+    with Driver(command("train", *arguments(data, tmp_path / "run"))) as driver:
+        driver.read_until("training: ")
+        driver.process.send_signal(signal.SIGTERM)
+        assert driver.end() == 75, driver.output
+    assert "Traceback" not in driver.output
+
+
+def test_second_interrupt_ends_at_once(data, tmp_path):
+    with Driver(command("train", *arguments(data, tmp_path / "run"))) as driver:
+        driver.read_until("training: ")
+        for _ in range(2):
+            driver.process.send_signal(signal.SIGINT)
+        assert driver.end() in (130, 75), driver.output  # 75 where the first was obeyed before the second came
+
+
+def test_stop_file_stops_all_ranks_through_the_launcher(data, tmp_path):
+    run = tmp_path / "run"
+    with Driver(deepspeed(*arguments(data, run), ranks=2)) as driver:
+        driver.read_until("step      2/")
+        (run / "STOP").touch()
+        assert driver.end() == 75, driver.output
+    assert driver.output.count("stopped on request") == 1 and "Traceback" not in driver.output
+    assert (run / "checkpoints/latest").is_file() and not (run / "STOP").exists()

@@ -18,7 +18,7 @@ from celo2_pretrain.data.tokenizer import load_tokenizer
 from celo2_pretrain.model.build import build_model, vocab_rows
 from celo2_pretrain.model.sample import sample
 from celo2_pretrain.plan.step_time import flops_per_token
-from celo2_pretrain.train import checkpoint, choose
+from celo2_pretrain.train import checkpoint, choose, memory
 from celo2_pretrain.train.checks import check_node, check_ranks
 from celo2_pretrain.train.config import Config, dump_config
 from celo2_pretrain.train.deepspeed_config import deepspeed_config
@@ -53,7 +53,8 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     """
     rank, _ = world_from_environment()
     stop_file = Path(config.train.stop_file or Path(config.run_dir, "STOP"))
-    with StopRequests(stop_file, rank) as requests, Watchdog(config.run_dir, rank, config.train.watchdog_seconds) as watchdog:
+    with (StopRequests(stop_file, rank) as requests, memory.explained(config),
+          Watchdog(config.run_dir, rank, config.train.watchdog_seconds) as watchdog):
         run(config, resume, overwrite, requests, watchdog)
 
 
