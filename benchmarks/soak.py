@@ -31,7 +31,7 @@ WARM = 0.25  # of the steps: until then caches fill
 MEMORY_MB = 16  # that the median of the last quarter may be above the second's: the allocator's own ups and downs
 SETTINGS = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32", "train.micro_batch_size=2",
             "train.global_batch_size=4", "eval.sequences=16", "eval.prompt=", "optimizer.lr=1e-3",
-            "optimizer.adamw_lr_multiplier=4", "optimizer.check_replicas_every=50", f"checkpoint.keep={KEEP}"]
+            "optimizer.adamw_lr_multiplier=4", "optimizer.check_replicas_every=50", f"checkpoint.keep_last={KEEP}"]
 
 
 def environment() -> dict[str, str]:
@@ -138,7 +138,7 @@ def draw(rows: list[dict], ranks: int, path: Path) -> None:
     files.set(xlabel="step", ylabel="count", ylim=(0, None))
     for axes in (memory, files):
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="center left")
     figure.savefig(path, dpi=120)
 
 
