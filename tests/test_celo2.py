@@ -311,3 +311,16 @@ def test_a_fast_adamw_is_told_once_with_what_to_set(caplog):
         group["lr"] = 2e-3  # as a schedule does
     train(net, optimizer, range(2))
     assert len(warnings()) == 1
+
+
+def test_a_step_without_any_gradient_is_told_once(caplog):
+    p = nn.Parameter(torch.randn(3, 3))
+    optimizer = Celo2([p])
+    with caplog.at_level(logging.WARNING):
+        optimizer.step()
+        optimizer.step()
+    assert caplog.text.count("no tensor of this optimizer has a gradient") == 1
+    caplog.clear()
+    p.grad = torch.randn(3, 3)
+    optimizer.step()
+    assert "gradient" not in caplog.text

@@ -97,7 +97,7 @@ class Celo2(torch.optim.Optimizer):
         self._originals: dict[int, list[Original]] = {}
         self._plans: OrderedDict[tuple, tuple[list[Tensor], list[Plan]]] = OrderedDict()
         self._mlps: dict[torch.device, MLP] = {}
-        self._stepped = self._warned = False
+        self._stepped = self._warned = self._told_idle = False
         if isinstance(params, (set, frozenset)):
             raise TypeError("parameters need an order that is the same in every run: pass a list, not a set")
         super().__init__(params, dict(
@@ -108,7 +108,7 @@ class Celo2(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps nothing but groups and states."""
         kept = ("mlp", "nonfinite", "state_dtype", "check_replicas_every", "bucket_size", "skipped_steps", "_steps",
-                "_originals", "_stepped", "_warned")
+                "_originals", "_stepped", "_warned", "_told_idle")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in kept}, "_plans": OrderedDict(), "_mlps": {}}
 
     # ---- parameter groups -------------------------------------------------------------------------------------
@@ -175,6 +175,10 @@ class Celo2(torch.optim.Optimizer):
                     if param.grad.is_sparse:
                         raise ValueError("Celo2 doesn't support sparse gradients; use sparse=False in the embedding")
                 ready.append((group, params, self._plan(group, params)))
+        if not ready and not self._told_idle:
+            self._told_idle = True
+            logger.warning("no tensor of this optimizer has a gradient: the step changes nothing. Groups that were made before "
+                           "fully_shard hold other tensors than the model does: make them after it")
         if self.nonfinite != "ignore" and self._found_nonfinite(ready):
             return loss
         for group, params, plans in ready:
