@@ -26,10 +26,10 @@ def find(path: str) -> Path:
     given = Path(path)
     if not given.exists():
         raise UserError(f"no run or checkpoint at {path!r}: give a run folder or checkpoints/step_… of one")
-    if (given / "state.json").is_file() or (given / manifest.NAME).is_file() or re.fullmatch(r"step_\d+", given.name):
+    folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
+    if folder is given and ((given / manifest.NAME).exists() or re.fullmatch(r"step_\d+", given.name)):
         found = given
     else:
-        folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
         if not (folder / "latest").is_file():
             raise UserError(f"{path!r} has no whole checkpoint: start the run without --resume")
         tag = latest(folder)
@@ -140,14 +140,15 @@ def read_state(checkpoint: Path, description: dict) -> dict[str, Any]:
             raise Damaged("state.json is damaged (its sha256 is another)")
         state = json.loads((checkpoint / "state.json").read_bytes())
         theirs = dict(state["description"])
-        if type(state.get("extra", {})) is not dict or not all(type(state[key]) is int and state[key] >= 0 for key in ("step", "samples")):
+        if type(state.setdefault("extra", {})) is not dict:
+            raise ValueError
+        if not all(type(state[key]) is int and state[key] >= 0 for key in ("step", "samples")):
             raise ValueError
     except Damaged as error:
         raise refusal(checkpoint, error) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise refusal(checkpoint, "state.json is missing, or not of this program's form") from None
     state["other_world"] = []
-    state.setdefault("extra", {})
     for name, ours in description.items():
         if theirs.get(name) == ours:
             continue

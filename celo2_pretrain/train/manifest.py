@@ -85,6 +85,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def as_text(content: dict[str, Any]) -> str:
+    """The manifest's text, with its own sha256."""
+    return json.dumps(content | {"sha256": own_digest(content)}, indent=1) + "\n"
+
+
 def own_digest(content: dict[str, Any]) -> str:
     """The sha256 of all of the manifest but itself."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
@@ -114,8 +119,7 @@ def write(folder: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
         raise Damaged(f"{sorted(found ^ files.keys())[0]} was written by no rank, or is not there: the ranks need a file "
                       f"system that they share")
     content = {"format": FORMAT, "step": step, "files": dict(sorted(files.items()))}
-    text = json.dumps(content | {"sha256": own_digest(content)}, indent=1) + "\n"
-    write_file(folder / NAME, lambda file: file.write(text.encode()))
+    write_file(folder / NAME, lambda file: file.write(as_text(content).encode()))
     for parent, _, _ in os.walk(folder):
         sync_folder(Path(parent))
 
@@ -126,8 +130,9 @@ def read(folder: Path) -> dict[str, Any]:
     if path.is_symlink() or not path.is_file():
         raise Damaged(f"{NAME} is missing")
     try:
-        content = json.loads(path.read_bytes())
-        intact = content["sha256"] == own_digest(content)
+        text = path.read_bytes()
+        content = json.loads(text)
+        intact = content["sha256"] == own_digest(content) and text == as_text(content).encode()
         known = content["format"] == FORMAT
         for name, entry in content["files"].items():
             parts = name.split("/")
