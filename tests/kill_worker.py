@@ -22,7 +22,7 @@ from celo2_pretrain.train import loop  # noqa: E402
 from celo2_pretrain.train.config import load_config  # noqa: E402
 from celo2_pretrain.train.metrics import read_metrics  # noqa: E402
 
-STEPS = 40
+STEPS = 60
 
 
 class Counter:
@@ -38,10 +38,10 @@ class Counter:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def attempt(config, log: Path, at: float, whole: bool) -> tuple[bool, int]:
+def attempt(config, log: Path, at: float, whole: bool) -> tuple[bool, list[int]]:
     """Train in a fork, from the newest checkpoint on, to the end or to call number `at`: of all, or of the loop's.
 
-    Returns: whether it came to its end, and how many calls that took.
+    Returns: whether it came to its end; then also the calls before the loop, to the first checkpoint's end, and in all.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -51,7 +51,13 @@ def attempt(config, log: Path, at: float, whole: bool) -> tuple[bool, int]:
             with open(log, "a") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-            counter, steps = Counter(at), loop.run_steps
+            counter, steps, save, saved = Counter(at), loop.run_steps, loop.checkpoint.save, []
+
+            def saving(*arguments):
+                found = save(*arguments)
+                saved.append(counter.count)
+                return found
+
             if whole:
                 sys.setprofile(counter)
 
@@ -62,9 +68,9 @@ def attempt(config, log: Path, at: float, whole: bool) -> tuple[bool, int]:
                     return steps(*arguments)
                 finally:
                     sys.setprofile(counter if whole else None)
-                    os.write(writer, json.dumps([before, counter.count]).encode())
+                    os.write(writer, json.dumps([before, saved[0], counter.count]).encode())
 
-            loop.run_steps = counted
+            loop.run_steps, loop.checkpoint.save = counted, saving
             loop.train(config, resume="auto")
             code = 0
         except BaseException:
@@ -77,7 +83,7 @@ def attempt(config, log: Path, at: float, whole: bool) -> tuple[bool, int]:
         told = file.read()
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0, log.read_text()[-4000:]
-    return not os.WIFSIGNALED(status), json.loads(told) if told else 0
+    return not os.WIFSIGNALED(status), json.loads(told) if told else []
 
 
 def trajectory(run: str) -> list[tuple]:
@@ -90,13 +96,14 @@ def main(data: str, folder: str, kills: str, *overrides: str) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     config = {name: load_config(None, [f"data.path={data}", f"run_dir={folder}/{name}", f"train.max_steps={STEPS}", *overrides])
               for name in ("whole", "killed")}
-    ended, (start, end) = attempt(config["whole"], Path(folder, "whole.log"), float("inf"), whole=True)
+    ended, (start, first, end) = attempt(config["whole"], Path(folder, "whole.log"), float("inf"), whole=True)
     assert ended
-    step = (end - start) / STEPS
+    # Past the first step, which costs more calls, and up to two steps more.
+    most = first - start + 1.5 * (end - first) / (STEPS - 1)
     done, log, choose = 0, Path(folder, "killed.log"), random.Random(" ".join(overrides))
     while done < int(kills):
         whole = done % 8 == 7  # also while it starts, reads the checkpoint and clears away
-        at = choose.uniform(1, start if whole else 2 * step)
+        at = choose.uniform(1, start if whole else most)
         ended, _ = attempt(config["killed"], log, at, whole)
         assert not ended, f"finished after {done} kills: more steps are needed"
         done += 1

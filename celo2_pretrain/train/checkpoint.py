@@ -21,7 +21,7 @@ from celo2_pretrain.optimizer import state_files
 from celo2_pretrain.optimizer.adamw_checkpoint import load_plain
 from celo2_pretrain.optimizer.state import StateError, gather, load_state, save_state, together
 from celo2_pretrain.train import manifest
-from celo2_pretrain.train.choose import ANY_WORLD, in_order, latest, newest_good, step_of  # noqa: F401
+from celo2_pretrain.train.choose import ANY_WORLD, in_order, latest, step_of
 from celo2_pretrain.train.config import Config, as_tree
 from celo2_pretrain.train.deepspeed_files import Files, files_of, random_states, set_random_states
 from celo2_pretrain.train.errors import UserError
