@@ -20,7 +20,7 @@ RUNS = {
     "whole": (1, ["train.micro_batch_size=8"], {}),
     "reference": (1, [], {"CELO2_BACKEND": "reference"}),
 }
-ROUND_OFF = 1e-4  # of the loss; and of how far the weights have moved (Newton–Schulz multiplies 1e-7 by up to 485 a step)
+LOSS, WEIGHTS = 1e-5, 1e-3  # relative; measured: 1e-7, and 4e-5 in biases, which begin at 0 under AdamW
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,11 @@ def test_a_run_repeats_itself_bit_for_bit(runs, name):
 @pytest.mark.parametrize("name", ["two", "whole", "reference"])
 def test_other_ranks_micro_batches_and_backends_agree_to_round_off(runs, name):
     here, there = losses(runs["one"]), losses(runs[name])
-    assert len(here) == len(there) and all(abs(a - b) < ROUND_OFF * abs(a) for a, b in zip(here, there)), (here, there)
+    assert len(here) == len(there) and all(abs(a - b) < LOSS * abs(a) for a, b in zip(here, there)), (here, there)
     mine, theirs = state(runs["one"]), state(runs[name])
     for key in (key for key in mine if key.endswith("|param")):
         lengths = (mine[key] - theirs[key]).norm(), mine[key].norm()
-        assert lengths[0] < ROUND_OFF * lengths[1] + 1e-6, (key, *map(float, lengths))
+        assert lengths[0] < WEIGHTS * lengths[1], (key, *map(float, lengths))
 
 
 def test_every_test_that_the_page_names_exists():
