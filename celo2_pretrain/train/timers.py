@@ -84,9 +84,10 @@ class Timers:
         them and however; so these are what is wrapped. What runs behind the computation isn't waited for, and isn't counted.
         """
         places = [(dist.ProcessGroup, name) for name in COLLECTIVES] + [(dist.Work, "wait")]
-        before = [(cls, name, getattr(cls, name)) for cls, name in places]
-        for cls, name, method in before:
-            setattr(cls, name, self._timed(method))
+        # As they lie in the class: what getattr gives of a method written in C++ isn't bound to an object when it is put back.
+        before = [(cls, name, vars(cls)[name]) for cls, name in places]
+        for cls, name, _ in before:
+            setattr(cls, name, self._timed(getattr(cls, name)))
         try:
             yield
         finally:
