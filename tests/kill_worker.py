@@ -18,6 +18,8 @@ from celo2_pretrain.cli import quiet_libraries
 
 quiet_libraries()
 
+from deepspeed.accelerator import get_accelerator  # noqa: E402
+
 from celo2_pretrain.train import loop  # noqa: E402
 from celo2_pretrain.train.config import load_config  # noqa: E402
 from celo2_pretrain.train.metrics import read_metrics  # noqa: E402
@@ -93,6 +95,7 @@ def trajectory(run: str) -> list[tuple]:
 
 def main(data: str, folder: str, kills: str, *overrides: str) -> None:
     torch.set_num_threads(1)
+    get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but it computes
     Path(folder).mkdir(parents=True, exist_ok=True)
     config = {name: load_config(None, [f"data.path={data}", f"run_dir={folder}/{name}", f"train.max_steps={STEPS}", *overrides])
               for name in ("whole", "killed")}
