@@ -1,30 +1,40 @@
 """Kills a training again and again with -9, each time at another call of a function, and compares its end with a run that
-nobody killed. One rank; a fork each, so that nothing is imported twice.
+nobody killed. The ranks are forks of this process, so that nothing is imported twice.
 
-    kill_worker.py DATA FOLDER KILLS key=value …     prints a line for each kill, and fails where the ends differ
+    kill_worker.py DATA FOLDER RANKS KILLS key=value …     prints a line for each kill, and fails where the ends differ
 """
+import ctypes
 import json
 import os
 import random
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
 import torch
+import transformers.models.gpt2.modeling_gpt2  # noqa: F401  (imported late: here it is once, for all forks)
 from state_digest import digests
 
 from celo2_pretrain.cli import quiet_libraries
 
 quiet_libraries()
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401  (late too, with all of torch's compiler)
 from deepspeed.accelerator import get_accelerator  # noqa: E402
+from deepspeed.comm.torch import build_shm_op  # noqa: E402
 
 from celo2_pretrain.train import loop  # noqa: E402
 from celo2_pretrain.train.config import load_config  # noqa: E402
+from celo2_pretrain.train.failures import ending_all_ranks  # noqa: E402
 from celo2_pretrain.train.metrics import read_metrics  # noqa: E402
+from celo2_pretrain.train.ranks import announce_compilation, free_port  # noqa: E402
 
-STEPS = 60
+WHERE = ("loop", "save", "loop", "start", "loop", "save", "loop", "loop")  # one kill after the other, again and again
+NEVER = float("inf")
+PATIENCE = 60  # seconds for the other ranks to end when one was killed; then they are killed, as a launcher does
+PR_SET_PDEATHSIG = 1
 
 
 class Counter:
@@ -40,52 +50,91 @@ class Counter:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def attempt(config, log: Path, at: float, whole: bool) -> tuple[bool, list[int]]:
-    """Train in a fork, from the newest checkpoint on, to the end or to call number `at`: of all, or of the loop's.
+def train_counted(config, where: str, at: float) -> dict[str, int]:
+    """Train from the newest checkpoint on, to the end or to call number `at`: of all ("start"), of those since the loop
+    began ("loop"), or of those since the second checkpoint of this attempt was begun ("save").
 
-    Returns: whether it came to its end; then also the calls before the loop, to the first checkpoint's end, and in all.
+    Returns the numbers of calls: before the loop, until the first checkpoint was there, in the second one, and in all.
     """
+    counter, steps, save, saves, told = Counter(at), loop.run_steps, loop.checkpoint.save, [], {}
+
+    def count(when: str) -> None:  # it makes Python slow
+        if where == when and at < NEVER:
+            sys.setprofile(counter)
+
+    def saving(*arguments):
+        if len(saves) == 1:
+            count("save")
+        before = counter.count
+        found = save(*arguments)
+        saves.append((before, counter.count))
+        return found
+
+    def counted(*arguments):
+        told["start"] = counter.count
+        count("loop")
+        return steps(*arguments)
+
+    loop.run_steps, loop.checkpoint.save = counted, saving
+    if where == "start":
+        sys.setprofile(counter)
+    with ending_all_ranks(config.run_dir):
+        loop.train(config, resume="auto")
+    sys.setprofile(None)
+    if len(saves) > 1:
+        told |= {"first": saves[0][1], "save": saves[1][1] - saves[1][0], "end": saves[-1][1]}
+    return told
+
+
+def fork_rank(config, log: Path, where: str, at: float, place: dict[str, str]) -> tuple[int, int]:
+    """Train in a fork with these launcher's variables; its process id, and where it writes what `train_counted` returns."""
     reader, writer = os.pipe()
     child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            with open(log, "a") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-            counter, steps, save, saved = Counter(at), loop.run_steps, loop.checkpoint.save, []
+    if child:
+        os.close(writer)
+        return child, reader
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank is left behind when this test is given up
+        with open(log, "a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.environ |= place
+        os.write(writer, json.dumps(train_counted(config, where, at)).encode())
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
-            def saving(*arguments):
-                found = save(*arguments)
-                saved.append(counter.count)
-                return found
 
-            if whole:
-                sys.setprofile(counter)
-
-            def counted(*arguments):
-                before = counter.count
-                sys.setprofile(counter if whole or at < float("inf") else None)  # it makes Python slow
-                try:
-                    return steps(*arguments)
-                finally:
-                    sys.setprofile(counter if whole else None)
-                    os.write(writer, json.dumps([before, saved[0], counter.count]).encode())
-
-            loop.run_steps, loop.checkpoint.save = counted, saving
-            loop.train(config, resume="auto")
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    os.close(writer)
-    with os.fdopen(reader) as file:
-        told = file.read()
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0, log.read_text()[-4000:]
-    return not os.WIFSIGNALED(status), json.loads(told) if told else []
+def attempt(config, log: Path, where: str, at: list[float]) -> list[dict[str, int]] | None:
+    """Train on as many ranks as `at` has elements; what `train_counted` returned on each, None when they were killed."""
+    world = str(len(at))
+    shared = {"WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = dict(fork_rank(config, log, where, call, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                 for rank, call in enumerate(at))
+    ended, until = {}, None
+    while len(ended) < len(ranks):
+        for child in ranks.keys() - ended.keys():
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                ended[child] = os.waitstatus_to_exitcode(status)
+        if until is None and any(ended.values()):
+            until = time.monotonic() + PATIENCE
+        if until is not None and time.monotonic() > until:
+            for child in ranks.keys() - ended.keys():
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    told = []
+    for reader in ranks.values():
+        with os.fdopen(reader) as file:
+            told.append(file.read())
+    if -signal.SIGKILL in ended.values():
+        return None
+    assert not any(ended.values()), log.read_text()[-4000:]
+    return [json.loads(text) for text in told]
 
 
 def trajectory(run: str) -> list[tuple]:
@@ -93,31 +142,36 @@ def trajectory(run: str) -> list[tuple]:
             for r in read_metrics(run) if "loss" in r or "val_loss" in r]
 
 
-def main(data: str, folder: str, kills: str, *overrides: str) -> None:
+def main(data: str, folder: str, world: str, kills: str, *overrides: str) -> None:
     torch.set_num_threads(1)
     get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but it computes
+    loop.plot_loss = lambda *arguments: None  # it comes after all that is compared, and takes longer than that
+    os.environ.setdefault("RANK", "0")  # for the announcement
+    announce_compilation()
+    build_shm_op()  # a rank killed in it would leave torch's lock in the cache that all programs share: the next would wait
     Path(folder).mkdir(parents=True, exist_ok=True)
-    config = {name: load_config(None, [f"data.path={data}", f"run_dir={folder}/{name}", f"train.max_steps={STEPS}", *overrides])
+    config = {name: load_config(None, [f"data.path={data}", f"run_dir={folder}/{name}", *overrides])
               for name in ("whole", "killed")}
-    ended, (start, first, end) = attempt(config["whole"], Path(folder, "whole.log"), float("inf"), whole=True)
-    assert ended
-    # Past the first step, which costs more calls, and up to two steps more.
-    most = first - start + 1.5 * (end - first) / (STEPS - 1)
-    done, log, choose = 0, Path(folder, "killed.log"), random.Random(" ".join(overrides))
-    while done < int(kills):
-        whole = done % 8 == 7  # also while it starts, reads the checkpoint and clears away
-        at = choose.uniform(1, start if whole else most)
-        ended, _ = attempt(config["killed"], log, at, whole)
-        assert not ended, f"finished after {done} kills: more steps are needed"
-        done += 1
+    steps, nobody = config["whole"].train.max_steps, [NEVER] * int(world)
+    calls = attempt(config["whole"], Path(folder, "whole.log"), "start", nobody)
+    assert calls
+    most = {"start": [1.35 * rank["start"] for rank in calls],  # reading a checkpoint comes to it
+            # Past the first step, which costs more calls, and up to two steps more.
+            "loop": [rank["first"] - rank["start"] + 1.5 * (rank["end"] - rank["first"]) / (steps - 1) for rank in calls],
+            "save": [rank["save"] for rank in calls]}
+    log, choose = Path(folder, "killed.log"), random.Random(" ".join(overrides))
+    for done in range(int(kills)):
+        where, part = WHERE[done % len(WHERE)], choose.random()
+        die = choose.sample(range(int(world)), choose.randint(1, int(world)))
+        at = [1 + part * calls if rank in die else NEVER for rank, calls in enumerate(most[where])]
+        assert not attempt(config["killed"], log, where, at), f"finished after {done} kills: more steps are needed"
         there = sorted(path.name for path in Path(folder, "killed", "checkpoints").glob("*"))
-        print(f"kill {done}: {'start' if whole else 'loop'}, call {at:.0f}: {' '.join(there)}", flush=True)
-    ended, _ = attempt(config["killed"], log, float("inf"), whole=False)
-    assert ended
-    last = f"checkpoints/step_{STEPS:08d}"
+        print(f"kill {done + 1}: {where}, ranks {sorted(die)}, call {min(at):.0f}: {' '.join(there)}", flush=True)
+    assert attempt(config["killed"], log, "loop", nobody)
+    last = f"checkpoints/step_{steps:08d}"
     one, other = digests(Path(folder, "whole", last)), digests(Path(folder, "killed", last))
     assert one == other, [name for name in one if one[name] != other.get(name)]
-    assert one != digests(Path(folder, "whole", f"checkpoints/step_{STEPS - 1:08d}"))
+    assert one != digests(Path(folder, "whole", f"checkpoints/step_{steps - 1:08d}"))
     assert trajectory(f"{folder}/whole") == trajectory(f"{folder}/killed")
     print(f"{len(one)} values are the same", flush=True)
 
