@@ -163,13 +163,15 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("on_error, ranks", [("stop", 1), ("continue", 2)])
-def test_full_disk_leaves_the_earlier_checkpoint(data, tmp_path, small_disk, on_error, ranks):
+def test_full_disk_leaves_the_earlier_checkpoint(data, tmp_path, small_disk, on_error, ranks, staged):
     run = tmp_path / "run"
     run.mkdir()
     (run / "checkpoints").symlink_to(small_disk)
     result = drive("--overwrite", "--resume", "auto", *SMALL, f"data.path={data}", f"run_dir={run}", "train.max_steps=3",
-                   "checkpoint.every=1", f"checkpoint.on_error={on_error}", "checkpoint.keep_last=5", ranks=ranks)
+                   "checkpoint.every=1", f"checkpoint.on_error={on_error}", "checkpoint.keep_last=5",
+                   *([f"checkpoint.staging={tmp_path / 'fast'}"] if staged else []), ranks=ranks)
     output = result.stdout + result.stderr
     assert result.returncode != 0 and "Traceback" not in output, output
     told = output.count("step_00000002: ")

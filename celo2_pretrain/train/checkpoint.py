@@ -26,6 +26,7 @@ from celo2_pretrain.train.config import Config, as_tree
 from celo2_pretrain.train.deepspeed_files import Files, files_of, random_states, set_random_states
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.manifest import write_atomically
+from celo2_pretrain.train.staging import Copy, staged_folder
 
 # How the model is computed or began: a resumed run may have it otherwise.
 NOT_OF_THE_MODEL = ("activation_checkpointing", "attention", "compile", "scaled_init")
@@ -65,23 +66,60 @@ def save(engine, config: Config, description: dict, step: int, samples: int, ext
         return final
     state = {"step": step, "samples": samples, "description": description, "extra": extra}
     tell = say if dist.get_rank() == 0 else lambda text: None
+    staging = config.checkpoint.staging
+    place = staged_folder(staging, config.run_dir) if staging else temporary
+
+    def named(entries: dict[str, dict[str, Any]]) -> None:
+        publish(temporary, final, step, entries)
+        prune(final, config.checkpoint.keep_last, config.checkpoint.keep_every, tell)
+
+    def complete(entries: dict[str, dict[str, Any]]) -> None:
+        if dist.get_rank() == 0 and staging:
+            make_whole(place, step, entries)
+            folder.mkdir(parents=True, exist_ok=True)
+            files.copying = Copy(place, temporary, final, named)
+        elif dist.get_rank() == 0:
+            named(entries)
+
+    finish(engine, config, say)
     try:
-        entries = write(engine, files, config, temporary, state)
-        together(lambda: publish(temporary, final, step, entries) if dist.get_rank() == 0 else None)
+        entries = write(engine, files, config, place, state)
+        together(lambda: complete(entries))
     except StateError as error:
         if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        kept = latest(folder)
-        kept = f"the newest whole checkpoint is {folder / kept}" if kept else "the run has no checkpoint yet"
-        message = f"cannot save {final}: {error}; {kept}"
-        if config.checkpoint.on_error == "stop" or step == config.train.max_steps:
-            raise UserError(f"{message}: see to it, then go on with --resume {config.run_dir}") from None
-        tell(f"warning: {message}; training goes on, as checkpoint.on_error=continue says")
+            shutil.rmtree(place, ignore_errors=True)
+        not_saved(config, final, error, step == config.train.max_steps, tell)
         return None
     files.newest = final
-    if dist.get_rank() == 0:
-        prune(final, config.checkpoint.keep_last, config.checkpoint.keep_every, tell)
     return final
+
+
+def finish(engine, config: Config, say: Callable[[str], None] = print) -> bool:
+    """Wait for the copy that checkpoint.staging left under way; on all ranks. Its failure is treated as a save's.
+
+    Returns whether the last checkpoint that was saved is there.
+    """
+    files = files_of(engine)
+    if not config.checkpoint.staging or files.newest is None:
+        return files.newest is not None
+    copying, files.copying, newest = files.copying, None, files.newest
+    try:
+        together(lambda: copying.wait() if copying else None)
+    except StateError as error:
+        files.newest = None
+        last = step_of(newest) == config.train.max_steps
+        not_saved(config, newest, error, last, say if dist.get_rank() == 0 else lambda text: None)
+    return files.newest is not None
+
+
+def not_saved(config: Config, final: Path, error: StateError, last: bool, tell: Callable[[str], None]) -> None:
+    """Warn, or raise UserError as checkpoint.on_error says; always after the last step."""
+    kept = latest(final.parent)
+    kept = f"the newest whole checkpoint is {final.parent / kept}" if kept else "the run has no checkpoint yet"
+    message = f"cannot save {final}: {error}; {kept}"
+    if config.checkpoint.on_error == "stop" or last:
+        raise UserError(f"{message}: see to it, then go on with --resume {config.run_dir}") from None
+    tell(f"warning: {message}; training goes on, as checkpoint.on_error=continue says")
 
 
 def write(engine, files: Files, config: Config, folder: Path, state: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -90,7 +128,7 @@ def write(engine, files: Files, config: Config, folder: Path, state: dict[str, A
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            check_space(folder)
+            check_space(folder, in_order(Path(config.run_dir, "checkpoints")))
 
     def write_own() -> dict[str, dict[str, Any]]:
         files.checked()
@@ -113,9 +151,8 @@ def write(engine, files: Files, config: Config, folder: Path, state: dict[str, A
     return entries
 
 
-def check_space(folder: Path) -> None:
-    """Refuse to fill the disk with a checkpoint that won't fit. Raises StateError."""
-    others = in_order(folder.parent)
+def check_space(folder: Path, others: list[Path]) -> None:
+    """Refuse to fill the disk with a checkpoint of the size of the last of `others` that won't fit. Raises StateError."""
     try:
         needed = sum(entry["size"] for entry in manifest.read(others[-1])["files"].values()) if others else 0
     except manifest.Damaged:
@@ -136,15 +173,20 @@ def any_world_entries(folder: Path) -> dict[str, dict[str, Any]]:
 
 def publish(temporary: Path, final: Path, step: int, entries: dict[str, dict[str, Any]]) -> None:
     """Give a written checkpoint its name, then have `latest` name it."""
-    try:
-        manifest.write(temporary, step, entries)
-    except manifest.Damaged as error:
-        raise StateError(str(error)) from None
+    make_whole(temporary, step, entries)
     if final.exists():
         remove(final)  # left by a trajectory that this one replaces; `latest` names an older one
     os.rename(temporary, final)
     manifest.sync_folder(final.parent)
     write_atomically(final.parent / "latest", final.name)
+
+
+def make_whole(folder: Path, step: int, entries: dict[str, dict[str, Any]]) -> None:
+    """Write the manifest. Raises StateError when the ranks' files aren't all there."""
+    try:
+        manifest.write(folder, step, entries)
+    except manifest.Damaged as error:
+        raise StateError(str(error)) from None
 
 
 def prune(newest: Path, keep_last: int, keep_every: int, say: Callable[[str], None]) -> None:

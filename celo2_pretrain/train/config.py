@@ -113,6 +113,7 @@ class Checkpoint:
     every: int = key(500, "steps between checkpoints; there is always one at the end", 1)
     keep_last: int = key(2, "newest checkpoints to keep", 1)
     keep_every: int = key(0, "also keep for good the checkpoints of every so many steps; 0: none", 0)
+    staging: str | None = key(None, "write here first (fast, of this machine, e.g. /dev/shm), and copy while training goes on")
     on_error: Literal["stop", "continue"] = key("stop", "when one can't be saved: stop, or continue with a warning")
     any_world: bool = key(True, "also save what resumes with other ranks, ZeRO stage or precision (doubles the size)")
 

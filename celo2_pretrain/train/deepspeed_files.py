@@ -24,7 +24,7 @@ class Files(CheckpointEngine):
         self.written: dict[str, dict[str, Any]] = {}
         self.error: Exception | None = None
         self.newest: Path | None = None  # the checkpoint of the state that the run is in, if there is one
-        self.copying = None  # a copy that goes on in the background (staging.py)
+        self.copying = None  # rank 0's staging.Copy that is under way
 
     def begin(self, folder: Path) -> None:
         self.folder, self.written, self.error = folder, {}, None

@@ -147,6 +147,7 @@ class Guard:
     def roll_back(self, step: int, description: dict, metrics: Metrics) -> int:
         """Load the newest whole checkpoint, or the one that the run was resumed from; returns its step. Data, which the caller
         counts, goes on after the spike's. Without a checkpoint nothing changes. Every rank calls it."""
+        checkpoint.finish(self.engine, self.config, metrics.say)
         found = newest_good(self.config.run_dir, shared=True, say=metrics.say) or self.resumed
         if found is None:
             metrics.say("there is no checkpoint to go back to yet: training goes on")

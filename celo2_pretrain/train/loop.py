@@ -36,6 +36,7 @@ from celo2_pretrain.train.plot import plot_loss
 from celo2_pretrain.train.profiler import Profiler
 from celo2_pretrain.train.ranks import world_from_environment
 from celo2_pretrain.train.schedule import BatchSizes, lr_factor
+from celo2_pretrain.train.staging import check_staging
 from celo2_pretrain.train.stop import Agreement, StopRequests
 from celo2_pretrain.train.trackers import check_installed, open_trackers
 from celo2_pretrain.train.watchdog import Watchdog, forget
@@ -62,6 +63,7 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     # Everything that can be refused is refused here, before the ranks meet.
     rank, world_size = world_from_environment()
     check_installed(config)
+    check_staging(config.checkpoint.staging, world_size)
     ds_config = deepspeed_config(config, world_size)
     mixture = open_mixture(config.data.path, config.data.mixture)
     index = mixture.index
@@ -171,6 +173,7 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
     if agreement.exchange()[1] or ((step == 0 or start["extra"].get("validation_due")) and not validate(step)):
         agreement.stop(f"before the first step: nothing to save; to go on: {resume_command(config)}")
     recent, since, samples_then = [], time.time(), samples  # losses of steps that were taken since the last record
+    saving = saving_in_all = 0.0  # seconds that training waited for checkpoints: since the last record, and in all
     while step < size.max_steps:
         rates.set(lr_factor(step, config.schedule, size.max_steps))
         accumulation = batch_sizes.set(engine, step)
@@ -215,9 +218,9 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
                 "samples": samples, "tokens": samples * context,
                 "global_batch_size": batch_sizes.at(step - 1), "epochs": loader.epochs(samples),
                 "tokens_per_s": round(speed, 1), "seconds": round(seconds, 3),
-                "skipped_steps": guard.left_out, **insight.record(mean, speed),
+                "skipped_steps": guard.left_out, "checkpoint_seconds": round(saving, 3), **insight.record(mean, speed),
             })
-            recent, since, samples_then = [], time.time(), samples
+            recent, since, samples_then, saving = [], time.time(), samples, 0.0
         paused = time.time()
         due = step % config.eval.every == 0 or last
         if due and (last or not stopping):
@@ -225,12 +228,17 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
             stopping |= due
         if step % config.checkpoint.every == 0 or last or stopping:
             watchdog.beat(f"saving step {step}")
+            began = time.time()
             saved = checkpoint.save(engine, config, description, step, samples,
                                     {"validation_due": due, "guard": guard.state()}, metrics.say)
             stopping = agreement.exchange()[1]  # asked for while saving
+            if (stopping or last) and not checkpoint.finish(engine, config, metrics.say):
+                saved = None
+            saving, saving_in_all = saving + time.time() - began, saving_in_all + time.time() - began
         if stopping and not last:
             agreement.stop(f"at step {step}, {f'saved {saved}' if saved else 'not saved'}; to go on: {resume_command(config)}")
         since += time.time() - paused  # tokens/s counts training only
+    metrics.say(f"training waited {saving_in_all:.1f} s for checkpoints to be saved")
     return samples
 
 

@@ -13,7 +13,8 @@ import torch
 
 from celo2_pretrain.train.errors import UserError
 
-STALE_LOCK_SECONDS = 600
+STALE_LOCK_SECONDS = 600  # a compilation, which another machine with the same home may be at, takes less
+STALE_LOAD_SECONDS = 30
 
 
 def world_from_environment() -> tuple[int, int]:
@@ -62,19 +63,40 @@ def join_ranks() -> None:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(f"rank {os.environ['RANK']} can't meet the others at {where}: {' '.join(str(error).split())[:300]}; "
                             f"is that the first node's address and a free port there, and did every node start?") from None
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        forget_shared_memory()
+
+
+def forget_shared_memory() -> None:
+    """Remove the names of DeepSpeed's buffers for the ranks of a CPU, 66 MB a rank, which it leaves in memory for good. Every
+    rank calls it when all have opened them; they go with the last process."""
+    torch.distributed.barrier()
+    mine = f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ['MASTER_PORT']}_{os.environ['RANK']}"
+    for path in Path("/dev/shm").glob(mine):
+        path.unlink(missing_ok=True)
 
 
 def announce_compilation() -> None:
-    """On a CPU DeepSpeed compiles its communication in the first run. Say so, and clear the lock that an interrupted
-    compilation leaves: torch would wait for it forever."""
+    """On a CPU DeepSpeed compiles its communication in the first run. Say so, and clear the lock that a process leaves which
+    was killed while it compiled or loaded: torch would wait for it forever."""
     built = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
-    if any(built.glob("**/deepspeed_shm_comm*.so")):
-        return
+    there = any(built.glob("**/deepspeed_shm_comm*.so"))
     for lock in built.glob("**/deepspeed_shm_comm/lock"):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS:
+            old = time.time() - lock.stat().st_mtime > (STALE_LOAD_SECONDS if there else STALE_LOCK_SECONDS)
+            if old and not is_open(lock):
                 lock.unlink()
             elif os.environ["RANK"] == "0":
-                print(f"another process compiles DeepSpeed's communication; if none does, remove {lock}", flush=True)
-    if os.environ["RANK"] == "0":
+                print(f"waiting for the process that compiles or loads DeepSpeed's communication; if there is none, remove {lock}",
+                      flush=True)
+    if not there and os.environ["RANK"] == "0":
         print("first run on this machine: DeepSpeed compiles its communication (about a minute) …", flush=True)
+
+
+def is_open(path: Path) -> bool:
+    """Whether a process of this machine has the file open, as far as this user may see."""
+    for handle in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(handle) == str(path):
+                return True
+    return False

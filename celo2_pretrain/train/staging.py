@@ -1,0 +1,77 @@
+"""Checkpoints that are written to fast storage first, and copied into the run's folder while training goes on.
+
+    checkpoint.staging/celo2-…/   the one checkpoint that is being written or copied, so that the room taken is bounded
+
+The copy is a thread of rank 0. It gives the checkpoint its name, and has `latest` name it, as a save without staging does.
+"""
+import hashlib
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Callable
+
+from celo2_pretrain.optimizer.state import StateError
+from celo2_pretrain.train import manifest
+from celo2_pretrain.train.errors import UserError
+
+
+def check_staging(staging: str | None, world_size: int) -> None:
+    """Raises UserError when `staging` can't be a folder that all ranks see, or can't be written."""
+    if staging is None:
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    if here < world_size:
+        raise UserError(f"checkpoint.staging={staging!r} is for ranks on one machine: {here} of {world_size} are on this one")
+    try:
+        Path(staging).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"checkpoint.staging={staging!r} can't be made: {error.strerror}; give a folder on fast storage, such as "
+                        "/dev/shm/celo2") from None
+    if not os.access(staging, os.W_OK):
+        raise UserError(f"checkpoint.staging={staging!r} can't be written: give a folder on fast storage that can")
+
+
+def staged_folder(staging: str, run_dir: str) -> Path:
+    """This run's place in the staging folder."""
+    return Path(staging, f"celo2-{hashlib.sha256(os.path.abspath(run_dir).encode()).hexdigest()[:12]}")
+
+
+class Copy:
+    """A whole checkpoint on its way from `staged` to `temporary`; then `publish(entries)` gives it its name.
+
+    The thread outlives an error of the run: the process ends when the copy has.
+    """
+
+    def __init__(self, staged: Path, temporary: Path, final: Path, publish: Callable[[dict], None]):
+        self.staged, self.temporary, self.final, self.publish = staged, temporary, final, publish
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._run, name=f"copy {final.name}")
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.publish(self._copied())
+        except Exception as error:
+            self.error = error
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        shutil.rmtree(self.staged, ignore_errors=True)
+
+    def _copied(self) -> dict:
+        """Copy every file, and compare what was read with the manifest; returns its entries."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        entries = manifest.structure(self.staged)["files"]
+        for name, entry in entries.items():
+            target = self.temporary / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.staged / name, "rb") as source:
+                written = manifest.write_file(target, lambda file: shutil.copyfileobj(source, file, 1 << 20))
+            if written != entry:
+                raise StateError(f"{name} was damaged where it lay in {self.staged}")
+        return entries
+
+    def wait(self) -> None:
+        """Until the copy has ended. Raises what went wrong."""
+        self.thread.join()
+        if self.error:
+            raise self.error

@@ -1,0 +1,95 @@
+"""A checkpoint that is copied while training goes on is the one that a plain save writes."""
+import shutil
+from pathlib import Path
+
+import pytest
+from processes import drive
+
+from celo2_pretrain.optimizer.state import StateError
+from celo2_pretrain.train import choose, manifest
+from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.metrics import read_metrics
+from celo2_pretrain.train.staging import Copy, check_staging
+
+CONFIG = ["model.layers=1", "model.width=16", "model.heads=2", "model.context=16", "train.micro_batch_size=1", "schedule.steps=6",
+          "train.global_batch_size=4", "train.log_every=1", "eval.every=100000", "eval.sequences=4", "checkpoint.every=2",
+          "checkpoint.keep_last=2", "optimizer.adamw_lr_multiplier=2"]
+
+
+def losses(run: Path) -> list[tuple]:
+    return [(record["step"], record["loss"], record["grad_norm"]) for record in read_metrics(run) if "loss" in record]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_run_goes_on_from_staged_checkpoints_bit_for_bit(data, tmp_path):
+    plain, staged, fast = tmp_path / "plain", tmp_path / "staged", tmp_path / "fast"
+    common = [*CONFIG, f"data.path={data}"]
+    for run, more in ((plain, ["train.max_steps=6"]), (staged, ["train.max_steps=4", f"checkpoint.staging={fast}"])):
+        result = drive(*common, f"run_dir={run}", *more, ranks=2)
+        assert result.returncode == 0, result.stdout + result.stderr
+    result = drive("--resume", str(staged), "train.max_steps=6", ranks=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert losses(staged) == losses(plain) and len(losses(plain)) == 6
+    assert not list(fast.glob("*")), "the staging folder is empty when the run has ended"
+    names = sorted(path.name for path in (staged / "checkpoints").iterdir())
+    assert names == ["latest", "step_00000004", "step_00000006"]
+    for name in names[1:]:
+        assert choose.trouble(staged / "checkpoints" / name) is None
+        # Of the same steps: the same files, also byte by byte where nothing but tensors is in them.
+        ours, theirs = (manifest.read(run / "checkpoints" / name)["files"] for run in (staged, plain))
+        assert ours.keys() == theirs.keys()
+        same = [file for file in ours if file.endswith(".safetensors") or file.startswith("random_state")]
+        assert same and all(ours[file] == theirs[file] for file in same)
+    assert all("checkpoint_seconds" in record for record in read_metrics(staged) if "loss" in record)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A whole checkpoint in a staging folder."""
+    staged = tmp_path / "fast" / "staged"
+    (staged / "any_world").mkdir(parents=True)
+    entries = {name: manifest.write_file(staged / name, lambda file: file.write(name.encode() * 100))
+               for name in ("state.json", "any_world/index.json")}
+    manifest.write(staged, 3, entries)
+    return staged
+
+
+def copy(folder: Path) -> tuple[Copy, list]:
+    named = []
+    run = folder.parents[1] / "run"
+    run.mkdir()
+    return Copy(folder, run / ".tmp-step_3", run / "step_3", named.append), named
+
+
+def test_a_copy_is_compared_with_the_manifest_and_then_named(folder):
+    before = manifest.structure(folder)["files"]
+    copying, named = copy(folder)
+    copying.wait()
+    assert named == [before] and not folder.exists()
+    assert manifest.listing(copying.temporary) == before.keys()
+
+
+@pytest.mark.parametrize("harm, message", [
+    (lambda folder: (folder / "state.json").write_bytes(b"x" * 1000), "state.json was damaged where it lay in"),
+    (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
+    (shutil.rmtree, "manifest.json is missing"),
+])
+def test_what_was_damaged_on_its_way_gets_no_name(folder, harm, message):
+    harm(folder)
+    copying, named = copy(folder)
+    with pytest.raises((StateError, manifest.Damaged), match=message):
+        copying.wait()
+    assert not named and not copying.temporary.exists() and not copying.final.exists() and not folder.exists()
+
+
+def test_a_staging_folder_is_for_one_machine_and_must_be_one(tmp_path, monkeypatch):
+    check_staging(None, 8)
+    check_staging(str(tmp_path / "new" / "folder"), 2)
+    assert (tmp_path / "new" / "folder").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="checkpoint.staging='.*file/x' can't be made"):
+        check_staging(str(tmp_path / "file" / "x"), 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="is for ranks on one machine: 4 of 8 are on this one"):
+        check_staging(str(tmp_path), 8)
