@@ -105,8 +105,8 @@ def write_ranges(folder: Path, prefix: str, ranges: Iterable[tuple[str, int, int
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write one safetensors file through to the disk; returns its sha256."""
     save_file(tensors, path)
-    _sync(path)
-    return _sha256(path)
+    sync(path)
+    return sha256(path)
 
 
 def finish(folder: Path, index: dict[str, Any]) -> None:
@@ -114,10 +114,10 @@ def finish(folder: Path, index: dict[str, Any]) -> None:
     unfinished = building(folder)
     text = json.dumps({"format": FORMAT, "version": VERSION, **index})
     (unfinished / INDEX).write_text(text, encoding="utf-8")
-    _sync(unfinished / INDEX)
-    _sync(unfinished)
+    sync(unfinished / INDEX)
+    sync(unfinished)
     os.rename(unfinished, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def abandon(folder: Path) -> None:
@@ -181,7 +181,7 @@ class StateReader:
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compare the checksums of every `parts`-th file. Raises StateError naming a damaged file."""
         for file in sorted(self.files)[part::parts]:
-            if _sha256(self.folder / file) != self.files[file]["sha256"]:
+            if sha256(self.folder / file) != self.files[file]["sha256"]:
                 raise StateError(f"{self.folder / file} is damaged (its sha256 is not the index's): copy it again, or "
                                  "use another checkpoint")
 
@@ -234,7 +234,8 @@ class StateReader:
             raise StateError(f"{self.folder / file}: can't read {key!r} ({error}); use another checkpoint") from None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk, so that a rename survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -242,6 +243,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's contents, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -166,7 +166,7 @@ def any_world_entries(folder: Path) -> dict[str, dict[str, Any]]:
     """The manifest's entries of what `save_state` wrote, which has the checksums already."""
     index = folder / ANY_WORLD / state_files.INDEX
     digests = {name: entry["sha256"] for name, entry in json.loads(index.read_bytes())["files"].items()}
-    digests[state_files.INDEX] = manifest.sha256(index)
+    digests[state_files.INDEX] = state_files.sha256(index)
     return {f"{ANY_WORLD}/{name}": {"size": (folder / ANY_WORLD / name).stat().st_size, "sha256": digest}
             for name, digest in digests.items()}
 
@@ -177,7 +177,7 @@ def publish(temporary: Path, final: Path, step: int, entries: dict[str, dict[str
     if final.exists():
         remove(final)  # left by a trajectory that this one replaces; `latest` names an older one
     os.rename(temporary, final)
-    manifest.sync_folder(final.parent)
+    state_files.sync(final.parent)
     write_atomically(final.parent / "latest", final.name)
 
 

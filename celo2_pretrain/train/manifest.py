@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Any, BinaryIO, Callable
 
+from celo2_pretrain.optimizer.state_files import sha256, sync
+
 NAME = "manifest.json"
 FORMAT = "celo2-checkpoint-1"
 
@@ -56,15 +58,6 @@ def write_file(path: Path, write: Callable[[Hashing], None]) -> dict[str, Any]:
     return {"size": hashing.size, "sha256": hashing.sha256.hexdigest()}
 
 
-def sync_folder(path: Path) -> None:
-    """Bring a folder's list of names to the disk, so that a rename survives a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file: after a crash it is the old one or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -77,12 +70,7 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sync(path.parent)
 
 
 def as_text(content: dict[str, Any]) -> str:
@@ -121,7 +109,7 @@ def write(folder: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
     content = {"format": FORMAT, "step": step, "files": dict(sorted(files.items()))}
     write_file(folder / NAME, lambda file: file.write(as_text(content).encode()))
     for parent, _, _ in os.walk(folder):
-        sync_folder(Path(parent))
+        sync(Path(parent))
 
 
 def read(folder: Path) -> dict[str, Any]:
