@@ -144,6 +144,16 @@ def test_constructed_weights_compute_their_formula(name, formula, features):
     torch.testing.assert_close(reference.direction(x, load_weights(name)), formula(x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.3, 1.0, 1.7, -0.5])
+def test_what_is_above_one_counts_by_the_slope(slope):
+    features = torch.randn(30, 7, 5, generator=torch.Generator().manual_seed(0))
+    mlp = construct.construct({3: 0.9, 7: -1.1, 28: 0.4}, slope)
+    x = 0.9 * features[3] - 1.1 * features[7] + 0.4 * features[28]
+    assert 0.1 < (x.abs() > 1).float().mean() < 0.9
+    torch.testing.assert_close(reference.direction(features, mlp), x.clamp(-1, 1) + slope * (x - x.clamp(-1, 1)),
+                               rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name, orthogonalize", [("default", True), ("default-base", False), ("constructed", True),
                                                 ("constructed-base", False)])
 @pytest.mark.parametrize("shape", [(6, 4), (9,)])

@@ -21,10 +21,12 @@ class MetaConfig:
     families: str = key("mlp/digits mlp/photos mlp/digits_on_photos mlp/orientation",
                         "task families, separated by blanks: mlp/SET, conv/SET, residual/SET, transformer, quadratic")
     problems: int = key(8, "inner problems of each family at a time (PES: antithetic pairs)", 1)
-    estimator: Literal["pes", "analytic"] = key("pes", "outer gradient: persistent evolution strategies, or back-propagation")
+    estimator: Literal["pes", "analytic", "evolution"] = key(
+        "pes", "outer gradient: persistent evolution strategies, or back-propagation; or no gradient: CMA-ES over constructed rules")
+    population: int = key(12, "candidates of a generation (evolution)", 4)
     truncation: int = key(50, "inner steps between two outer steps", 1)
     tail: float = key(1.0, "share of a truncation's steps, the last ones, whose losses count", 0, 1)
-    sigma: float = key(0.01, "deviation of PES's perturbations", 1e-8)
+    sigma: float = key(0.01, "deviation of PES's perturbations, or of evolution's first candidates", 1e-8)
     length_min: int = key(100, "inner steps of an unroll, log-uniform between length_min and length_max", 1)
     length_max: int = key(2000, "see length_min", 1)
     lr_min: float = key(1e-3, "inner learning rate, log-uniform between lr_min and lr_max", 1e-12)

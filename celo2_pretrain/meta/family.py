@@ -30,7 +30,8 @@ class Family:
         self.config, self.task, self.harness = config, tasks.make(name), harness_of(config)
         self.generator = torch.Generator().manual_seed(seed)
         self.pairs = config.estimator == "pes"
-        self.advance = inner.make_advance(self.task, self.harness, shared_theta=not self.pairs)
+        self.particles = {"pes": 2, "analytic": 1, "evolution": config.population}[config.estimator]  # of each problem
+        self.advance = inner.make_advance(self.task, self.harness, shared_theta=config.estimator == "analytic")
         # Shortened at first, so that the problems are not all at the same place of their unrolls.
         self.inner = self._start(torch.rand(config.problems, generator=self.generator))
         self.noise = torch.zeros(config.problems, THETA, device=config.device)
@@ -45,12 +46,19 @@ class Family:
         self._restart(estimate.broken)
         return estimate
 
+    @torch.no_grad()
+    def evaluate(self, thetas: Tensor) -> Tensor:
+        """(particles, problems): the losses of each theta (particles, 347) on the same fresh problems, over one whole unroll."""
+        self.inner = self._start(torch.ones(self.config.problems))
+        losses = self._unroll(thetas.repeat_interleave(self.config.problems, 0))
+        return losses.view(self.particles, self.config.problems)
+
     def _unroll(self, theta: Tensor) -> Tensor:
         """Each particle's mean loss over the truncation's tail; of a step's loss no more than the task's cap counts."""
         total, counted = 0.0, max(1, round(self.config.truncation * self.config.tail))
         for step in range(self.config.truncation):
             batch = self.task.draw(self.generator, self.config.problems)
-            batch = tuple(x.repeat(2, *[1] * (x.ndim - 1)) if self.pairs else x for x in batch)
+            batch = tuple(x.repeat(self.particles, *[1] * (x.ndim - 1)) for x in batch)
             self.inner, loss = self.advance(theta, self.inner, tuple(x.to(theta.device) for x in batch))
             if step >= self.config.truncation - counted:
                 total = total + loss.clamp_max(self.task.cap)
@@ -61,8 +69,7 @@ class Family:
         n = self.config.problems
         over = broken | (self.inner.step[:n] >= self.inner.fixed.length[:n])
         if over.any():
-            both = over.repeat(2) if self.pairs else over
-            self.inner = inner.where(both, self._start(torch.ones(n)), self.inner)
+            self.inner = inner.where(over.repeat(self.particles), self._start(torch.ones(n)), self.inner)
             self.noise = torch.where(over[:, None], torch.zeros(()), self.noise)
 
     def _start(self, share: Tensor) -> Inner:
@@ -74,8 +81,7 @@ class Family:
         fixed = Fixed(self._log_uniform(config.lr_min, config.lr_max), length,
                       self._log_uniform(config.scale_min, config.scale_max))
         fresh = inner.start(self.task, self.harness, fixed, self.generator)
-        if self.pairs:
-            fresh = pytree.tree_map(lambda x: torch.cat([x, x]), fresh)
+        fresh = pytree.tree_map(lambda x: x.repeat(self.particles, *[1] * (x.ndim - 1)), fresh)
         return pytree.tree_map(lambda x: x.to(config.device), fresh)
 
     def _log_uniform(self, low: float, high: float) -> Tensor:

@@ -17,6 +17,7 @@ from ..train.errors import UserError
 from ..weights import load_weights, save_weights
 from . import config as configs
 from .config import MetaConfig
+from .evolution import Evolution
 from .family import Family
 from .rule import flatten, random_theta, unflatten
 
@@ -103,7 +104,7 @@ def run(config: MetaConfig, resume: bool = False, overwrite: bool = False) -> Pa
                         "give another folder with out=…")
     if resume and not (out / CHECKPOINT).is_file():
         raise UserError(f"{out} has no {CHECKPOINT} to resume from")
-    training = MetaTraining(config)  # before anything is written: it says what is missing
+    training = (Evolution if config.estimator == "evolution" else MetaTraining)(config)  # before anything is written: it says what is missing
     if resume:
         training.load(out / CHECKPOINT)
         _drop_after(out / METRICS, training.step)

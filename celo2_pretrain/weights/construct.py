@@ -26,14 +26,26 @@ RECIPES = {
 }
 
 
-def construct(coefficients: dict[int, float]) -> MLP:
-    """The MLP whose output 0 is `sum_i coefficients[i] · feature_i` exactly; outputs 1 and 2 are zero."""
+# Those that change sign with the gradient or with the parameter: g, clipped g, p, m, m rsqrt(v), g and m over the
+# factored moments, g rsqrt(v).
+ODD = (0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 14, 27, 28, 29)
+
+
+def construct(coefficients: dict[int, float], slope: float = 1.0) -> MLP:
+    """The MLP whose output 0 is `x = sum_i coefficients[i] · feature_i` exactly; outputs 1 and 2 are zero.
+
+    Where |x| is above 1, what is above counts `slope` times.
+    """
     features, hidden, _, outputs = DIMS
     w0, w2 = torch.zeros(features, hidden), torch.zeros(hidden, outputs)
     for feature, coefficient in coefficients.items():
         w0[feature, 0], w0[feature, 1] = coefficient, -coefficient
     w2[0, 0], w2[1, 0] = 1.0, -1.0
-    return MLP(w0, torch.zeros(hidden), torch.eye(hidden), torch.zeros(hidden), w2, torch.zeros(outputs))
+    w1, b1 = torch.eye(hidden), torch.zeros(hidden)
+    if slope != 1:  # two more units of the second layer, relu(relu(x) - 1) and relu(relu(-x) - 1)
+        for unit, of, sign in ((2, 0, 1.0), (3, 1, -1.0)):
+            w1[unit, unit], w1[of, unit], b1[unit], w2[unit, 0] = 0.0, 1.0, -1.0, sign * (slope - 1)
+    return MLP(w0, torch.zeros(hidden), w1, b1, w2, torch.zeros(outputs))
 
 
 def write(directory: Path) -> list[Path]:

@@ -1,0 +1,115 @@
+"""Meta-training by evolution: CMA-ES over few numbers from which theta is constructed, judged by whole inner trainings.
+
+No gradient, so nothing is looked at but how inner trainings end: none of the bias of short truncations. In all 347 dimensions that
+would want far more trainings than two cores make. So theta is sought among the rules that `weights.construct` makes: a linear
+combination of the odd features (those that change sign with the gradient or the parameter), of which what is above 1 counts by
+another slope. Each generation's candidates train the same fresh problems, and every problem ranks them: it has one vote,
+however large its loss is. CMA-ES is that of the `cma` package (Hansen et al.).
+"""
+from __future__ import annotations
+
+import os
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..optimizer.reference import MLP
+from ..train.errors import UserError
+from ..weights.construct import ODD, RECIPES, construct
+from .config import MetaConfig
+from .family import Family
+from .rule import flatten
+
+BEGIN = 0.5  # the length of the first combination: features have a root mean square of 1, so few elements are above 1
+
+
+class Evolution:
+    """CMA-ES and the families. It has the interface of `train.MetaTraining`; an outer step is a generation."""
+
+    def __init__(self, config: MetaConfig) -> None:
+        if config.init not in RECIPES:
+            raise UserError(f"init={config.init}: evolution begins with one of {', '.join(RECIPES)}")
+        if not config.length_min == config.length_max == config.truncation:
+            raise UserError(f"length_min={config.length_min}, length_max={config.length_max}, truncation={config.truncation}: "
+                            "evolution judges whole trainings; give all three the same number of steps")
+        if find_spec("cma") is None:
+            raise UserError("estimator=evolution needs the cma package, which isn't installed: pip install 'celo2-pretrain[meta]'")
+        self.config, self.step, self.seconds, self.inner_steps = config, 0, 0.0, 0
+        self.families = [Family(name, config, config.seed * 1000 + k) for k, name in enumerate(config.family_names)]
+        self.search = _search(config)
+        self.asked: list[np.ndarray] = []  # each generation's candidates (population, dims): a resumed search is told them again
+        self.ranks: list[np.ndarray] = []  # and their values (population,)
+
+    def advance(self) -> dict[str, Any]:
+        """One generation: every candidate through the same inner trainings, and the ranks into CMA-ES."""
+        began = time.perf_counter()
+        candidates = np.stack(self.search.ask())
+        thetas = torch.stack([flatten(constructed(x)) for x in candidates]).to(self.config.device)
+        losses = [family.evaluate(thetas) for family in self.families]  # each (population, problems)
+        value = mean_rank(torch.cat(losses, 1)).cpu().numpy()
+        self._tell(candidates, value)
+        self.inner_steps += sum(x.numel() for x in losses) * self.config.truncation
+        self.seconds += time.perf_counter() - began
+        means = {f"loss/{family.task.name}": float(x[x.isfinite()].mean()) for family, x in zip(self.families, losses)}
+        return {"step": self.step, "loss": sum(means.values()) / len(means), **means, "spread": float(self.search.sigma),
+                "broken": int(sum((~x.isfinite()).sum() for x in losses)), "inner_steps": self.inner_steps,
+                "seconds": round(self.seconds, 3)}
+
+    def _tell(self, candidates: np.ndarray, value: np.ndarray) -> None:
+        self.search.tell(list(candidates), list(value))
+        self.asked.append(candidates)
+        self.ranks.append(value)
+        self.step += 1
+
+    def mlp(self) -> MLP:
+        """The middle of the candidates' distribution: it has seen every generation."""
+        return constructed(self.search.mean)
+
+    def save(self, path: Path) -> None:
+        """Replace the checkpoint at once: a reader finds the old or the new one."""
+        part = path.with_suffix(".part")
+        torch.save({"seconds": self.seconds, "inner_steps": self.inner_steps,
+                    "asked": torch.from_numpy(np.stack(self.asked)), "ranks": torch.from_numpy(np.stack(self.ranks)),
+                    "families": [family.state_dict() for family in self.families]}, part)
+        os.replace(part, path)
+
+    def load(self, path: Path) -> None:
+        """Tell the search its generations again, which brings it to where it was."""
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        for candidates, value in zip(state["asked"].numpy(), state["ranks"].numpy()):
+            if not np.array_equal(np.stack(self.search.ask()), candidates):
+                raise UserError(f"{path}: another release of cma asks for other candidates; go on with the one it was begun with")
+            self._tell(candidates, value)
+        self.seconds, self.inner_steps = state["seconds"], state["inner_steps"]
+        for family, kept in zip(self.families, state["families"]):
+            family.load_state_dict(kept)
+
+
+def _search(config: MetaConfig):
+    import cma
+
+    coefficients, slope = RECIPES[config.init][1], 1.0
+    x = np.array([*(coefficients.get(feature, 0.0) for feature in ODD), slope])
+    x[:-1] *= BEGIN / np.linalg.norm(x[:-1])
+    random = np.random.default_rng(config.seed)  # its own: numpy's is anybody's
+    return cma.CMAEvolutionStrategy(x, config.sigma, {
+        "popsize": config.population, "seed": float("nan"), "randn": lambda *shape: random.standard_normal(shape),
+        "verbose": -9, "verb_log": 0})
+
+
+def constructed(x: np.ndarray) -> MLP:
+    """The rule of coefficients of the ODD features and, last, the slope above 1."""
+    return construct(dict(zip(ODD, map(float, x[:-1]))), slope=float(x[-1]))
+
+
+def mean_rank(losses: Tensor) -> Tensor:
+    """(population,) from (population, problems): each problem ranks the candidates, equal losses share their ranks."""
+    losses = torch.where(losses.isnan(), torch.inf, losses)
+    below = (losses[:, None] > losses[None]).sum(1)
+    equal = (losses[:, None] == losses[None]).sum(1)
+    return (below + (equal - 1) / 2).double().mean(1)
