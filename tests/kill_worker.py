@@ -33,7 +33,7 @@ from celo2_pretrain.train.ranks import announce_compilation, free_port  # noqa: 
 
 WHERE = ("loop", "save", "loop", "start", "loop", "save", "loop", "loop")  # one kill after the other, again and again
 NEVER = float("inf")
-PATIENCE = 60  # seconds for the other ranks to end when one was killed; then they are killed, as a launcher does
+PATIENCE = 10  # seconds for the other ranks to end when one was killed; then they are killed, as a launcher does
 PR_SET_PDEATHSIG = 1
 
 

@@ -36,7 +36,7 @@ def test_run_killed_fifty_times_is_the_run_that_nobody_killed(data, tmp_path, st
                      f"train.precision={precision}", *more)
 
 
-@pytest.mark.parametrize("stage, more", [(2, ["checkpoint.any_world=false"])])
+@pytest.mark.parametrize("stage, more", [(2, ["checkpoint.any_world=false"]), (3, ["optimizer.state_dtype=bf16"])])
 def test_ranks_killed_alone_or_together_go_on_as_if_nobody_was_killed(data, tmp_path, stage, more):
     kill_and_compare(data, tmp_path, 2, 12, "train.max_steps=30", "train.global_batch_size=4", f"train.zero_stage={stage}",
                      "train.precision=bf16", *more)
