@@ -31,6 +31,7 @@ CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
     ("train.zero_stage=4", "train.zero_stage=4: must be one of 0, 1, 2, 3"),
     ("model.tied=1", "model.tied=1: must be true or false"),
     ("schedule.warmup=5", "schedule.warmup=5.0: must be between 0 and 1"),
+    ("model.layers=1e15", "model.layers=1000000000000000: must be between 1 and 10,000"),
     ("model.heads=7", "model.width=768 is not a multiple of model.heads=7"),
     ("model.kv_heads=4", "model.kv_heads=4: for llama only"),
     ("train.global_batch_size=30", "train.global_batch_size=30 is not a multiple of train.micro_batch_size=8"),

@@ -118,7 +118,7 @@ def test_ranks_of_a_node_say_the_same_once_and_what_only_one_found_too(monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments, message", [
     (["model.layers=3"], "was written with model.layers = 2, this run has 3"),
-    (["optimizer.name=adamw"], "was written with optimizer.name = celo2, this run has adamw"),
+    (["optimizer.name=adamw"], "was written with optimizer.name = 'celo2', this run has 'adamw'"),
     ([], "is already at step 6, train.max_steps is 6: to train on"),
 ])
 def test_checkpoint_that_does_not_fit_is_refused(run, capsys, arguments, message):

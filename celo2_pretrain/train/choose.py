@@ -10,7 +10,7 @@ from celo2_pretrain.optimizer.adamw_checkpoint import load_plain
 from celo2_pretrain.optimizer.state import gather
 from celo2_pretrain.optimizer.state_files import StateError
 from celo2_pretrain.train import manifest
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.errors import UserError, shown
 from celo2_pretrain.train.manifest import Damaged
 
 ANY_WORLD = "any_world"  # folder of the state that goes on with another of these:
@@ -153,11 +153,11 @@ def read_state(checkpoint: Path, description: dict) -> dict[str, Any]:
         if theirs.get(name) == ours:
             continue
         if name in OF_THE_WORLD and (checkpoint / ANY_WORLD).is_dir():
-            state["other_world"].append(f"{name} {theirs.get(name)} -> {ours}")
+            state["other_world"].append(f"{name} {shown(theirs.get(name))} -> {shown(ours)}")
             continue
         hint = "; checkpoint.any_world=true would have made this possible" if name in OF_THE_WORLD else ""
         raise UserError(
-            f"cannot resume from {checkpoint}: it was written with {name} = {theirs.get(name)}, this run has {ours}; "
-            f"resume with the same, or start another run_dir{hint}"
+            f"cannot resume from {checkpoint}: it was written with {name} = {shown(theirs.get(name))}, this run has "
+            f"{shown(ours)}; resume with the same, or start another run_dir{hint}"
         )
     return state

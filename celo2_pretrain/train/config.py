@@ -38,13 +38,13 @@ class Data:
 @dataclass
 class Model:
     family: Literal["gpt2", "llama"] = key("gpt2", "gpt2 (learned positions, GELU) or llama (rotary, SwiGLU)")
-    layers: int = key(12, "transformer blocks", 1)
-    width: int = key(768, "width of the residual stream; a multiple of heads", 8)
-    heads: int = key(12, "attention heads", 1)
+    layers: int = key(12, "transformer blocks", 1, 10_000)
+    width: int = key(768, "width of the residual stream; a multiple of heads", 8, 2**20)
+    heads: int = key(12, "attention heads", 1, 2**20)
     kv_heads: int | None = key(None, "key/value heads (llama only); null: as many as heads", 1)
-    mlp_width: int | None = key(None, "width of the MLP's hidden layer; null: 4 × width (gpt2), 8/3 × width (llama)", 1)
-    context: int = key(1024, "tokens in a training window", 2)
-    vocab_size: int | None = key(None, "rows of the embedding; null: as many as the data's vocabulary", 2)
+    mlp_width: int | None = key(None, "width of the MLP's hidden layer; null: 4 × width (gpt2), 8/3 × width (llama)", 1, 2**24)
+    context: int = key(1024, "tokens in a training window", 2, 2**24)
+    vocab_size: int | None = key(None, "rows of the embedding; null: as many as the data's vocabulary", 2, 2**31)
     tied: bool = key(True, "share the embedding's weights with the output head")
     scaled_init: bool = key(True, "begin residual projections smaller by 1/sqrt(2 × layers), as GPT-2")
     from_: str | None = key(None, "hub name or folder of a transformers model to train on; its shape is then the model's")
@@ -81,8 +81,8 @@ class Schedule:
 @dataclass
 class Train:
     max_steps: int = key(1000, "optimizer steps in all (resumed ones included)", 1)
-    micro_batch_size: int = key(8, "windows per rank in one forward pass", 1)
-    global_batch_size: int = key(32, "windows per step over all ranks; a multiple of micro_batch_size × ranks", 1)
+    micro_batch_size: int = key(8, "windows per rank in one forward pass", 1, 2**20)
+    global_batch_size: int = key(32, "windows per step over all ranks; a multiple of micro_batch_size × ranks", 1, 2**31)
     batch_warmup: list = key([], "stages before global_batch_size: a list of {steps or tokens, global_batch_size}")
     grad_clip: float = key(1.0, "largest norm of the gradient; 0 turns clipping off", 0)
     z_loss: float = key(0.0, "weight of the mean squared log-normaliser of the logits in the loss; PaLM: 1e-4", 0)
@@ -212,7 +212,7 @@ def convert(name: str, value, kind, field: dataclasses.Field):
         check_raw(name, value)
     least, most = field.metadata["least"], field.metadata["most"]
     if (least is not None and not value >= least) or (most is not None and not value <= most) or value == float("inf"):
-        bounds = f"at least {least:g}" if most is None else f"between {least:g} and {most:g}"
+        bounds = f"at least {least:g}" if most is None else f"between {least:,} and {most:,}"
         raise UserError(f"{name}={value}: must be {bounds} ({field.metadata['doc']})")
     return value
 

@@ -4,6 +4,7 @@ import reprlib
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on purpose, goes on with --resume
 EXIT_HUNG = 76  # no progress in train.watchdog_seconds
+LONGEST = 1000  # characters of an error; a value in a file can be of any length
 
 SHOWN = reprlib.Repr()
 SHOWN.maxstring = SHOWN.maxother = 120
@@ -12,6 +13,10 @@ SHOWN.maxlong = 60
 
 class UserError(Exception):
     """What was wrong, the value, and what to do, in one line. The command line prints it and exits with code 2."""
+
+    def __init__(self, message: str):
+        half = LONGEST // 2 - 2
+        super().__init__(message if len(message) <= LONGEST else f"{message[:half]} … {message[-half:]}")
 
 
 class Stopped(Exception):

@@ -31,7 +31,7 @@ def read_hostfile(path: str) -> dict[str, int]:
         if not line:
             continue
         where = f"hostfile {path!r}, line {number}"
-        found = re.fullmatch(r"([A-Za-z0-9_][\w.:-]*)(?:\s+slots=(\S+))?", line, re.ASCII)
+        found = re.fullmatch(r"([A-Za-z0-9_][\w.:-]{0,252})(?:\s+slots=(\S+))?", line, re.ASCII)
         if not found:
             raise UserError(f"{where}: {line[:80]!r} is not of the form: node1 slots=8")
         host, slots = found.groups()
