@@ -42,6 +42,17 @@ def test_one_ranks_failure_ends_all_and_is_told_first(data, tmp_path, launcher, 
         assert "Traceback" not in told
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_drift_is_told_in_a_line(data, tmp_path):
+    line = torchrun("1", "3", "drifted", *SMALL, f"data.path={data}", f"run_dir={tmp_path / 'run'}", "train.zero_stage=0",
+                    "optimizer.check_replicas_every=1", ranks=2, script=WORKER)
+    result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=500)
+    told = [line for line in result.stderr.splitlines() if line.startswith("celo2-pretrain: ")]
+    assert result.returncode == 1 and "DriftError: ranks have drifted apart: " in told[0]
+    assert "Traceback" not in result.stderr.split("torch/distributed/elastic")[0]
+
+
 def test_lost_connections_are_told_from_other_errors():
     gloo = "[../third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer"
     nccl = "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from celo2_pretrain.optimizer.replicas import DriftError
 from celo2_pretrain.train.errors import Stopped, UserError
 from celo2_pretrain.train.ranks import join_ranks, world_from_environment
 
@@ -133,7 +134,8 @@ def end(run_dir: str, rank: int, error: Exception) -> None:
         text = (f"error on rank {rank}: the connection to another rank broke, and that rank left no message: it was killed "
                 f"(for memory? `dmesg` on its node tells), or its node is gone. {told}{written}")
     else:
-        text = f"error on rank {rank}: {told}\n" + "".join(traceback.format_exception(error)).rstrip()
+        where = "" if isinstance(error, DriftError) else "\n" + "".join(traceback.format_exception(error)).rstrip()
+        text = f"error on rank {rank}: {told}{where}"  # drift comes from the machine, not from a line of code
     leave(text, code)
 
 
