@@ -99,6 +99,23 @@ def test_deepspeed_section_is_merged_but_may_not_contradict():
         deepspeed_config(load_config(None, ["deepspeed.gradient_clipping=2"]), 2)
 
 
+@pytest.mark.parametrize("raw, instead", [
+    (["train.zero_stage=0", "deepspeed.fp16.enabled=true"], "deepspeed.fp16.enabled is set from train.precision"),
+    (["train.precision=fp16", "deepspeed.zero_optimization.stage=0"], "zero_optimization.stage is set from train.zero_stage"),
+    (["train.precision=bf16", "deepspeed.bf16.enabled=false"], "deepspeed.bf16.enabled is set from train.precision"),
+    (["deepspeed.bfloat16.enabled=true"], "deepspeed.bfloat16 is set from train.precision"),
+    (["deepspeed.bf16=true"], "deepspeed.bf16=True: must be a mapping, and bf16.enabled is set from train.precision"),
+    (["deepspeed.zero_optimization=null"], "deepspeed.zero_optimization=None: must be a mapping"),
+])
+def test_stage_and_precision_are_not_set_behind_the_checkpoints_back(raw, instead):
+    with pytest.raises(UserError, match=instead):
+        deepspeed_config(load_config(None, raw), 1)
+    others = ["train.precision=fp16", "deepspeed.fp16.initial_scale_power=8", "deepspeed.bf16.check_grad_overflow=false"]
+    made = deepspeed_config(load_config(None, others), 1)
+    assert made["fp16"] == {"enabled": True, "initial_scale_power": 8}
+    assert made["bf16"] == {"enabled": False, "check_grad_overflow": False}
+
+
 def test_fp16_without_zero_is_refused_as_deepspeed_gets_it_wrong():
     config = load_config(None, ["train.precision=fp16", "train.zero_stage=0"])
     with pytest.raises(UserError, match="train.zero_stage=1"):
