@@ -11,8 +11,10 @@ from processes import drive
 from celo2_pretrain.cli import main
 from celo2_pretrain.data.loader import Windows
 from celo2_pretrain.train import deepspeed_files, once
+from celo2_pretrain.train.config import Optimizer
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.metrics import read_metrics
+from celo2_pretrain.train.optim import Rates, build_optimizer
 from celo2_pretrain.train.ranks import free_port
 
 MODEL = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32"]
@@ -209,12 +211,16 @@ def test_srun_without_a_launcher_is_refused(monkeypatch):
     assert world_from_environment() == (3, 8)
 
 
-def test_this_runs_rates_count_after_a_checkpoint_brought_its_own():
-    from celo2_pretrain import Celo2
-    from celo2_pretrain.train.optim import Rates
-    optimizer = Celo2([torch.nn.Parameter(torch.zeros(3))], lr=1e-3, weight_decay=0.1, adamw_lr_multiplier=4.0)
-    rates = Rates(optimizer)
-    optimizer.param_groups[0].update(lr=9.0, weight_decay=9.0, adamw_lr_multiplier=9.0)
+def test_this_runs_options_count_after_a_checkpoint_brought_its_own():
+    model = torch.nn.Linear(3, 3)
+    saved = build_optimizer(model, Optimizer(lr=9.0, weight_decay=9.0, adamw_lr_multiplier=9.0, newton_schulz_dtype="bf16",
+                                             check_replicas_every=9)).state_dict()
+    optimizer = build_optimizer(model, Optimizer(lr=1e-3, weight_decay=0.1, adamw_lr_multiplier=4.0, newton_schulz_dtype="fp32",
+                                                 check_replicas_every=5))
+    rates, built = Rates(optimizer), [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 9.0
     rates.set(0.5)
-    group = optimizer.param_groups[0]
-    assert (group["lr"], group["weight_decay"], group["adamw_lr_multiplier"]) == (5e-4, 0.1, 4.0)
+    for group, before in zip(optimizer.param_groups, built, strict=True):
+        assert {**group, "params": 0} == {**before, "lr": 5e-4, "params": 0}
+    assert (optimizer.check_replicas_every, optimizer.nonfinite) == (5, "skip")

@@ -36,9 +36,9 @@ def build_optimizer(model: torch.nn.Module, config: Optimizer) -> torch.optim.Op
 
 class Rates:
     """Sets the rates of DeepSpeed's optimizer. The peaks are those at construction: a checkpoint that is loaded
-    afterwards brings its own, and `set` puts this run's back."""
+    afterwards brings its own, and `set` puts this run's back, with the other options that may change between runs."""
 
-    KEYS = ("lr", "weight_decay", "adamw_lr_multiplier")
+    KEYS = ("lr", "weight_decay", "adamw_lr_multiplier", "newton_schulz_dtype")
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
