@@ -15,6 +15,7 @@ class UserError(Exception):
     """What was wrong, the value, and what to do, in one line. The command line prints it and exits with code 2."""
 
     def __init__(self, message: str):
+        message = " ".join(line.strip() for line in message.splitlines() if line.strip())  # a library's error may have several
         half = LONGEST // 2 - 2
         super().__init__(message if len(message) <= LONGEST else f"{message[:half]} … {message[-half:]}")
 
