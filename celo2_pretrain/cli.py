@@ -176,7 +176,7 @@ def run_train(args) -> int | None:
         args.overrides.insert(0, args.resume)
         args.resume = ""
     path = args.config
-    if args.resume == "auto" and not path:
+    if args.resume in ("", "auto") and not path:
         known = os.path.join(load_config(None, args.overrides).run_dir, "config.yaml")
         path = known if os.path.exists(known) else None
     elif args.resume and not path:
@@ -184,7 +184,7 @@ def run_train(args) -> int | None:
 
         path = run_config_path(args.resume)
     config = load_config(path, args.overrides)
-    if args.resume not in (None, "", "auto") and not args.config and not any(o.startswith("run_dir=") for o in args.overrides):
+    if args.resume is not None and path and not args.config and not any(o.startswith("run_dir=") for o in args.overrides):
         config.run_dir = os.path.dirname(path)  # the folder may have been moved since
     if args.max_restarts is not None:
         return restarts.supervise(args, config)
