@@ -176,15 +176,17 @@ def run_train(args) -> int | None:
         args.overrides.insert(0, args.resume)
         args.resume = ""
     path = args.config
+    folders = [override for override in args.overrides if override.startswith("run_dir=")]
     if args.resume in ("", "auto") and not path:
-        known = os.path.join(load_config(None, args.overrides).run_dir, "config.yaml")
+        # The other overrides are for the run's own configuration: beside the defaults they may be wrong.
+        known = os.path.join(load_config(None, folders).run_dir, "config.yaml")
         path = known if os.path.exists(known) else None
     elif args.resume and not path:
         from celo2_pretrain.model.export import run_config_path
 
         path = run_config_path(args.resume)
     config = load_config(path, args.overrides)
-    if args.resume is not None and path and not args.config and not any(o.startswith("run_dir=") for o in args.overrides):
+    if args.resume is not None and path and not args.config and not folders:
         config.run_dir = os.path.dirname(path)  # the folder may have been moved since
     if args.max_restarts is not None:
         return restarts.supervise(args, config)

@@ -45,3 +45,9 @@ def test_the_default_run_folder_does_too_also_when_it_was_moved_there(resumed, h
     default = load_config(None).run_dir
     shutil.move("runs/x", default)
     assert call("--resume", *how)[0] == begun | {"run_dir": default}
+
+
+@pytest.mark.parametrize("how", [[], ["auto"]])
+def test_overrides_are_checked_with_the_runs_own_configuration_only(resumed, how):
+    begun, call = resumed  # its global batch of 512 is a multiple of 64, the default one of 32 isn't
+    assert call("--resume", *how, "run_dir=runs/x", "train.micro_batch_size=64")[0] == begun | {"train.micro_batch_size": 64}
