@@ -177,17 +177,18 @@ def run_train(args) -> int | None:
         args.resume = ""
     path = args.config
     folders = [override for override in args.overrides if override.startswith("run_dir=")]
-    if args.resume in ("", "auto") and not path:
+    if args.resume is not None and not path:
         # The other overrides are for the run's own configuration: beside the defaults they may be wrong.
-        known = os.path.join(load_config(None, folders).run_dir, "config.yaml")
-        path = known if os.path.exists(known) else None
-    elif args.resume and not path:
-        from celo2_pretrain.model.export import run_config_path
+        run_dir = load_config(None, folders).run_dir
+        if args.resume != "auto":
+            from celo2_pretrain.model.export import run_config_path
 
-        path = run_config_path(args.resume)
+            path = run_config_path(args.resume or run_dir)
+        elif os.path.exists(os.path.join(run_dir, "config.yaml")):
+            path = os.path.join(run_dir, "config.yaml")
     config = load_config(path, args.overrides)
-    if args.resume is not None and path and not args.config and not folders:
-        config.run_dir = os.path.dirname(path)  # the folder may have been moved since
+    if path and not args.config and not folders:
+        config.run_dir = os.path.dirname(path) or "."  # the folder may have been moved since
     if args.max_restarts is not None:
         return restarts.supervise(args, config)
     if args.launch or args.ranks:

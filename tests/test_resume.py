@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from celo2_pretrain.cli import main
-from celo2_pretrain.train import loop
+from celo2_pretrain.train import choose, loop
 from celo2_pretrain.train.config import as_tree, flatten, load_config
 
 CONFIG = Path(__file__).parents[1] / "configs/gpt2_124m.yaml"
@@ -20,6 +20,7 @@ def resumed(tmp_path, monkeypatch):
     begun = load_config(str(CONFIG), ["run_dir=runs/x", "schedule.warmup=0.125"])
     Path("runs/x/config.yaml").write_text(yaml.safe_dump(as_tree(begun)))
     asked = []
+    monkeypatch.setattr(choose, "find", lambda path: Path(path))  # there are no checkpoints
     monkeypatch.setattr(loop, "train", lambda config, resume, overwrite: asked.append((flatten(as_tree(config), ""), resume)))
 
     def call(*arguments: str) -> tuple[dict, str | None]:
@@ -51,3 +52,9 @@ def test_the_default_run_folder_does_too_also_when_it_was_moved_there(resumed, h
 def test_overrides_are_checked_with_the_runs_own_configuration_only(resumed, how):
     begun, call = resumed  # its global batch of 512 is a multiple of 64, the default one of 32 isn't
     assert call("--resume", *how, "run_dir=runs/x", "train.micro_batch_size=64")[0] == begun | {"train.micro_batch_size": 64}
+
+
+def test_a_run_folder_without_a_configuration_is_refused(resumed, capsys):
+    Path("runs/x/config.yaml").unlink()
+    assert main(["train", "--resume", "run_dir=runs/x"]) == 2
+    assert "'runs/x' is not a run: no config.yaml there" in capsys.readouterr().err
