@@ -151,6 +151,27 @@ def test_automatic_resume_does_not_overwrite_checkpoints_that_are_all_damaged(ru
     assert len(list((run / "checkpoints").glob("step_*"))) == 2
 
 
+def test_data_that_was_prepared_again_is_told_of_in_a_line(run, data, tmp_path, capsys):
+    def resumed(path: str) -> list[str]:
+        """What is said before the run is refused: it has all its steps."""
+        assert main(["train", "--resume", str(run), f"data.path={path}", f"run_dir={tmp_path / 'next'}"]) == 2
+        return capsys.readouterr().err.splitlines()[:-1]
+
+    more = str(tmp_path / "more")
+    assert main(["prepare", "--stdlib", "--max-mb", "0.4", "--tokenizer", data, "--out", more]) == 0
+    assert resumed(str(shutil.copytree(data, tmp_path / "moved"))) == []
+    line, = resumed(more)
+    assert line.startswith(f"celo2-pretrain: warning: the data is not what {run}/checkpoints/{NEW} was trained on")
+    folder = run / "checkpoints" / NEW
+    state, content = (json.loads((folder / name).read_text()) for name in ("state.json", "manifest.json"))
+    del state["extra"]["data"]  # as it was written before the data was recorded
+    (folder / "state.json").write_text(json.dumps(state))
+    content["files"]["state.json"] = {"size": (folder / "state.json").stat().st_size,
+                                      "sha256": manifest.sha256(folder / "state.json")}
+    (folder / "manifest.json").write_text(manifest.as_text(content))
+    assert resumed(more) == []
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system with room for one checkpoint and a half."""

@@ -1,4 +1,5 @@
 """A mixture draws from its folders by weight, each without gaps or repeats, as a function of the sample's number."""
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,17 @@ def test_epochs_of_each_folder_are_told(mixture, folders):
     assert loader.epochs(samples)[folders[1]] == 1 and counts[1] > 500
     seen = {tuple(loader.batch(k, 0)[0].tolist()) for k in range(samples)}
     assert {tuple(row.tolist()) for row in loader.sources[1].batch(np.arange(counts[1]))} <= seen, "a whole epoch"
+
+
+def test_the_digest_changes_with_what_changes_the_order(folders, tmp_path):
+    moved = [str(shutil.copytree(path, tmp_path / Path(path).name)) for path in folders]
+    digest = open_mixture("unused", entries(folders)).digest
+    assert open_mixture("unused", entries(moved, (5, 3, 2))).digest == digest
+    others = [entries(folders, (0.5, 0.31, 0.19)), entries(folders[::-1]), entries(folders[:2], WEIGHTS[:2])]
+    (tmp_path / "numbers.txt").write_text("".join(f"{k}\n" for k in range(9_001)))
+    prepare(Files([str(tmp_path / "numbers.txt")], 0.2), moved[1], tokenizer=folders[0], overwrite=True)
+    found = {open_mixture("unused", mixture).digest for mixture in (*others, entries(moved))}
+    assert len(found) == 4 and digest not in found
 
 
 def test_one_folder_is_a_mixture_of_one(folders):

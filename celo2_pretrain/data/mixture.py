@@ -4,6 +4,8 @@ Samples come in blocks of 10,000, in each of which every folder has its share, i
 the source of sample n, and how many samples that source gave before it, follow from n alone.
 """
 import functools
+import hashlib
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +44,12 @@ class Mixture:
         """Of validation text in which the folders have their weights in tokens."""
         parts = [index["splits"]["val"] for index in self.indexes]
         return 1 / sum(weight * part["bytes"] / part["tokens"] for weight, part in zip(self.weights, parts))
+
+    @property
+    def digest(self) -> str:
+        """Of what the order of the data follows from, beside the seed: how much each folder holds, and the weights."""
+        held = [(index["splits"], round(weight, 9)) for index, weight in zip(self.indexes, self.weights)]
+        return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:12]
 
     def locate(self, samples: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """For samples of the run, int64 (n,): the folder of each, and how many of that folder's samples came before it;

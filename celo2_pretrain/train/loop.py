@@ -19,7 +19,7 @@ from celo2_pretrain.model.build import build_model, vocab_rows
 from celo2_pretrain.model.sample import sample
 from celo2_pretrain.plan.step_time import flops_per_token
 from celo2_pretrain.train import checkpoint, choose, memory
-from celo2_pretrain.train.checks import check_node, check_ranks
+from celo2_pretrain.train.checks import check_node, check_ranks, warn
 from celo2_pretrain.train.config import Config, dump_config
 from celo2_pretrain.train.deepspeed_config import deepspeed_config
 from celo2_pretrain.train.errors import Stopped, UserError
@@ -83,6 +83,9 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     own = resume_from is not None and resume_from.parent.resolve() == Path(config.run_dir, "checkpoints").resolve()
     if resume_from:
         start = choose.read_state(resume_from, description)
+        if rank == 0 and start["extra"].get("data") not in (None, mixture.digest):  # None: an older checkpoint's
+            warn(f"the data is not what {resume_from} was trained on (prepared again, or mixed otherwise): its order is "
+                 "another from here on, so that some windows come again and some never")
         if start["step"] >= size.max_steps and resume == choose.AUTO:
             tell(f"{resume_from} is at step {start['step']} of {size.max_steps}: nothing left to do")
             return dist.destroy_process_group()
@@ -229,8 +232,8 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
         if step % config.checkpoint.every == 0 or last or stopping:
             watchdog.beat(f"saving step {step}")
             began = time.time()
-            saved = checkpoint.save(engine, config, description, step, samples,
-                                    {"validation_due": due, "guard": guard.state()}, metrics.say)
+            extra = {"validation_due": due, "guard": guard.state(), "data": loader.mixture.digest}
+            saved = checkpoint.save(engine, config, description, step, samples, extra, metrics.say)
             stopping = agreement.exchange()[1]  # asked for while saving
             if (stopping or last) and not checkpoint.finish(engine, config, metrics.say):
                 saved = None
