@@ -8,6 +8,7 @@ import pytest
 from guard_worker import BAD, BAD_STEP, STEPS
 from processes import on_ranks
 
+from celo2_pretrain.train import guard as guards
 from celo2_pretrain.train.config import Config, Train
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.guard import Guard
@@ -77,7 +78,28 @@ def guard(**keys) -> Guard:
     return Guard(SimpleNamespace(skipped_steps=0), SimpleNamespace(skipped_steps=0), Config(train=Train(**keys)))
 
 
-def test_a_spike_is_what_stands_out_of_the_last_losses():
+@pytest.fixture
+def newest(monkeypatch) -> list:
+    """What a guard finds to go back to."""
+    found = []
+    monkeypatch.setattr(guards.checkpoint, "finish", lambda *arguments: True)
+    monkeypatch.setattr(guards, "newest_good", lambda *arguments, **_: found[-1] if found else None)
+    return found
+
+
+def test_a_spike_before_the_first_checkpoint_is_told_and_counts_as_no_rollback(newest):
+    looking = guard(on_spike="rollback", max_rollbacks=1)
+    assert [looking.look(k, 4.0).what for k in range(16)] == ["fine"] * 16
+    for step in (16, 17, 18):
+        found = looking.look(step, 9.0)
+        assert found.what == "spike" and "no checkpoint to go back to yet" in found.why
+    assert looking.rollbacks == 0 and list(looking.losses)[-3:] == [9.0] * 3
+    newest.append(Path("step_18"))
+    assert looking.look(19, 9.0).what == "roll back" and looking.target == Path("step_18")
+
+
+def test_a_spike_is_what_stands_out_of_the_last_losses(newest):
+    newest.append(Path("step_1"))
     looking = guard(on_spike="rollback", spike_nats=1.0, max_rollbacks=1)
     assert [looking.look(k, 9.0 if k == 3 else 4 - k / 10).what for k in range(20)] == ["fine"] * 20  # too early to tell at 3
     assert looking.look(20, 4.5).what == "roll back"

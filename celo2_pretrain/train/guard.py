@@ -9,13 +9,13 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Callable, Literal
 
 import torch
 
 from celo2_pretrain.optimizer.celo2 import LARGEST
 from celo2_pretrain.train import checkpoint
-from celo2_pretrain.train.choose import newest_good, read_state
+from celo2_pretrain.train.choose import newest_good, read_state, trouble
 from celo2_pretrain.train.config import Config
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.metrics import Metrics
@@ -77,11 +77,12 @@ class Found:
 class Guard:
     """Looks at each step. Every rank sees the same numbers, so that all come to the same end."""
 
-    def __init__(self, engine, optimizer, config: Config, state: dict | None = None, resumed: Path | None = None):
+    def __init__(self, engine, optimizer, config: Config, state: dict | None = None, resumed: Path | None = None,
+                 say: Callable[[str], None] = print):
         """`optimizer`: the one inside of DeepSpeed's; `resumed`: the checkpoint that the run began from, `state` what `state()`
-        gave when it was written."""
-        self.engine, self.optimizer, self.config, self.resumed = engine, optimizer, config, resumed
-        self.rollbacks = 0
+        gave when it was written; `say`: is told of checkpoints that are passed over."""
+        self.engine, self.optimizer, self.config, self.resumed, self.say = engine, optimizer, config, resumed, say
+        self.rollbacks, self.target = 0, None
         self.restore(state)
 
     def state(self) -> dict:
@@ -96,7 +97,8 @@ class Guard:
         self.left_out = self._left_out()
 
     def look(self, step: int, mean: float) -> Found:
-        """After step `step`, whose loss over all ranks was `mean` nats.
+        """After step `step`, whose loss over all ranks was `mean` nats. Every rank calls it: for a spike they look for the
+        checkpoint to go back to.
 
         Raises UserError when the run is to stop, on all ranks alike.
         """
@@ -138,23 +140,29 @@ class Guard:
         why = f"loss {mean:.4g} at step {step} is a spike: {mean - median:.3g} above the median of the last {len(self.losses)}"
         if size.on_spike == "warn":
             return Found("spike", why)
+        self.target = self._target()
+        if self.target is None:
+            return Found("spike", f"{why}; there is no checkpoint to go back to yet: training goes on")
         self.rollbacks += 1
         if self.rollbacks > size.max_rollbacks:
             raise UserError(f"{why}, after {size.max_rollbacks} rollbacks (train.max_rollbacks): lower optimizer.lr, or look "
                             "at the data there")
         return Found("roll back", why)
 
-    def roll_back(self, step: int, description: dict, metrics: Metrics) -> int:
-        """Load the newest whole checkpoint, or the one that the run was resumed from; returns its step. Data, which the caller
-        counts, goes on after the spike's. Without a checkpoint nothing changes. Every rank calls it."""
-        checkpoint.finish(self.engine, self.config, metrics.say)
-        found = newest_good(self.config.run_dir, shared=True, say=metrics.say) or self.resumed
-        if found is None:
-            metrics.say("there is no checkpoint to go back to yet: training goes on")
-            return step
-        state = read_state(found, description)
-        checkpoint.load(self.engine, found, bool(state["other_world"]))
+    def _target(self) -> Path | None:
+        """The newest whole checkpoint, or else the one that the run was resumed from; None where there is neither."""
+        checkpoint.finish(self.engine, self.config, self.say)
+        found = newest_good(self.config.run_dir, shared=True, say=self.say)
+        if found is None and self.resumed and trouble(self.resumed, shared=True) is None:
+            return self.resumed
+        return found
+
+    def roll_back(self, description: dict, metrics: Metrics) -> int:
+        """Load the checkpoint that `look` has found; returns its step. Data, which the caller counts, goes on after the
+        spike's. Every rank calls it."""
+        state = read_state(self.target, description)
+        checkpoint.load(self.engine, self.target, bool(state["other_world"]))
         self.restore(state["extra"].get("guard"))
         metrics.rewind(state["step"])
-        metrics.say(f"rolled back to {found}; going on with the data after the spike's")
+        metrics.say(f"rolled back to {self.target}; going on with the data after the spike's")
         return state["step"]

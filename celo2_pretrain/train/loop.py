@@ -127,7 +127,7 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
 
     metrics = Metrics(config.run_dir, start["step"], size.max_steps, rank == 0, trackers)
     guarded(engine)
-    guard = Guard(engine, optimizer, config, start["extra"].get("guard"), resume_from)
+    guard = Guard(engine, optimizer, config, start["extra"].get("guard"), resume_from, metrics.say)
     insight, profiler = Insight(engine, optimizer, config, parameters, per_token, peak), Profiler(config, rank)
     metrics.say(
         f"{'resuming at step ' + str(start['step']) if resume_from else 'training'}: {model.config.model_type} with "
@@ -203,7 +203,7 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
         if found.what != "fine":
             metrics.event({"step": step, "event": found.what, "why": found.why, "samples": samples})
         if found.what == "roll back":
-            step = guard.roll_back(step, description, metrics)
+            step = guard.roll_back(description, metrics)
             recent, since, samples_then = [], time.time(), samples
             continue
         if found.what != "left out":
