@@ -112,8 +112,8 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
     peak, trackers = peak_of(config, device), []
     if rank == 0:
-        start_run_dir(config, ds_config, world_size, resume_from if own else None, peak)
-        trackers = open_trackers(config, start["step"] if own else 0)
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        forget(Path(config.run_dir))
     dist.barrier()
     watchdog.begin()
     agreement = Agreement(requests, world_size)
@@ -121,9 +121,14 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     if config.model.compile:
         engine.compile()
     rates = Rates(engine.optimizer)
+    if rank == 0:  # before the seeds: they may draw random numbers
+        trackers = open_trackers(config, start["step"] if own else 0)
     set_seeds(size.seed + start["step"], rank)
     if resume_from:
         checkpoint.load(engine, resume_from, bool(start["other_world"]))
+    if rank == 0:
+        start_run_dir(config, ds_config, world_size, resume_from if own else None, peak)
+    dist.barrier()
 
     metrics = Metrics(config.run_dir, start["step"], size.max_steps, rank == 0, trackers)
     guarded(engine)
@@ -263,7 +268,7 @@ def set_seeds(seed: int, rank: int) -> None:
 def start_run_dir(config: Config, ds_config: dict, world_size: int, resume_from: Path | None, peak: Peak) -> None:
     """Record what is about to run: a new run, or this folder's own from checkpoint `resume_from` on.
 
-    An old run goes only now, when the new one is known to be able to start.
+    An old run goes only now: the trackers are open, the engine is made and has loaded what it goes on from.
     """
     folder = Path(config.run_dir)
     if resume_from:
@@ -273,8 +278,6 @@ def start_run_dir(config: Config, ds_config: dict, world_size: int, resume_from:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         remove_origin(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    forget(folder)
     checkpoint.write_atomically(folder / "config.yaml", dump_config(config))
     checkpoint.write_atomically(folder / "deepspeed.json", json.dumps(ds_config, indent=1) + "\n")
     write_origin(folder, world_size, peak)
