@@ -1,13 +1,21 @@
 """Whose the run folder is, and when an old run in it goes."""
-from pathlib import Path
+import fcntl
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from fuzz import snapshot
 
-from celo2_pretrain.train import loop
+from celo2_pretrain.train import failures, loop
 from celo2_pretrain.train.config import load_config
 from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.run_lock import InUse, RunLock
 
 SMALL = ["model.layers=1", "model.width=16", "model.heads=2", "model.context=16", "train.micro_batch_size=1", "train.max_steps=2",
          "train.global_batch_size=2", "train.log_every=1", "eval.sequences=2", "optimizer.adamw_lr_multiplier=2",
@@ -36,4 +44,66 @@ def test_an_old_run_stays_when_the_one_that_replaces_it_cannot_begin(data, tmp_p
     monkeypatch.setattr(f"celo2_pretrain.train.loop.{fails}", refuse)
     with pytest.raises(UserError, match="cannot begin"):
         loop.train(load_config(None, [*SMALL, f"data.path={data}", f"run_dir={run}"]), overwrite=True)
-    assert snapshot(run) == before
+    assert snapshot(run, leave_out=(".lock",)) == before
+
+
+HOLD = """
+import sys, time
+from celo2_pretrain.train.run_lock import RunLock
+RunLock(sys.argv[1], 0).take()
+print("held", flush=True)
+time.sleep(10000)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process, whose run is in tmp_path/run."""
+    (tmp_path / "run").mkdir()
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_second_start_leaves_a_live_run_alone(data, tmp_path, other, resume):
+    run = tmp_path / "run"
+    (run / "checkpoints" / ".tmp-step_00000002").mkdir(parents=True)
+    (run / "checkpoints" / ".tmp-step_00000002" / "state.json").write_text("being written")
+    for name in ("metrics.jsonl", failures.FIRST):
+        (run / name).write_text("live")
+    before = snapshot(tmp_path)
+    where = f"{re.escape(repr(str(run)))} is in use by another run .process {other.pid} on {re.escape(socket.gethostname())}."
+    with pytest.raises(InUse, match=f"run_dir {where}: ") as error, failures.ending_all_ranks(str(run)):
+        loop.train(load_config(None, [*SMALL, f"data.path={data}", f"run_dir={run}"]), resume=resume, overwrite=True)
+    assert "\n" not in str(error.value) and snapshot(tmp_path) == before and not torch.distributed.is_initialized()
+
+
+def test_a_killed_run_lets_go_and_so_do_its_forks(tmp_path, other):
+    with pytest.raises(InUse):
+        RunLock(str(tmp_path / "run"), 0).take()
+    RunLock(str(tmp_path / "run"), 1).take()  # the others leave it to rank 0
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    with RunLock(str(tmp_path / "run"), 0) as lock:
+        lock.take()
+        child = os.fork()
+        if not child:
+            time.sleep(10000)
+    try:
+        RunLock(str(tmp_path / "run"), 0).take()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_folder_without_locks_is_passed_over(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    RunLock(str(tmp_path), 0).take()
+    RunLock(str(tmp_path / "not there yet"), 0).take()
+    assert not (tmp_path / "not there yet").exists()

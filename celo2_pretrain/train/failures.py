@@ -20,6 +20,7 @@ import torch
 from celo2_pretrain.optimizer.replicas import DriftError
 from celo2_pretrain.train.errors import Stopped, UserError
 from celo2_pretrain.train.ranks import join_ranks, world_from_environment
+from celo2_pretrain.train.run_lock import InUse
 
 FIRST = "error_first.txt"
 LOOK_SECONDS = 2.0  # between looks for another rank's error
@@ -48,7 +49,7 @@ def ending_all_ranks(run_dir: str):
     try:
         yield
     except UserError as error:
-        if world_size > 1 and torch.distributed.is_initialized():
+        if world_size > 1 and torch.distributed.is_initialized() and not isinstance(error, InUse):
             claim(run_dir, f"rank {rank} on {socket.gethostname()}: {error}", GRACE_AFTER_USER_ERROR, code=2)
         raise
     except Stopped:  # on all ranks alike, with a checkpoint

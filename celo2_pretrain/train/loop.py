@@ -17,6 +17,7 @@ from celo2_pretrain.data.mixture import Mixture, open_mixture
 from celo2_pretrain.data.tokenizer import load_tokenizer
 from celo2_pretrain.model.build import build_model, vocab_rows
 from celo2_pretrain.model.sample import sample
+from celo2_pretrain.optimizer.state import gather
 from celo2_pretrain.plan.step_time import flops_per_token
 from celo2_pretrain.train import checkpoint, choose, memory
 from celo2_pretrain.train.checks import check_node, check_ranks, warn
@@ -35,6 +36,7 @@ from celo2_pretrain.train.origin import remove_origin, write_origin
 from celo2_pretrain.train.plot import plot_loss
 from celo2_pretrain.train.profiler import Profiler
 from celo2_pretrain.train.ranks import world_from_environment
+from celo2_pretrain.train.run_lock import InUse, RunLock
 from celo2_pretrain.train.schedule import BatchSizes, lr_factor
 from celo2_pretrain.train.staging import check_staging
 from celo2_pretrain.train.stop import Agreement, StopRequests
@@ -55,11 +57,11 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     rank, _ = world_from_environment()
     stop_file = Path(config.train.stop_file or Path(config.run_dir, "STOP"))
     with (StopRequests(stop_file, rank) as requests, memory.explained(config),
-          Watchdog(config.run_dir, rank, config.train.watchdog_seconds) as watchdog):
-        run(config, resume, overwrite, requests, watchdog)
+          RunLock(config.run_dir, rank) as lock, Watchdog(config.run_dir, rank, config.train.watchdog_seconds) as watchdog):
+        run(config, resume, overwrite, requests, watchdog, lock)
 
 
-def run(config: Config, resume: str | None, overwrite: bool, requests: StopRequests, watchdog: Watchdog) -> None:
+def run(config: Config, resume: str | None, overwrite: bool, requests: StopRequests, watchdog: Watchdog, lock: RunLock) -> None:
     # Everything that can be refused is refused here, before the ranks meet.
     rank, world_size = world_from_environment()
     check_installed(config)
@@ -76,6 +78,7 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     start = {"step": 0, "samples": 0, "other_world": [], "extra": {}}
     tell = print if rank == 0 else lambda text: None
     if resume == choose.AUTO:
+        lock.take()
         join_and_look(config.run_dir)  # they share the reading
         resume_from = choose.automatic(config.run_dir, overwrite, tell)
     else:
@@ -105,16 +108,14 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     per_token = flops_per_token(model, context)
     optimizer = build_optimizer(model, config.optimizer)  # reads the weights file, so it may refuse too
 
+    lock.take()  # if the folder is there yet: another run's files must not be touched
     join_and_look(config.run_dir)
     check_ranks(config, index)
     if resume_from and resume != choose.AUTO:
         choose.verify(resume_from)
     device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
     peak, trackers = peak_of(config, device), []
-    if rank == 0:
-        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-        forget(Path(config.run_dir))
-    dist.barrier()
+    make_run_dir(config.run_dir, lock)
     watchdog.begin()
     agreement = Agreement(requests, world_size)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
@@ -263,6 +264,21 @@ def set_seeds(seed: int, rank: int) -> None:
     random.seed(seed + rank)
     np.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)
+
+
+def make_run_dir(run_dir: str, lock: RunLock) -> None:
+    """Have the folder and its lock, on all ranks. Raises InUse on all of them: another run may have begun there meanwhile."""
+    taken = None
+    if lock.rank == 0:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            lock.take()
+        except InUse as error:
+            taken = str(error)
+        else:
+            forget(Path(run_dir))
+    if taken := gather(taken)[0]:
+        raise InUse(taken)
 
 
 def start_run_dir(config: Config, ds_config: dict, world_size: int, resume_from: Path | None, peak: Peak) -> None:

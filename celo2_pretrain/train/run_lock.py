@@ -1,0 +1,62 @@
+"""One run at a time in a run folder: rank 0 holds run_dir/.lock from before it changes anything there to the end.
+
+The kernel lets go of it when the process ends, however that is. The file stays: who removed it could let two runs in.
+"""
+import errno
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from celo2_pretrain.train.errors import Stopped, UserError
+
+NAME = ".lock"
+
+
+class InUse(UserError):
+    """Another run is at work in the folder, which must not hear of this one's end (failures.py)."""
+
+
+class RunLock:
+    """A context manager, on every rank; only rank 0 takes the lock.
+
+    An error other than UserError and Stopped leaves it to the end of the process: a copy may be under way then.
+    """
+
+    def __init__(self, run_dir: str, rank: int):
+        self.run_dir, self.rank, self.file = Path(run_dir), rank, None
+
+    def take(self) -> None:
+        """Take it, if the folder is there. Raises InUse when another process has it; a file system without locks is passed
+        over."""
+        if self.rank or self.file or not self.run_dir.is_dir():
+            return
+        try:
+            file = os.open(self.run_dir / NAME, os.O_RDWR | os.O_CREAT, 0o666)  # not for programs that are started from here
+        except OSError:
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(file, 300).decode(errors="replace").strip() or "of unknown number"
+            os.close(file)
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise InUse(f"run_dir {str(self.run_dir)!r} is in use by another run (process {holder}): wait for its end or "
+                            f"stop it (touch {self.run_dir}/STOP), or choose another run_dir=…") from None
+            return
+        self.file = file
+        os.register_at_fork(after_in_child=self._close)  # or a child that outlives this process would hold it
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def _close(self) -> None:
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None or issubclass(kind, (UserError, Stopped)):
+            self._close()
