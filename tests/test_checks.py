@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, environment, torchrun
 
+from celo2_pretrain.cli import main
 from celo2_pretrain.train import checks
 from celo2_pretrain.train.config import load_config
 from celo2_pretrain.train.errors import UserError
@@ -69,6 +70,26 @@ def test_differences_name_values_and_ranks():
     found = [{"torch": "2.13", "python": "3.11"}, {"torch": "2.13", "python": "3.11"}, {"torch": "2.12", "python": "3.11"}]
     assert checks.differences(found, ["a", "b", "c"]) == ["torch is 2.13 on rank 0 (a and 1 more), 2.12 on rank 2 (c)"]
     assert checks.differences(found[:2], ["a", "b"]) == []
+
+
+@pytest.mark.parametrize("where, why", [
+    ("file", "can't be written ('{}/file': Not a directory): choose another run_dir"),
+    ("file/run/1", "can't be made ('{}/file': Not a directory)"),
+    ("nowhere", "can't be written ('{}/nowhere': No such file or directory)"),  # a link
+    ("x" * 300, "File name too long)"),
+    ("/proc/run", "can't be made ('/proc': "),
+])
+def test_a_run_dir_that_cannot_be_written_is_refused_in_a_line(data, tmp_path, capsys, where, why):
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone" / "far")
+    checks.check_run_dir(str(tmp_path / "not/yet"))
+    checks.check_run_dir(str(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    for more in ([], ["--overwrite"], ["--resume", "auto"]):
+        assert main(["train", *more, f"data.path={data}", f"run_dir={tmp_path / where}"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and why.format(tmp_path) in error, error
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_disk_space_is_looked_at_before_training(tmp_path):

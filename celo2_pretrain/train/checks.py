@@ -9,6 +9,7 @@ import resource
 import shutil
 import socket
 import sys
+import tempfile
 import time
 import uuid
 from collections import defaultdict
@@ -19,7 +20,7 @@ from deepspeed.accelerator import get_accelerator
 
 from celo2_pretrain.model.build import build_model
 from celo2_pretrain.train.config import Config, dump_config
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.errors import UserError, shown
 from celo2_pretrain.train.ranks import world_from_environment
 
 MIB, GB = 1 << 20, 1e9
@@ -38,6 +39,18 @@ def ranks_here() -> int:
 
 def warn(text: str) -> None:
     print(f"celo2-pretrain: warning: {text}", file=sys.stderr, flush=True)
+
+
+def check_run_dir(run_dir: str) -> None:
+    """Raises UserError where this process could not make `run_dir`, or write into it; nothing is left there."""
+    folder = Path(run_dir).absolute()
+    try:
+        while not folder.exists() and not folder.is_symlink():
+            folder = folder.parent
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"run_dir {shown(run_dir)} can't be {'written' if folder == Path(run_dir).absolute() else 'made'} "
+                        f"({shown(str(folder))}: {error.strerror}): choose another run_dir=…") from None
 
 
 def check_node(config: Config, index: dict, replaced: bool) -> None:

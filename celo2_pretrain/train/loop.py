@@ -20,7 +20,7 @@ from celo2_pretrain.model.sample import sample
 from celo2_pretrain.optimizer.state import gather
 from celo2_pretrain.plan.step_time import flops_per_token
 from celo2_pretrain.train import checkpoint, choose, memory
-from celo2_pretrain.train.checks import check_node, check_ranks, warn
+from celo2_pretrain.train.checks import check_node, check_ranks, check_run_dir, warn
 from celo2_pretrain.train.config import Config, dump_config
 from celo2_pretrain.train.deepspeed_config import deepspeed_config
 from celo2_pretrain.train.errors import Stopped, UserError
@@ -66,6 +66,7 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     rank, world_size = world_from_environment()
     check_installed(config)
     check_staging(config.checkpoint.staging, world_size)
+    check_run_dir(config.run_dir)
     ds_config = deepspeed_config(config, world_size)
     mixture = open_mixture(config.data.path, config.data.mixture)
     index = mixture.index
