@@ -116,6 +116,24 @@ def test_stage_and_precision_are_not_set_behind_the_checkpoints_back(raw, instea
     assert made["bf16"] == {"enabled": False, "check_grad_overflow": False}
 
 
+@pytest.mark.parametrize("raw, message", [
+    ("deepspeed.zero_optimization.overlap_com=true",
+     "deepspeed.zero_optimization: DeepSpeed can't read it: overlap_com=True: Extra inputs are not permitted; its keys"),
+    ("deepspeed.zero_optimization.offload_optimizer.device=gpu", "offload_optimizer.device='gpu': Input should be 'none'"),
+    ("deepspeed.fp16.loss_scale_window=x", "deepspeed.fp16: DeepSpeed can't read it: loss_scale_window='x'"),
+    ("deepspeed.flops_profiler=true", "deepspeed.flops_profiler: DeepSpeed can't read it"),
+    ("deepspeed.amp.enabled=true", "deepspeed.amp: DeepSpeed can't read it: NVIDIA Apex"),
+    ("deepspeed.gradient_allreduce_op=sum", "gradient_allreduce_op: DeepSpeed can't read it: gradient_allreduce_op='sum' is not"),
+])
+def test_what_deepspeed_cannot_read_is_refused_before_it_is_built(raw, message):
+    good = ["deepspeed.zero_optimization.reduce_scatter=false", "deepspeed.wall_clock_breakdown=false"]
+    for ranks in (1, 4):
+        deepspeed_config(load_config(None, [*good, "train.zero_stage=3"]), ranks)
+        with pytest.raises(UserError) as error:
+            deepspeed_config(load_config(None, [*good, "train.zero_stage=3", raw]), ranks)
+        assert message in str(error.value) and len(str(error.value).splitlines()) == 1, error.value
+
+
 def test_fp16_without_zero_is_refused_as_deepspeed_gets_it_wrong():
     config = load_config(None, ["train.precision=fp16", "train.zero_stage=0"])
     with pytest.raises(UserError, match="train.zero_stage=1"):

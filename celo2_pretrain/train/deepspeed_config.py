@@ -1,4 +1,6 @@
 """The DeepSpeed configuration that a run's config stands for."""
+import copy
+
 from celo2_pretrain.train.config import Config, accumulation_steps, merge
 from celo2_pretrain.train.errors import UserError, shown
 
@@ -14,7 +16,7 @@ OURS = {
 
 def deepspeed_config(config: Config, world_size: int) -> dict:
     """DeepSpeed's configuration as a dictionary. Raises UserError where the raw `deepspeed` section sets what other keys
-    say."""
+    say, or what DeepSpeed refuses."""
     for name, instead in OURS.items():
         section, _, last = name.rpartition(".")
         raw = config.deepspeed.get(section, {}) if section else config.deepspeed
@@ -39,4 +41,25 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
         "fp16": {"enabled": config.train.precision == "fp16"},
         "steps_per_print": 2**31 - 1,  # the loop prints
     }
+    check_raw(made, config.deepspeed)
     return merge(made, config.deepspeed)
+
+
+def check_raw(made: dict, raw: dict) -> None:
+    """Raises UserError for what of `raw` DeepSpeed can't read: when it builds its engine, the run before has gone already."""
+    from deepspeed.runtime.config import DeepSpeedConfig  # late: the command line quietens it first
+    from pydantic import ValidationError
+
+    for part in (*({name: value} for name, value in raw.items()), raw):  # one by one, to name what is wrong
+        whole = copy.deepcopy(merge(made, part))
+        del whole["train_batch_size"]  # it would be compared with the number of ranks, which haven't met yet
+        try:
+            DeepSpeedConfig(whole)
+        except Exception as error:  # it reads what it is given, and fails as that comes
+            why = str(error) or type(error).__name__
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                why = f"{'.'.join(map(str, first['loc']))}={shown(first['input'])}: {first['msg']}"
+            name = f"deepspeed.{next(iter(part))[:100]}" if len(part) == 1 else "deepspeed"
+            raise UserError(f"{name}: DeepSpeed can't read it: {why}; its keys are listed at "
+                            "https://www.deepspeed.ai/docs/config-json/") from None
