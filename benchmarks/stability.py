@@ -1,6 +1,6 @@
 """Does Celo2 spike in long runs, and what makes it? `python benchmarks/stability.py`
 
-A user saw loss spikes with Celo2 after 3,100 steps at 138M parameters. A small byte-level GPT (2 layers of 32) runs for
+Loss spikes were reported for Celo2 after 3,100 steps at 138M parameters. A small byte-level GPT (2 layers of 32) runs for
 5,000 steps, with and without: the paper's multiplier of 20 for AdamW's tensors, gradient clipping, weight decay (of the
 hidden matrices, or of all tensors); and at four times the rate.
 

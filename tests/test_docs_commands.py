@@ -15,7 +15,7 @@ RUN_WHOLE = {"data.md": "test_data_docs.py::test_commands_in_the_documents_run",
 # Single commands and the test that runs them, or the same with smaller numbers.
 RUN = {
     "celo2-pretrain prepare --stdlib --out data/python": "test_data_docs.py::test_commands_in_the_documents_run",
-    "deepspeed --no_local_rank launch/pretrain.py --config configs/tiny_cpu.yaml optimizer.lr=2e-3 run_dir=runs/mine":
+    "deepspeed --no_local_rank --num_gpus 2 launch/pretrain.py --config configs/tiny_cpu.yaml optimizer.lr=2e-3 run_dir=runs/mine":
         "test_driver_ranks.py",
     "celo2-pretrain plan --config configs/gpt3_xl_1.3b.yaml --gpus 8": "test_plan.py",
     "celo2-pretrain meta-eval --quick --theta mine=runs/meta/celo2/theta_000090.safetensors": "test_meta_eval.py",

@@ -62,7 +62,7 @@ def memory_table(plan: Estimate) -> list[str]:
         ("gradient buckets", m.buckets, 0.0),
         (f"activations of {plan.config.train.micro_batch_size} windows", m.activations, 0.0),
         ("temporaries of the backward pass (logits)", m.temporaries, 0.0),
-        ("directions, Newton-Schulz, copy for the norms", 0.0, m.step_buffers),
+        ("directions, Newton-Schulz, the norms' copy", 0.0, m.step_buffers),
     ]
     unit, word = (GIB, "GiB") if m.total > 4 * GIB else (GIB / 1024, "MiB")
     lines = [f"{f'Memory of the fullest GPU, {word}':<46}{'backward pass':>15}{'optimizer step':>16}"]

@@ -89,7 +89,7 @@ class Metrics:
                   f"  {record['tokens_per_s']:>7,.0f} tokens/s{mfu}  {left // 60:.0f}m{left % 60:02.0f}s left", flush=True)
 
     def event(self, record: dict) -> None:
-        """Write a record with "step" and "event" (docs/faults.md), and say its "why"."""
+        """Write a record with "step" and "event" (docs/bad_numbers.md), and say its "why"."""
         if self.active:
             self.file.write(json.dumps(record) + "\n")
             self.say(f"step {record['step']:>6}/{self.max_steps}  {record['event']}: {record['why']}")
