@@ -12,7 +12,7 @@ import pytest
 import torch
 from fuzz import snapshot
 
-from celo2_pretrain.train import failures, loop
+from celo2_pretrain.train import checkpoint, choose, failures, loop
 from celo2_pretrain.train.config import load_config
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.run_lock import InUse, RunLock
@@ -107,3 +107,21 @@ def test_a_folder_without_locks_is_passed_over(tmp_path, monkeypatch):
     RunLock(str(tmp_path), 0).take()
     RunLock(str(tmp_path / "not there yet"), 0).take()
     assert not (tmp_path / "not there yet").exists()
+
+
+def test_what_a_run_leaves_by_resuming_from_an_earlier_step_is_not_gone_on_from(tmp_path):
+    folder, said = tmp_path / "checkpoints", []
+    steps = {step: folder / f"step_{step:08d}" for step in (500, 1000, 1234, 1300)}
+    for path in (*steps.values(), folder / ".tmp-step_00001400", folder / "abandoned_step_00001300"):
+        path.mkdir(parents=True)
+    (folder / "latest").write_text(steps[1234].name)
+    checkpoint.go_on_from(steps[1000], said.append)
+    assert [choose.step_of(path) for path in choose.in_order(folder)] == [500, 1000] and choose.latest(folder) == "step_00001000"
+    assert sorted(path.name for path in folder.glob("ab*")) == ["abandoned_step_00001234", "abandoned_step_00001300"]
+    assert len(said) == 1 and "abandoned_step_00001234, abandoned_step_00001300, which the next save removes" in said[0]
+    new = folder / "step_00001500"
+    new.mkdir()
+    checkpoint.prune(new, 2, 0, said.append)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00001000", "step_00001500"]
+    checkpoint.go_on_from(new, said.append)
+    assert len(said) == 1

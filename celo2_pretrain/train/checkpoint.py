@@ -4,6 +4,7 @@
                                          any_world/: parameters and optimizer state for another world (optimizer/state.py);
                                          manifest.json: size and sha256 of every other file
     run_dir/checkpoints/latest           the name of the newest one, moved last
+    run_dir/checkpoints/abandoned_step_… later than the one that the run was resumed from; the next save removes it
     run_dir/checkpoints/.tmp-*           what is being written or removed; the next start clears it away
 
 `save`, `load` and `finish` are called by every rank.
@@ -31,6 +32,7 @@ from celo2_pretrain.train.staging import Copy, staged_folder
 # How the model is computed or began: a resumed run may have it otherwise.
 NOT_OF_THE_MODEL = ("activation_checkpointing", "attention", "compile", "scaled_init")
 TEMPORARY = ".tmp-"
+ABANDONED = "abandoned_"
 
 
 def describe(config: Config, index: dict, world_size: int) -> dict:
@@ -190,11 +192,10 @@ def make_whole(folder: Path, step: int, entries: dict[str, dict[str, Any]]) -> N
 
 
 def prune(newest: Path, keep_last: int, keep_every: int, say: Callable[[str], None]) -> None:
-    """Remove what is older than the `keep_last` newest ones; every `keep_every`-th step stays."""
+    """Remove what is older than the `keep_last` newest ones, where every `keep_every`-th step stays, and what was abandoned."""
     old = [path for path in in_order(newest.parent) if step_of(path) < step_of(newest)]
-    for path in old[: max(0, len(old) - keep_last + 1)]:
-        if keep_every and step_of(path) % keep_every == 0:
-            continue
+    doomed = [path for path in old[: max(0, len(old) - keep_last + 1)] if not keep_every or step_of(path) % keep_every]
+    for path in (*doomed, *newest.parent.glob(f"{ABANDONED}*")):
         try:
             remove(path)
         except OSError as error:
@@ -213,6 +214,21 @@ def clear_away(folder: Path) -> None:
     """Remove what a killed run left half written in its checkpoints folder."""
     for path in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def go_on_from(checkpoint: Path, say: Callable[[str], None]) -> None:
+    """Make this the newest of its folder: what was saved after it is of a trajectory that the run leaves. Rank 0 calls it, when
+    the run is known to start, and `say` is told."""
+    clear_away(checkpoint.parent)
+    write_atomically(checkpoint.parent / "latest", checkpoint.name)  # first: nothing later than `latest` is gone on from
+    later = [path for path in in_order(checkpoint.parent) if step_of(path) > step_of(checkpoint)]
+    for path in later:
+        to = path.with_name(f"{ABANDONED}{path.name}")
+        shutil.rmtree(to, ignore_errors=True)
+        os.rename(path, to)
+    if later:
+        say(f"going on from {checkpoint.name}: what was saved later is now {', '.join(ABANDONED + path.name for path in later)}, "
+            f"which the next save removes")
 
 
 def load(engine, checkpoint: Path, other_world: bool) -> None:

@@ -16,6 +16,7 @@ from celo2_pretrain.train.manifest import Damaged
 ANY_WORLD = "any_world"  # folder of the state that goes on with another of these:
 OF_THE_WORLD = ("number of ranks", "train.zero_stage", "train.precision", "optimizer.state_dtype")
 AUTO = "auto"  # --resume auto
+NAMED = re.compile(r"step_\d+")
 
 
 def find(path: str) -> Path:
@@ -27,7 +28,7 @@ def find(path: str) -> Path:
     if not given.exists():
         raise UserError(f"no run or checkpoint at {path!r}: give a run folder or checkpoints/step_… of one")
     folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
-    if folder is given and ((given / manifest.NAME).exists() or re.fullmatch(r"step_\d+", given.name)):
+    if folder is given and ((given / manifest.NAME).exists() or NAMED.fullmatch(given.name)):
         found = given
     else:
         if not (folder / "latest").is_file():
@@ -51,7 +52,7 @@ def latest(folder: Path) -> str | None:
         text = (folder / "latest").read_text(errors="replace").strip()
     except OSError:
         return None
-    return text if re.fullmatch(r"step_\d+", text) else None
+    return text if NAMED.fullmatch(text) else None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -60,7 +61,7 @@ def step_of(checkpoint: Path) -> int:
 
 def in_order(folder: Path) -> list[Path]:
     """The checkpoints in a folder, whole or not, oldest first."""
-    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), key=step_of)
+    return sorted((path for path in folder.glob("step_*") if NAMED.fullmatch(path.name)), key=step_of)
 
 
 def refusal(found: Path, why: object) -> UserError:

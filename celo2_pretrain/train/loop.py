@@ -85,6 +85,9 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     else:
         resume_from = choose.find(resume) if resume else None
     own = resume_from is not None and resume_from.parent.resolve() == Path(config.run_dir, "checkpoints").resolve()
+    if own and not choose.NAMED.fullmatch(resume_from.name):
+        raise UserError(f"{resume_from} has no checkpoint's name, as one that was given up: rename it to step_ and its step to "
+                        f"go on from it")
     if resume_from:
         start = choose.read_state(resume_from, description)
         if rank == 0 and start["extra"].get("data") not in (None, mixture.digest):  # None: an older checkpoint's
@@ -289,8 +292,7 @@ def start_run_dir(config: Config, ds_config: dict, world_size: int, resume_from:
     """
     folder = Path(config.run_dir)
     if resume_from:
-        checkpoint.clear_away(resume_from.parent)
-        checkpoint.write_atomically(resume_from.parent / "latest", resume_from.name)
+        checkpoint.go_on_from(resume_from, print)
     else:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
