@@ -1,15 +1,17 @@
 """A checkpoint that is copied while training goes on is the one that a plain save writes."""
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 from processes import drive
 
 from celo2_pretrain.optimizer.state import StateError
-from celo2_pretrain.train import choose, manifest
+from celo2_pretrain.train import choose, failures, manifest, staging
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.metrics import read_metrics
-from celo2_pretrain.train.staging import Copy, check_staging
+from celo2_pretrain.train.staging import Copy, check_staging, settle
 
 CONFIG = ["model.layers=1", "model.width=16", "model.heads=2", "model.context=16", "train.micro_batch_size=1", "schedule.steps=6",
           "train.global_batch_size=4", "train.log_every=1", "eval.every=100000", "eval.sequences=4", "checkpoint.every=2",
@@ -93,3 +95,38 @@ def test_a_staging_folder_is_for_one_machine_and_must_be_one(tmp_path, monkeypat
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match="is for ranks on one machine: 4 of 8 are on this one"):
         check_staging(str(tmp_path), 8)
+
+
+@pytest.fixture
+def slow(folder, monkeypatch):
+    """A copy that ends when it is let go."""
+    go = threading.Event()
+    monkeypatch.setattr(staging.manifest, "structure", lambda path, real=manifest.structure: go.wait() and real(path))
+    copying, named = copy(folder)
+    yield copying, named, go
+    go.set()
+    copying.wait()
+
+
+def test_an_error_waits_for_the_copy_so_that_the_checkpoint_is_not_lost(slow, monkeypatch, capfd):
+    copying, named, go = slow
+    left = []
+    monkeypatch.setattr(os, "_exit", lambda code: left.append((code, list(named))))
+    monkeypatch.setattr(staging.time, "sleep", lambda seconds: go.set())
+    failures.leave("error on rank 0: made to fail", 1)
+    assert left == [(1, named)] and named and "waiting up to 60 s for the checkpoint that is being copied" in capfd.readouterr().err
+
+
+def test_the_other_ranks_stay_as_long_and_all_give_up_in_time(slow, monkeypatch):
+    copying, named, go = slow
+    monkeypatch.setattr(staging, "WAIT_SECONDS", 0.3)
+    said, beats = [], []
+    settle(said.append, beat=lambda: beats.append(1))
+    assert copying.thread.is_alive() and len(beats) >= 2 and len(said) == 1
+    monkeypatch.setattr(Copy, "under_way", None)  # another rank
+    settle(said.append, copying.staged)
+    assert copying.staged.exists() and len(said) == 2
+    go.set()
+    monkeypatch.setattr(staging, "WAIT_SECONDS", 60.0)
+    settle(said.append, copying.staged)
+    assert named and not copying.staged.exists()

@@ -21,6 +21,7 @@ from celo2_pretrain.optimizer.replicas import DriftError
 from celo2_pretrain.train.errors import Stopped, UserError
 from celo2_pretrain.train.ranks import join_ranks, world_from_environment
 from celo2_pretrain.train.run_lock import InUse
+from celo2_pretrain.train.staging import settle
 
 FIRST = "error_first.txt"
 LOOK_SECONDS = 2.0  # between looks for another rank's error
@@ -141,12 +142,17 @@ def end(run_dir: str, rank: int, error: Exception) -> None:
 
 
 def leave(text: str, code: int) -> None:
-    """Print `text` and end the process, whatever its other threads wait for."""
+    """Print `text` and end the process, whatever its other threads wait for; but a checkpoint's copy may come to its end."""
+    say(text)
+    settle(say)
+    os._exit(code)
+
+
+def say(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.write(f"celo2-pretrain: {text}\n")  # in one piece: other ranks write too
         sys.stderr.flush()
-    os._exit(code)
 
 
 def _look(run_dir: str, rank: int) -> None:

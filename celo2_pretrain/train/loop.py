@@ -150,6 +150,9 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
         with insight.installed():
             end = run_steps(engine, rates, config, loader, val_loader, metrics, description, start, insight, profiler,
                             guard, watchdog, agreement)
+    except UserError:  # it may be this rank's alone
+        checkpoint.leave(engine, config, metrics.say, lambda: watchdog.beat("ending with an error"))
+        raise
     except Stopped:
         dist.destroy_process_group()
         raise

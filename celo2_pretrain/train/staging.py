@@ -8,12 +8,16 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Callable
 
 from celo2_pretrain.optimizer.state import StateError
 from celo2_pretrain.train import manifest
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.errors import UserError, first_line
+
+WAIT_SECONDS = 60.0  # of a run that ends with an error, for the copy
+POLL_SECONDS = 0.1
 
 
 def check_staging(staging: str | None, world_size: int) -> None:
@@ -37,16 +41,38 @@ def staged_folder(staging: str, run_dir: str) -> Path:
     return Path(staging, f"celo2-{hashlib.sha256(os.path.abspath(run_dir).encode()).hexdigest()[:12]}")
 
 
+def settle(say: Callable[[str], None], staged: Path | None = None, beat: Callable[[], None] = lambda: None) -> None:
+    """Before this process leaves with an error: wait up to WAIT_SECONDS for the copy that rank 0 has under way.
+
+    Nothing is exchanged, as the others may be anywhere. A rank without the thread is given the folder `staged`, which goes when
+    the copy ends, and stays as long: a launcher ends all ranks when one has left.
+    """
+    def copying() -> bool:
+        return Copy.under_way.thread.is_alive() if Copy.under_way else staged is not None and staged.exists()
+
+    until = time.monotonic() + WAIT_SECONDS
+    if copying():
+        say(f"waiting up to {WAIT_SECONDS:g} s for the checkpoint that is being copied")
+    while copying() and time.monotonic() < until:
+        beat()
+        time.sleep(POLL_SECONDS)
+    if Copy.under_way and Copy.under_way.error:
+        say(f"warning: {Copy.under_way.final} could not be copied: {first_line(Copy.under_way.error)}")
+
+
 class Copy:
     """A whole checkpoint on its way from `staged` to `temporary`; then `publish(entries)` gives it its name.
 
-    The thread outlives an error of the run: the process ends when the copy has.
+    An error of the run waits for it, on every rank and up to WAIT_SECONDS (`settle`); a process that is killed doesn't.
     """
+
+    under_way: "Copy | None" = None  # this process's
 
     def __init__(self, staged: Path, temporary: Path, final: Path, publish: Callable[[dict], None]):
         self.staged, self.temporary, self.final, self.publish = staged, temporary, final, publish
         self.error: Exception | None = None
         self.thread = threading.Thread(target=self._run, name=f"copy {final.name}")
+        Copy.under_way = self
         self.thread.start()
 
     def _run(self) -> None:
@@ -73,5 +99,6 @@ class Copy:
     def wait(self) -> None:
         """Until the copy has ended. Raises what went wrong."""
         self.thread.join()
+        Copy.under_way = None
         if self.error:
             raise self.error
