@@ -9,6 +9,7 @@ from typing import Callable
 from tqdm import tqdm
 
 from celo2_pretrain.train.checkpoint import write_atomically
+from celo2_pretrain.train.errors import first_line
 from celo2_pretrain.train.json_file import parse_json
 
 
@@ -47,7 +48,8 @@ def _keep(path: Path, kept: Callable[[dict], bool]) -> Path:
 class Metrics:
     """Rank 0's record of the run; on other ranks (active=False) every method does nothing.
 
-    A resumed run drops the records after its checkpoint, so that metrics.jsonl is always one trajectory.
+    A resumed run drops the records after its checkpoint, so that metrics.jsonl is always one trajectory. A full disk or a tracker
+    that fails ends no run: it is told once, and what can't be written is left out.
     """
 
     def __init__(self, run_dir: str, start_step: int, max_steps: int, active: bool, trackers: list = ()):
@@ -56,8 +58,10 @@ class Metrics:
         self.active, self.max_steps, self.start_step = active, max_steps, start_step
         if not active:
             return
+        self.warned: set[str] = set()
+        self.cut = False  # the last line may be half written
         self.path = Path(run_dir, "metrics.jsonl")
-        self.file = open(_keep(self.path, lambda record: record["step"] <= start_step), "a", buffering=1)
+        _keep(self.path, lambda record: record["step"] <= start_step)
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(total=max_steps, initial=start_step, disable=not self.terminal, dynamic_ncols=True, unit="step")
         self.started = time.time()
@@ -71,9 +75,9 @@ class Metrics:
         """Write a record with "step" and either "loss" (training) or "val_loss"."""
         if not self.active:
             return
-        self.file.write(json.dumps(record) + "\n")
+        self._try(str(self.path), lambda: self._write(record))
         for tracker in self.trackers:
-            tracker.log(record)
+            self._try(type(tracker).__name__, lambda: tracker.log(record))
         step = record["step"]
         if "val_loss" in record:
             self.val_loss = record["val_loss"]
@@ -91,14 +95,13 @@ class Metrics:
     def event(self, record: dict) -> None:
         """Write a record with "step" and "event" (docs/bad_numbers.md), and say its "why"."""
         if self.active:
-            self.file.write(json.dumps(record) + "\n")
+            self._try(str(self.path), lambda: self._write(record))
             self.say(f"step {record['step']:>6}/{self.max_steps}  {record['event']}: {record['why']}")
 
     def rewind(self, step: int) -> None:
         """Drop the records after `step`, but for events: the run goes on from there."""
         if self.active:
-            self.file.close()
-            self.file = open(_keep(self.path, lambda record: record["step"] <= step or "event" in record), "a", buffering=1)
+            self._try(str(self.path), lambda: _keep(self.path, lambda record: record["step"] <= step or "event" in record))
             self.bar.update(step - self.bar.n)
 
     def say(self, text: str) -> None:
@@ -110,6 +113,21 @@ class Metrics:
     def close(self) -> None:
         if self.active:
             self.bar.close()
-            self.file.close()
             for tracker in self.trackers:
-                tracker.close()
+                self._try(type(tracker).__name__, tracker.close)
+
+    def _write(self, record: dict) -> None:
+        line = ("\n" if self.cut else "") + json.dumps(record) + "\n"
+        self.cut = True
+        with open(self.path, "a") as file:  # anew for each: an open file would keep what a full disk has refused
+            file.write(line)
+        self.cut = False
+
+    def _try(self, what: str, work: Callable[[], object]) -> None:
+        """Do it, or warn, once of each `what`: the run is worth more than its record."""
+        try:
+            work()
+        except Exception as error:
+            if what not in self.warned:
+                self.warned.add(what)
+                self.say(f"warning: {what} gets no record: {first_line(error)}; training goes on without")
