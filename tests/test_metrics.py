@@ -1,5 +1,6 @@
-"""No record of a run is worth the run."""
+"""metrics.jsonl is JSON, and no record of a run is worth the run."""
 import errno
+import json
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,13 @@ def test_a_full_disk_and_a_broken_tracker_end_no_run_and_are_told_once(tmp_path,
     assert [record["step"] for record in read_metrics(tmp_path)] == [1]
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(told) == 2 and "no answer" in told[0] and "No space left on device" in told[1]
+
+
+def test_what_json_has_no_word_for_is_null(tmp_path):
+    metrics = Metrics(str(tmp_path), 0, 9, True)
+    metrics.log({"step": 1, "grad_norm": float("inf"), "epochs": {"a": float("nan")}} | RECORD)
+    metrics.event({"step": 1, "event": "left out", "why": "", "loss": float("-inf")})
+    metrics.close()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["grad_norm"] is None and lines[0]["epochs"] == {"a": None} and lines[1]["loss"] is None
+    assert len(read_metrics(tmp_path)) == 2

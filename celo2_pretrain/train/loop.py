@@ -230,7 +230,7 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
             speed = (samples - samples_then) * context / seconds
             metrics.log({
                 "step": step, "loss": mean, "lr": rates.optimizer.param_groups[0]["lr"],
-                "grad_norm": float(norm) if norm is not None and math.isfinite(norm) else None,
+                "grad_norm": None if norm is None else float(norm),
                 "samples": samples, "tokens": samples * context,
                 "global_batch_size": batch_sizes.at(step - 1), "epochs": loader.epochs(samples),
                 "tokens_per_s": round(speed, 1), "seconds": round(seconds, 3),

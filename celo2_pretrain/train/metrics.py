@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl for programs (docs/insight.md lists its fields), a bar or plain lines for people."""
 import json
+import math
 import re
 import sys
 import time
@@ -45,6 +46,13 @@ def _keep(path: Path, kept: Callable[[dict], bool]) -> Path:
     return path
 
 
+def finite(value):
+    """A record, or what is in it, with null for each number that JSON has no word for."""
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Metrics:
     """Rank 0's record of the run; on other ranks (active=False) every method does nothing.
 
@@ -75,9 +83,10 @@ class Metrics:
         """Write a record with "step" and either "loss" (training) or "val_loss"."""
         if not self.active:
             return
-        self._try(str(self.path), lambda: self._write(record))
+        written = finite(record)
+        self._try(str(self.path), lambda: self._write(written))
         for tracker in self.trackers:
-            self._try(type(tracker).__name__, lambda: tracker.log(record))
+            self._try(type(tracker).__name__, lambda: tracker.log(written))
         step = record["step"]
         if "val_loss" in record:
             self.val_loss = record["val_loss"]
@@ -95,7 +104,7 @@ class Metrics:
     def event(self, record: dict) -> None:
         """Write a record with "step" and "event" (docs/bad_numbers.md), and say its "why"."""
         if self.active:
-            self._try(str(self.path), lambda: self._write(record))
+            self._try(str(self.path), lambda: self._write(finite(record)))
             self.say(f"step {record['step']:>6}/{self.max_steps}  {record['event']}: {record['why']}")
 
     def rewind(self, step: int) -> None:
@@ -117,7 +126,7 @@ class Metrics:
                 self._try(type(tracker).__name__, tracker.close)
 
     def _write(self, record: dict) -> None:
-        line = ("\n" if self.cut else "") + json.dumps(record) + "\n"
+        line = ("\n" if self.cut else "") + json.dumps(record, allow_nan=False) + "\n"
         self.cut = True
         with open(self.path, "a") as file:  # anew for each: an open file would keep what a full disk has refused
             file.write(line)
