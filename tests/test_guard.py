@@ -123,3 +123,15 @@ def test_steps_without_a_number_end_the_run_when_they_pile_up():
         looking.look(6, float("inf"))
     with pytest.raises(UserError, match="training diverged: .*train.on_nonfinite=skip leaves"):
         guard(on_nonfinite="stop").look(1, float("nan"))
+
+
+def test_a_step_that_was_left_out_counts_once_and_is_still_counted_when_resumed():
+    looking = guard()
+    for step in range(1, 4):
+        looking.optimizer.skipped_steps += 3  # sub-groups of ZeRO-3
+        assert looking.look(step, 4.0).what == "left out"
+    assert looking.look(4, 4.0).what == "fine" and looking.left_out == 3
+    again = guard()
+    again.optimizer.skipped_steps = 7
+    again.restore(json.loads(json.dumps(looking.state())))
+    assert again.look(5, 4.0).what == "fine" and again.left_out == 3

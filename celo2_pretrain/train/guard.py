@@ -87,14 +87,15 @@ class Guard:
 
     def state(self) -> dict:
         """For a checkpoint's state.json: a resumed run then finds the same spikes."""
-        return {"losses": list(self.losses), "in_a_row": self.in_a_row, "rollbacks": self.rollbacks}
+        return {"losses": list(self.losses), "in_a_row": self.in_a_row, "rollbacks": self.rollbacks, "left_out": self.left_out}
 
     def restore(self, state: dict | None) -> None:
         """Go on from a checkpoint's state. The number of rollbacks never goes down."""
         state = state or {"losses": [], "in_a_row": 0, "rollbacks": 0}
         self.losses, self.in_a_row = deque(state["losses"], WINDOW), state["in_a_row"]
         self.rollbacks = max(self.rollbacks, state["rollbacks"])
-        self.left_out = self._left_out()
+        self.left_out = state.get("left_out", 0)  # steps of this trajectory
+        self._calls = self._calls_left_out()
 
     def look(self, step: int, mean: float) -> Found:
         """After step `step`, whose loss over all ranks was `mean` nats. Every rank calls it: for a spike they look for the
@@ -102,7 +103,9 @@ class Guard:
 
         Raises UserError when the run is to stop, on all ranks alike.
         """
-        left_out, self.left_out = self._left_out() - self.left_out, self._left_out()
+        calls, self._calls = self._calls, self._calls_left_out()
+        left_out = self._calls != calls
+        self.left_out += left_out
         if left_out or not math.isfinite(mean):
             return self._bad(step, mean)
         self.in_a_row = 0
@@ -111,7 +114,8 @@ class Guard:
             self.losses.append(mean)
         return found
 
-    def _left_out(self) -> int:
+    def _calls_left_out(self) -> int:
+        """Calls of the optimizer: a step of ZeRO-3 has several."""
         return self.engine.skipped_steps + getattr(self.optimizer, "skipped_steps", 0)
 
     def _bad(self, step: int, mean: float) -> Found:
