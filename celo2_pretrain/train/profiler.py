@@ -31,7 +31,7 @@ class Profiler:
         """Before step `step`, counted from 1."""
         if self.rank == 0 and not self.running and step % self.log_every == 1 % self.log_every:
             self._requested(step)
-        if step == self.first:
+        if step == self.first and not self.running:  # a rollback may have led back to it
             activities = [torch.profiler.ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
