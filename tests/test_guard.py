@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from guard_worker import BAD, BAD_STEP, STEPS
 from processes import on_ranks
 
@@ -135,3 +136,27 @@ def test_a_step_that_was_left_out_counts_once_and_is_still_counted_when_resumed(
     again.optimizer.skipped_steps = 7
     again.restore(json.loads(json.dumps(looking.state())))
     assert again.look(5, 4.0).what == "fine" and again.left_out == 3
+
+
+def test_adamw_leaves_a_step_out_that_another_rank_leaves_out(monkeypatch):
+    """As with deepspeed.bf16.check_grad_overflow=false, where DeepSpeed asks nobody."""
+    told = []
+
+    def all_reduce(flag, op):
+        told.append(int(flag))
+        flag.fill_(other)
+
+    monkeypatch.setattr(guards.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(guards.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(guards.dist, "all_reduce", all_reduce)
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = guards.GuardedAdamW([p], lr=1.0)
+    p.grad, other = torch.ones(2), 0
+    optimizer.step()
+    assert optimizer.skipped_steps == 1 and not p.any()
+    other = 1
+    optimizer.step()
+    assert optimizer.skipped_steps == 1 and p.all()
+    p.grad = None
+    optimizer.step()  # a rank with nothing to step is asked too
+    assert told == [1, 1, 1]
