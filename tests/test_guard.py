@@ -126,6 +126,16 @@ def test_steps_without_a_number_end_the_run_when_they_pile_up():
         guard(on_nonfinite="stop").look(1, float("nan"))
 
 
+def test_a_step_that_was_taken_is_not_said_to_be_left_out():
+    stopping = guard(on_nonfinite="stop")
+    with pytest.raises(UserError, match="its gradient was not, and the step was taken. Look at") as error:
+        stopping.look(1, float("inf"))
+    assert "not taken" not in str(error.value)
+    stopping.engine.skipped_steps = 1
+    with pytest.raises(UserError, match="this step was not taken"):
+        stopping.look(2, float("inf"))
+
+
 def test_a_step_that_was_left_out_counts_once_and_is_still_counted_when_resumed():
     looking = guard()
     for step in range(1, 4):

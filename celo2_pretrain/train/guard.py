@@ -119,7 +119,7 @@ class Guard:
         left_out = self._calls != calls
         self.left_out += left_out
         if left_out or not math.isfinite(mean):
-            return self._bad(step, mean)
+            return self._bad(step, mean, left_out)
         self.in_a_row = 0
         found = self._compare(step, mean)
         if found.what != "roll back":
@@ -130,16 +130,18 @@ class Guard:
         """Calls of the optimizer: a step of ZeRO-3 has several."""
         return self.engine.skipped_steps + getattr(self.optimizer, "skipped_steps", 0)
 
-    def _bad(self, step: int, mean: float) -> Found:
+    def _bad(self, step: int, mean: float, left_out: bool) -> Found:
         size = self.config.train
         where = "the gradient" if math.isfinite(mean) else "the loss"
         why = f"NaN, Inf or overflow in {where} of step {step} (loss {mean:.4g})"
         if size.precision == "fp16" and math.isfinite(mean):
             return Found("left out", f"{why}: the loss scale falls")  # how DeepSpeed finds the scale
         self.in_a_row += 1
+        if not left_out:  # the loss alone is bad
+            why += "; its gradient was not, and the step was taken"
         advice = "look at the data there, or lower optimizer.lr"
         if size.on_nonfinite == "stop":
-            raise UserError(f"training diverged: {why}; this step was not taken. {advice.capitalize()}; "
+            raise UserError(f"training diverged: {why}{'; this step was not taken' if left_out else ''}. {advice.capitalize()}; "
                             "train.on_nonfinite=skip leaves such steps out")
         if self.in_a_row > size.max_skipped:
             raise UserError(f"training diverged: {why}, as in the {self.in_a_row - 1} steps before it (train.max_skipped="
