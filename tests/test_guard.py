@@ -170,3 +170,12 @@ def test_adamw_leaves_a_step_out_that_another_rank_leaves_out(monkeypatch):
     p.grad = None
     optimizer.step()  # a rank with nothing to step is asked too
     assert told == [1, 1, 1]
+
+
+def test_a_loss_scale_that_cannot_fall_further_is_told_in_a_line():
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    scaler = DynamicLossScaler(init_scale=1.0, scale_window=10, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False)
+    engine = SimpleNamespace(step=lambda: scaler.update_scale(True), optimizer=SimpleNamespace(loss_scale=1.0))
+    with pytest.raises(UserError, match="training diverged: the gradient of step 2 overflows fp16 at the smallest loss scale .1"):
+        guards.take_step(engine, 2)

@@ -78,6 +78,18 @@ def guarded(engine) -> None:
         zero.unscale_and_clip_grads = unscale_and_clip_grads
 
 
+def take_step(engine, number: int) -> None:
+    """DeepSpeed's step `number`. Raises UserError where it gives up, on all ranks alike: fp16's loss scale can't fall further."""
+    try:
+        engine.step()
+    except Exception as error:  # DeepSpeed raises no other kind
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise UserError(f"training diverged: the gradient of step {number} overflows fp16 at the smallest loss scale "
+                        f"({engine.optimizer.loss_scale:g}); look at the data there, lower optimizer.lr, or take "
+                        f"train.precision=bf16, and resume from an earlier checkpoint") from None
+
+
 @dataclass
 class Found:
     """What a step calls for, and why."""

@@ -27,7 +27,7 @@ from celo2_pretrain.train.errors import Stopped, UserError
 from celo2_pretrain.train.evaluate import training_loss, validation_loss
 from celo2_pretrain.train.failures import join_and_look
 from celo2_pretrain.train.flops import Peak, peak_of
-from celo2_pretrain.train.guard import Guard, guarded
+from celo2_pretrain.train.guard import Guard, guarded, take_step
 from celo2_pretrain.train.insight import Insight, perplexity
 from celo2_pretrain.train.launcher import resume_command
 from celo2_pretrain.train.metrics import Metrics
@@ -205,7 +205,7 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
             insight.mark("backward")
             engine.backward(loss)
             insight.mark("optimizer")
-            engine.step()
+            take_step(engine, step + 1)
             step_loss += cross_entropy.detach() / accumulation
         insight.end()
         if traced := profiler.after(step + 1):
