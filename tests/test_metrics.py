@@ -60,3 +60,16 @@ def test_what_json_has_no_word_for_is_null(tmp_path):
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["grad_norm"] is None and lines[0]["epochs"] == {"a": None} and lines[1]["loss"] is None
     assert len(read_metrics(tmp_path)) == 2
+
+
+def test_the_time_left_is_right_after_a_rollback_and_when_the_clock_is_set(tmp_path, capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module.time, "time", lambda: 0.0)
+    metrics = Metrics(str(tmp_path), 50, 100, True)
+    now[0] += 120
+    metrics.log({"step": 60} | RECORD)
+    metrics.rewind(40)
+    now[0] += 60
+    metrics.log({"step": 45} | RECORD)
+    assert [line.split()[-2] for line in capsys.readouterr().out.splitlines()] == ["8m00s", "11m00s"]

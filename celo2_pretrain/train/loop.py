@@ -188,7 +188,7 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
     agreement.requests.at_boundaries = True  # from here on a signal is obeyed in the loop
     if agreement.exchange()[1] or ((step == 0 or start["extra"].get("validation_due")) and not validate(step)):
         agreement.stop(f"before the first step: nothing to save; to go on: {resume_command(config)}")
-    recent, since, samples_then = [], time.time(), samples  # losses of steps that were taken since the last record
+    recent, since, samples_then = [], time.monotonic(), samples  # losses of steps that were taken since the last record
     saving = saving_in_all = 0.0  # seconds that training waited for checkpoints: since the last record, and in all
     while step < size.max_steps:
         rates.set(lr_factor(step, config.schedule, size.max_steps))
@@ -217,7 +217,7 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
             metrics.event({"step": step, "event": found.what, "why": found.why, "samples": samples})
         if found.what == "roll back":
             step = guard.roll_back(description, metrics)
-            recent, since, samples_then = [], time.time(), samples
+            recent, since, samples_then = [], time.monotonic(), samples
             continue
         if found.what != "left out":
             recent.append(loss)
@@ -226,7 +226,7 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
         last = step == size.max_steps
         if (step % size.log_every == 0 or last) and recent:
             mean = sum(recent) / len(recent)
-            seconds, norm = time.time() - since, engine.get_global_grad_norm()
+            seconds, norm = time.monotonic() - since, engine.get_global_grad_norm()
             speed = (samples - samples_then) * context / seconds
             metrics.log({
                 "step": step, "loss": mean, "lr": rates.optimizer.param_groups[0]["lr"],
@@ -236,24 +236,24 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
                 "tokens_per_s": round(speed, 1), "seconds": round(seconds, 3),
                 "skipped_steps": guard.left_out, "checkpoint_seconds": round(saving, 3), **insight.record(mean, speed),
             })
-            recent, since, samples_then, saving = [], time.time(), samples, 0.0
-        paused = time.time()
+            recent, since, samples_then, saving = [], time.monotonic(), samples, 0.0
+        paused = time.monotonic()
         due = step % config.eval.every == 0 or last
         if due and (last or not stopping):
             due = not validate(step)
             stopping |= due
         if step % config.checkpoint.every == 0 or last or stopping:
             watchdog.beat(f"saving step {step}")
-            began = time.time()
+            began = time.monotonic()
             extra = {"validation_due": due, "guard": guard.state(), "data": loader.mixture.digest}
             saved = checkpoint.save(engine, config, description, step, samples, extra, metrics.say)
             stopping = agreement.exchange()[1]  # asked for while saving
             if (stopping or last) and not checkpoint.finish(engine, config, metrics.say):
                 saved = None
-            saving, saving_in_all = saving + time.time() - began, saving_in_all + time.time() - began
+            saving, saving_in_all = saving + time.monotonic() - began, saving_in_all + time.monotonic() - began
         if stopping and not last:
             agreement.stop(f"at step {step}, {f'saved {saved}' if saved else 'not saved'}; to go on: {resume_command(config)}")
-        since += time.time() - paused  # tokens/s counts training only
+        since += time.monotonic() - paused  # tokens/s counts training only
     metrics.say(f"training waited {saving_in_all:.1f} s for checkpoints to be saved")
     return samples
 

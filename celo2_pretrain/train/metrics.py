@@ -72,7 +72,7 @@ class Metrics:
         _keep(self.path, lambda record: record["step"] <= start_step)
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(total=max_steps, initial=start_step, disable=not self.terminal, dynamic_ncols=True, unit="step")
-        self.started = time.time()
+        self.started = time.monotonic()
         self.val_loss = None
 
     def step(self, step: int) -> None:
@@ -96,7 +96,7 @@ class Metrics:
             shown = f"loss {record['loss']:.3f}, lr {record['lr']:.1e}, {record['tokens_per_s']:,.0f} tokens/s"
             self.bar.set_postfix_str(shown if self.val_loss is None else f"{shown}, val {self.val_loss:.3f}")
         else:
-            left = (time.time() - self.started) / max(1, step - self.start_step) * (self.max_steps - step)
+            left = (time.monotonic() - self.started) / max(1, step - self.start_step) * (self.max_steps - step)
             mfu = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
             print(f"step {step:>6}/{self.max_steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}"
                   f"  {record['tokens_per_s']:>7,.0f} tokens/s{mfu}  {left // 60:.0f}m{left % 60:02.0f}s left", flush=True)
@@ -110,6 +110,7 @@ class Metrics:
     def rewind(self, step: int) -> None:
         """Drop the records after `step`, but for events: the run goes on from there."""
         if self.active:
+            self.started, self.start_step = time.monotonic(), step  # for the time that is left
             self._try(str(self.path), lambda: _keep(self.path, lambda record: record["step"] <= step or "event" in record))
             self.bar.update(step - self.bar.n)
 
