@@ -47,6 +47,19 @@ def test_an_old_run_stays_when_the_one_that_replaces_it_cannot_begin(data, tmp_p
     assert snapshot(run, leave_out=(".lock",)) == before
 
 
+def test_a_finished_run_is_finished_also_without_sample_and_picture(data, tmp_path, monkeypatch, capsys, alone):
+    def fail(*_, **__):
+        raise OSError("no space left\nfor it")
+
+    monkeypatch.setattr(loop, "sample", fail)
+    monkeypatch.setattr(loop, "plot_loss", fail)
+    loop.train(load_config(None, [*SMALL, f"data.path={data}", f"run_dir={tmp_path / 'run'}", "eval.prompt=def"]))
+    told = capsys.readouterr().out.splitlines()
+    assert [line for line in told if line.startswith("warning")] == [
+        "warning: no sample: no space left", "warning: no loss curve: no space left"]
+    assert told[-1].startswith("to train further: ") and choose.latest(tmp_path / "run/checkpoints") == "step_00000002"
+
+
 HOLD = """
 import sys, time
 from celo2_pretrain.train.run_lock import RunLock

@@ -23,7 +23,7 @@ from celo2_pretrain.train import checkpoint, choose, memory
 from celo2_pretrain.train.checks import check_node, check_ranks, check_run_dir, warn
 from celo2_pretrain.train.config import Config, dump_config
 from celo2_pretrain.train.deepspeed_config import deepspeed_config
-from celo2_pretrain.train.errors import Stopped, UserError
+from celo2_pretrain.train.errors import Stopped, UserError, first_line
 from celo2_pretrain.train.evaluate import training_loss, validation_loss
 from celo2_pretrain.train.failures import join_and_look
 from celo2_pretrain.train.flops import Peak, peak_of
@@ -306,15 +306,25 @@ def start_run_dir(config: Config, ds_config: dict, world_size: int, resume_from:
 
 
 def finish(engine, config: Config, mixture: Mixture, metrics: Metrics) -> None:
-    """A sample, the picture of the losses, and how to go on."""
-    if config.eval.prompt:
+    """A sample, the picture of the losses, and how to go on. The run is saved: what fails here is told and no more."""
+    def sampled() -> None:
         index, tokenizer = mixture.index, load_tokenizer(mixture.paths[0])
         ids = tokenizer.encode([config.eval.prompt])[0]
         new = sample(engine.module, ids, config.eval.sample_tokens, context=config.model.context,
                      eos_id=index["eos_id"], vocab_size=index["vocab_size"], seed=config.train.seed)
         text = tokenizer.decode(ids + new)
         metrics.say("a sample of the model's text:\n" + "\n".join(f"    | {line}" for line in text.splitlines()))
-    if metrics.active:
+
+    def drawn() -> None:
         picture = Path(config.run_dir, "loss.png")
         plot_loss(config.run_dir, str(picture))
-        metrics.say(f"loss curve: {picture}\nto train further: {resume_command(config, 2 * config.train.max_steps)}")
+        metrics.say(f"loss curve: {picture}")
+
+    for what, work, wanted in (("sample", sampled, config.eval.prompt), ("loss curve", drawn, metrics.active)):
+        try:
+            if wanted:
+                work()
+        except Exception as error:
+            metrics.say(f"warning: no {what}: {first_line(error)}")
+    if metrics.active:
+        metrics.say(f"to train further: {resume_command(config, 2 * config.train.max_steps)}")
