@@ -12,7 +12,7 @@ import pytest
 import torch
 from fuzz import snapshot
 
-from celo2_pretrain.train import checkpoint, choose, failures, loop
+from celo2_pretrain.train import checkpoint, choose, failures, loop, manifest
 from celo2_pretrain.train.config import load_config
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.run_lock import InUse, RunLock
@@ -138,3 +138,14 @@ def test_what_a_run_leaves_by_resuming_from_an_earlier_step_is_not_gone_on_from(
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00001000", "step_00001500"]
     checkpoint.go_on_from(new, said.append)
     assert len(said) == 1
+
+
+def test_a_run_killed_in_its_first_save_is_told_how_to_go_on(tmp_path):
+    first = tmp_path / "checkpoints" / "step_00000002"
+    first.parent.mkdir()
+    with pytest.raises(UserError, match="no checkpoint yet: begin it with --resume auto"):
+        choose.find(str(tmp_path))
+    first.mkdir()
+    manifest.write(first, 2, {"state.json": manifest.write_file(first / "state.json", lambda file: file.write(b"{}"))})
+    with pytest.raises(UserError, match=f"no file checkpoints/latest; the newest whole checkpoint is {first}: --resume {first}$"):
+        choose.find(str(tmp_path))

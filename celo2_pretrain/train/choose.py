@@ -31,8 +31,10 @@ def find(path: str) -> Path:
     if folder is given and ((given / manifest.NAME).exists() or NAMED.fullmatch(given.name)):
         found = given
     else:
-        if not (folder / "latest").is_file():
-            raise UserError(f"{path!r} has no whole checkpoint: start the run without --resume")
+        if not (folder / "latest").is_file():  # killed in or before its first save
+            there = bool(in_order(folder))
+            raise UserError(f"{path!r} has no file checkpoints/latest" + (offer(folder) if there else
+                            ", so no checkpoint yet: begin it with --resume auto"))
         tag = latest(folder)
         if tag is None or not (folder / tag).is_dir():
             raise UserError(f"{folder / 'latest'} names no checkpoint of the run" + offer(folder))
