@@ -22,6 +22,7 @@ from celo2_pretrain.train.config import Config, accumulation_steps
 from celo2_pretrain.train.errors import EXIT_HUNG, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 
 NOTES = "CELO2_SUPERVISOR"
+SINCE = "CELO2_SUPERVISOR_SINCE"  # when it began: a stop file that is newer is for the run, whichever start is under way
 FIRST_ERROR = "error_first.txt"  # failures.FIRST; to import it would load DeepSpeed into a process that only waits
 INTERRUPTED = 130  # what shells give for SIGINT
 FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds before a restart; doubled as long as no start brings a new checkpoint
@@ -36,6 +37,14 @@ def note(code: int) -> int:
         with contextlib.suppress(OSError), open(os.environ[NOTES], "a") as file:  # other nodes have no such folder
             file.write(f"{code}\n")
     return code
+
+
+def file_asks(path: Path, since: float) -> bool | None:
+    """Whether the stop file was made after `since`, or is an earlier run's; None where there is none."""
+    try:
+        return path.stat().st_mtime >= since - 1  # file systems count in up to a second
+    except OSError:
+        return None
 
 
 def say(text: str) -> None:
@@ -63,7 +72,19 @@ def parse_ranks(text: str | None, launch: str | None, config: Config) -> list[in
 
 
 class Asked:
-    """The signals that ask this process to stop, while it is entered."""
+    """The signals that ask this process to stop, while it is entered; and the stop file, which the ranks read and remove."""
+
+    def __init__(self, file: Path):
+        self.file, self.since = file, time.time()
+
+    def to_stop(self) -> bool:
+        """Also by a stop file that no rank has seen: the run failed before, or waits for its next start."""
+        return bool(self.names or file_asks(self.file, self.since))
+
+    def forget_file(self) -> None:
+        if file_asks(self.file, self.since):
+            with contextlib.suppress(OSError):
+                self.file.unlink()
 
     def __enter__(self):
         self.names: list[str] = []
@@ -83,13 +104,14 @@ class Asked:
 class Start:
     """One start of the driver: all processes that come of `command`."""
 
-    def __init__(self, command: list[str], notes: Path):
+    def __init__(self, command: list[str], notes: Path, supervised_since: float):
         self.notes, self.since = notes, time.time()
         notes.write_text("")
         self.signalled: set[int] = set()
         self.saw_ranks = False
         try:  # a group of its own: Ctrl-C is for this process, which asks the ranks
-            self.process = subprocess.Popen(command, env=os.environ | {NOTES: str(notes)}, process_group=0)
+            env = os.environ | {NOTES: str(notes), SINCE: str(supervised_since)}
+            self.process = subprocess.Popen(command, env=env, process_group=0)
         except OSError as error:
             raise UserError(f"--launch {shlex.join(command)!r}: {error.strerror}: give the command of a driver") from None
 
@@ -220,7 +242,7 @@ def reason(code: int, run_dir: str, since: float) -> str:
 
 def pause(seconds: float, asked: Asked) -> None:
     until = time.monotonic() + seconds
-    while not asked.names and time.monotonic() < until:
+    while not asked.to_stop() and time.monotonic() < until:
         time.sleep(min(LOOK_SECONDS, seconds))
 
 
@@ -244,7 +266,8 @@ def supervise(args, config: Config) -> int:
     launch = shlex.split(args.launch) if args.launch else [sys.executable, "-m", "celo2_pretrain.cli", "train"]
     checkpoints = Checkpoints(config.run_dir)
     wait, restarts = FIRST_WAIT, 0
-    with tempfile.TemporaryDirectory(prefix="celo2-supervisor-") as folder, Asked() as asked:
+    stop_file = Path(config.train.stop_file or Path(config.run_dir, "STOP"))
+    with tempfile.TemporaryDirectory(prefix="celo2-supervisor-") as folder, Asked(stop_file) as asked:
         while True:
             own = checkpoints.newest()
             command = [part.replace("{ranks}", str(ranks[0])) if ranks else part for part in launch]
@@ -252,9 +275,9 @@ def supervise(args, config: Config) -> int:
             half_saved = restarts > 0 and checkpoints.new_run and args.resume is None and not args.overwrite
             command += arguments(args, config.run_dir, bool(own) or half_saved)
             say(f"start {restarts + 1} of at most {args.max_restarts + 1}: {shlex.join(command)}")
-            start = Start(command, Path(folder, f"start_{restarts + 1}"))
+            start = Start(command, Path(folder, f"start_{restarts + 1}"), asked.since)
             code = start.wait(asked)
-            end = outcome(code, start.noted(), bool(asked.names), checkpoints.finished(config.train.max_steps))
+            end = outcome(code, start.noted(), asked.to_stop(), checkpoints.finished(config.train.max_steps))
             saved = checkpoints.newest()
             if end is None:
                 failed = f"the run failed: {reason(code, config.run_dir, start.since)}"
@@ -270,10 +293,11 @@ def supervise(args, config: Config) -> int:
                     f"{f'from {saved}' if saved else 'as before: it had saved nothing'}")
                 pause(wait, asked)
                 wait, restarts = min(2 * wait, LONGEST_WAIT), restarts + 1
-                if not asked.names:
+                if not asked.to_stop():
                     continue
                 end = EXIT_STOPPED
             if end == EXIT_STOPPED:
+                asked.forget_file()
                 say(f"stopped on request, not started again; {went(saved)}")
             elif restarts and end == 0:
                 say(f"finished after {restarts} restart(s)")

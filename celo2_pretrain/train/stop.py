@@ -4,17 +4,18 @@
     the second SIGINT                              end at once, with code 130
     the file train.stop_file (run_dir/STOP)        as SIGTERM, without any signal that a launcher could get wrong
 """
+import contextlib
 import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
+import psutil
 import torch
 
 from celo2_pretrain.train.errors import EXIT_STOPPED, Stopped
-from celo2_pretrain.train.restarts import INTERRUPTED, note
+from celo2_pretrain.train.restarts import INTERRUPTED, SINCE, file_asks, note
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -26,7 +27,8 @@ class StopRequests:
     hear. Therefore C writes the signal's number to a pipe, and a thread reads it.
 
     Args:
-        file: asked for by its existence; one that is older than this object is none of this run's.
+        file: asked for by its existence; one that is older than this process, or than the supervisor that started it, is
+            an earlier run's, and is removed.
         rank: 0 reads the file and speaks.
     """
 
@@ -34,7 +36,7 @@ class StopRequests:
         self.file, self.rank = file, rank
         self.reason: str | None = None
         self.at_boundaries = False  # whether somebody looks at `reason` in bounded time
-        self.began = time.time()
+        self.began = float(os.environ.get(SINCE) or psutil.Process().create_time())
         self.old_handlers, self.pipe = {}, ()
 
     def __enter__(self):
@@ -83,13 +85,13 @@ class StopRequests:
     def asked(self) -> bool:
         """Whether this rank has been asked to stop."""
         if self.rank == 0 and self.reason is None:
-            try:
-                if self.file.stat().st_mtime >= self.began - 1:  # file systems count in up to a second
-                    self.reason = f"the file {self.file}"
-                else:
+            asks = file_asks(self.file, self.began)
+            if asks:
+                self.reason = f"the file {self.file}"
+            elif asks is False:
+                with contextlib.suppress(OSError):
                     self.file.unlink()
-            except OSError:
-                pass
+                    self._say(f"removed {self.file}, which is older than this run: to stop it, make the file again")
         return self.reason is not None
 
 
