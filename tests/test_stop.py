@@ -6,7 +6,8 @@ import pytest
 from test_restarts import supervised  # noqa: F401
 
 from celo2_pretrain.train import restarts
-from celo2_pretrain.train.stop import StopRequests
+from celo2_pretrain.train.errors import Stopped
+from celo2_pretrain.train.stop import Agreement, StopRequests
 
 
 @pytest.mark.parametrize("when", ["just before a failure", "between two starts"])
@@ -46,3 +47,16 @@ def test_a_rank_obeys_a_stop_file_that_is_newer_than_its_supervisor(supervised, 
     assert not StopRequests(stop, 0).asked()
     stop.touch()
     assert StopRequests(stop, 0).asked()
+
+
+def test_a_stop_file_that_cannot_be_removed_stops_the_run_all_the_same(tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    requests = StopRequests(tmp_path / "STOP", 0)
+    (tmp_path / "STOP").touch()
+    assert requests.asked()
+    monkeypatch.setattr(Path, "unlink", refuse)  # root may remove anything
+    with pytest.raises(Stopped, match="stopped on request .the file .*STOP. at step 3"):
+        Agreement(requests, 1).stop("at step 3")
+    assert capsys.readouterr().err.startswith(f"celo2-pretrain: cannot remove {tmp_path / 'STOP'}: Permission denied; ")

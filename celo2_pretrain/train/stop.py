@@ -94,6 +94,14 @@ class StopRequests:
                     self._say(f"removed {self.file}, which is older than this run: to stop it, make the file again")
         return self.reason is not None
 
+    def remove_file(self) -> None:
+        """Rank 0's; where it can't, it says so: all is saved, and a later run takes the file for an old one."""
+        if self.rank == 0:
+            try:
+                self.file.unlink(missing_ok=True)
+            except OSError as error:
+                self._say(f"cannot remove {self.file}: {error.strerror}; the next run ignores it, if it isn't made again")
+
 
 class Agreement:
     """What the ranks tell each other at the end of a step, in one reduction of two numbers on the CPU."""
@@ -111,7 +119,6 @@ class Agreement:
         return float(told[0]) / self.world_size, bool(told[1] > 0)
 
     def stop(self, where: str) -> None:
-        """Raise Stopped, and remove the file that asked for it, so that the next run doesn't stop for it."""
-        if self.requests.rank == 0:
-            self.requests.file.unlink(missing_ok=True)
+        """Raise Stopped, and remove the file that asked for it, so that it is not found again."""
+        self.requests.remove_file()
         raise Stopped(f"stopped on request ({self.requests.reason or 'of another rank'}) {where}")
