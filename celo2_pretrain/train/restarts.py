@@ -185,20 +185,25 @@ class Checkpoints:
         found = self._read()
         return found[1] if found and found != self.old else None
 
+    def half_saved(self) -> bool:
+        """Whether this run has begun to save and `latest` doesn't tell of it: that looks like a run not to be replaced."""
+        return self.new_run and self.path.parent.exists() and not self.newest()
+
     def finished(self, steps: int) -> bool:
         found = self._read()
         number = found[1].removeprefix("step_") if found else ""
         return number.isdecimal() and int(number) >= steps
 
 
-def arguments(args, run_dir: str, go_on: bool) -> list[str]:
+def arguments(args, run_dir: str, go_on: bool, replace: bool) -> list[str]:
     """Train's arguments for the next start.
 
     Args:
         args: what the command line asked for.
         go_on: go on with what is in run_dir; else an earlier run there is treated as the command line says.
+        replace: what is in run_dir, also where the command line doesn't say so.
     """
-    resume, overwrite = ("auto", False) if go_on else (args.resume, args.overwrite)
+    resume, overwrite = ("auto", False) if go_on else (args.resume, args.overwrite or replace)
     out = ["--config", args.config] if args.config else []
     if resume is not None:
         out += ["--resume", resume or run_dir]
@@ -271,9 +276,10 @@ def supervise(args, config: Config) -> int:
         while True:
             own = checkpoints.newest()
             command = [part.replace("{ranks}", str(ranks[0])) if ranks else part for part in launch]
-            # What a new run leaves when it fails in its first save looks like a run that `train` must not replace.
-            half_saved = restarts > 0 and checkpoints.new_run and args.resume is None and not args.overwrite
-            command += arguments(args, config.run_dir, bool(own) or half_saved)
+            half_saved = restarts > 0 and not args.overwrite and checkpoints.half_saved()
+            # One that was begun from another run's checkpoint has nothing else to begin from.
+            replace = half_saved and args.resume not in (None, "auto") and not any(checkpoints.path.parent.glob("step_*"))
+            command += arguments(args, config.run_dir, bool(own) or half_saved and not replace, replace)
             say(f"start {restarts + 1} of at most {args.max_restarts + 1}: {shlex.join(command)}")
             start = Start(command, Path(folder, f"start_{restarts + 1}"), asked.since)
             code = start.wait(asked)

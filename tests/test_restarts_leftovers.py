@@ -1,0 +1,23 @@
+"""What `train --max-restarts` makes of checkpoints that an earlier run, another run, or half a save has left."""
+import pytest
+from test_restarts import supervised  # noqa: F401
+
+
+def begun_from_another(supervised) -> list[str]:  # noqa: F811
+    another = supervised.folder / "another"
+    another.mkdir()
+    (another / "config.yaml").write_text("")
+    return ["--resume", str(another / "config.yaml"), "--config", str(another / "config.yaml")]
+
+
+@pytest.mark.parametrize("left, again", [
+    (".tmp-step_00000002", "from the other"), ("step_00000002", "auto"),  # named, but `latest` wasn't written yet
+])
+def test_a_run_begun_from_another_that_failed_while_it_first_saved(supervised, left, again):  # noqa: F811
+    given = begun_from_another(supervised)
+    line = f"(run_dir / 'checkpoints/{left}').mkdir(parents=True); sys.exit(1)"
+    assert supervised("sys.exit(1)", line, "save(2); sys.exit(1)", "save(4)", arguments=given) == 0
+    first, second, third, last = map(sorted, supervised.starts)
+    auto = sorted(["--config", given[3], "--resume", "auto"])
+    assert first == second == sorted(given) and last == auto
+    assert third == (auto if again == "auto" else sorted([*given, "--overwrite"]))
