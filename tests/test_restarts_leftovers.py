@@ -21,3 +21,20 @@ def test_a_run_begun_from_another_that_failed_while_it_first_saved(supervised, l
     auto = sorted(["--config", given[3], "--resume", "auto"])
     assert first == second == sorted(given) and last == auto
     assert third == (auto if again == "auto" else sorted([*given, "--overwrite"]))
+
+
+def test_an_earlier_runs_last_step_does_not_finish_a_run_that_replaces_it(supervised):  # noqa: F811
+    latest = supervised.run_dir / "checkpoints" / "latest"
+    latest.parent.mkdir(parents=True)
+    latest.write_text("step_00000004")
+    assert supervised("sys.exit(0)", "save(4)", arguments=["--overwrite"]) == 0  # its launcher was killed, then it trained
+    assert supervised.starts == [["--overwrite"]] * 2
+    assert "exit code 0 before the last step: its launcher was killed" in supervised.told
+
+
+def test_resume_auto_of_a_finished_run_finishes(supervised):  # noqa: F811
+    latest = supervised.run_dir / "checkpoints" / "latest"
+    latest.parent.mkdir(parents=True)
+    latest.write_text("step_00000004")
+    assert supervised("sys.exit(0)", arguments=["--resume", "auto"]) == 0
+    assert len(supervised.starts) == 1

@@ -189,8 +189,11 @@ class Checkpoints:
         """Whether this run has begun to save and `latest` doesn't tell of it: that looks like a run not to be replaced."""
         return self.new_run and self.path.parent.exists() and not self.newest()
 
-    def finished(self, steps: int) -> bool:
+    def finished(self, steps: int, auto: bool) -> bool:
+        """Whether the last step's checkpoint is there; with `auto` (--resume) an earlier run's counts, which is left as it is."""
         found = self._read()
+        if found == self.old and not auto:
+            return False
         number = found[1].removeprefix("step_") if found else ""
         return number.isdecimal() and int(number) >= steps
 
@@ -283,7 +286,8 @@ def supervise(args, config: Config) -> int:
             say(f"start {restarts + 1} of at most {args.max_restarts + 1}: {shlex.join(command)}")
             start = Start(command, Path(folder, f"start_{restarts + 1}"), asked.since)
             code = start.wait(asked)
-            end = outcome(code, start.noted(), asked.to_stop(), checkpoints.finished(config.train.max_steps))
+            finished = checkpoints.finished(config.train.max_steps, args.resume == "auto")
+            end = outcome(code, start.noted(), asked.to_stop(), finished)
             saved = checkpoints.newest()
             if end is None:
                 failed = f"the run failed: {reason(code, config.run_dir, start.since)}"
