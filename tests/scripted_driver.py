@@ -17,9 +17,15 @@ run_dir = Path(next(text for text in reversed(sys.argv) if text.startswith("run_
 
 
 def save(step):
-    path = run_dir / "checkpoints" / "latest"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"step_{step:08d}")
+    manifest = run_dir / "checkpoints" / f"step_{step:08d}" / "manifest.json"
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write_text("")
+    name(step)
+
+
+def name(step):
+    """As a start does that goes on from this step."""
+    (run_dir / "checkpoints" / "latest").write_text(f"step_{step:08d}")
 
 
 def note(code):

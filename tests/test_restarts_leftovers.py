@@ -38,3 +38,25 @@ def test_resume_auto_of_a_finished_run_finishes(supervised):  # noqa: F811
     latest.write_text("step_00000004")
     assert supervised("sys.exit(0)", arguments=["--resume", "auto"]) == 0
     assert len(supervised.starts) == 1
+
+
+def earlier(supervised, step: int) -> None:  # noqa: F811
+    checkpoints = supervised.run_dir / "checkpoints"
+    (checkpoints / f"step_{step:08d}").mkdir(parents=True)
+    (checkpoints / f"step_{step:08d}/manifest.json").write_text("")
+    (checkpoints / "latest").write_text(f"step_{step:08d}")
+
+
+def test_going_on_with_a_checkpoint_is_no_progress(supervised):  # noqa: F811
+    earlier(supervised, 2)
+    given = ["--resume", "auto"]
+    assert supervised("name(2); sys.exit(1)", "name(2); sys.exit(1)", "save(4)", arguments=given, ranks="4,2,1") == 0
+    assert [start[1] for start in supervised.starts] == ["4", "2", "1"]
+    assert "starting again in 0.1 s with 2" in supervised.told and "starting again in 0.2 s with 1" in supervised.told
+
+
+def test_the_same_step_of_a_run_that_replaces_another_is_progress(supervised):  # noqa: F811
+    earlier(supervised, 2)
+    assert supervised("save(2); sys.exit(1)", "save(4)", arguments=["--overwrite"]) == 0
+    assert supervised.starts == [["--overwrite"], ["--resume", "auto"]]
+    assert "from step_00000002" in supervised.told

@@ -169,21 +169,28 @@ class Start:
 
 
 class Checkpoints:
-    """What the run has saved, as checkpoints/latest tells; an earlier run's doesn't count until this run has moved it."""
+    """What the run has saved, as checkpoints/latest tells; what an earlier run saved doesn't count.
+
+    Each start that goes on with a checkpoint writes `latest` again, so that its time tells nothing: the manifest's does.
+    """
 
     def __init__(self, run_dir: str):
         self.path = Path(run_dir, "checkpoints", "latest")
         self.old, self.new_run = self._read(), not self.path.parent.exists()
 
-    def _read(self) -> tuple[int, str] | None:
+    def _read(self) -> tuple[str, int] | None:
+        """The checkpoint's name, and when it was written: one of the same step may have taken its place."""
         try:
-            return self.path.stat().st_mtime_ns, self.path.read_text().strip()
-        except OSError:
+            name = self.path.read_text().strip()
+        except (OSError, ValueError):
             return None
+        with contextlib.suppress(OSError, ValueError):
+            return name, Path(self.path.parent, name, "manifest.json").stat().st_mtime_ns
+        return name, 0
 
     def newest(self) -> str | None:
         found = self._read()
-        return found[1] if found and found != self.old else None
+        return found[0] if found and found != self.old else None
 
     def half_saved(self) -> bool:
         """Whether this run has begun to save and `latest` doesn't tell of it: that looks like a run not to be replaced."""
@@ -194,7 +201,7 @@ class Checkpoints:
         found = self._read()
         if found == self.old and not auto:
             return False
-        number = found[1].removeprefix("step_") if found else ""
+        number = found[0].removeprefix("step_") if found else ""
         return number.isdecimal() and int(number) >= steps
 
 
