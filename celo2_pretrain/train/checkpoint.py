@@ -183,7 +183,7 @@ def publish(temporary: Path, final: Path, step: int, entries: dict[str, dict[str
     """Give a written checkpoint its name, then have `latest` name it."""
     make_whole(temporary, step, entries)
     if final.exists():
-        remove(final)  # left by a trajectory that this one replaces; `latest` names an older one
+        remove(final)  # damaged: a rollback has passed it over
     os.rename(temporary, final)
     state_files.sync(final.parent)
     write_atomically(final.parent / "latest", final.name)
