@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,3 +150,23 @@ def test_a_run_killed_in_its_first_save_is_told_how_to_go_on(tmp_path):
     manifest.write(first, 2, {"state.json": manifest.write_file(first / "state.json", lambda file: file.write(b"{}"))})
     with pytest.raises(UserError, match=f"no file checkpoints/latest; the newest whole checkpoint is {first}: --resume {first}$"):
         choose.find(str(tmp_path))
+
+
+@pytest.mark.parametrize("error, kind", [
+    (RuntimeError("Error(s) in loading state_dict for GPT2:\n\tsize mismatch for wte.weight"), UserError),
+    (KeyError("fp32_flat_groups"), UserError), (ValueError("expected 3 groups"), UserError),
+    (RuntimeError("Connection reset by peer"), RuntimeError), (RuntimeError("CUDA error: an illegal access"), RuntimeError),
+    (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError)])
+def test_a_layout_that_has_changed_is_told_in_a_line(tmp_path, monkeypatch, error, kind):
+    def load_checkpoint(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "files_of", lambda engine: SimpleNamespace())
+    monkeypatch.setattr(checkpoint, "forget_gradients", lambda engine: None)
+    with pytest.raises(kind) as raised:
+        checkpoint.load(SimpleNamespace(load_checkpoint=load_checkpoint), tmp_path / "step_00000002", False)
+    if kind is UserError:
+        assert f"cannot resume from {tmp_path / 'step_00000002'}: its tensors don't fit this model" in str(raised.value)
+        assert "\n" not in str(raised.value)
+    else:
+        assert raised.value is error

@@ -11,11 +11,13 @@
 """
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Callable
 
 import deepspeed.comm as dist
+import torch
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
 from celo2_pretrain.optimizer import state_files
@@ -25,7 +27,8 @@ from celo2_pretrain.train import manifest
 from celo2_pretrain.train.choose import ANY_WORLD, in_order, latest, step_of
 from celo2_pretrain.train.config import Config, as_tree
 from celo2_pretrain.train.deepspeed_files import Files, files_of, random_states, set_random_states
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.errors import UserError, first_line
+from celo2_pretrain.train.failures import lost_connection
 from celo2_pretrain.train.manifest import write_atomically
 from celo2_pretrain.train.staging import Copy, settle, staged_folder
 
@@ -255,6 +258,18 @@ def load(engine, checkpoint: Path, other_world: bool) -> None:
         set_random_states(load_plain(checkpoint / f"random_state_rank_{dist.get_rank()}.pt"))
     except StateError as error:
         raise UserError(f"cannot resume from {checkpoint}: {error}") from None
+    except (RuntimeError, ValueError, KeyError) as error:  # DeepSpeed's or torch's, of tensors that aren't where they were
+        if not_of_the_files(error):
+            raise
+        raise UserError(f"cannot resume from {checkpoint}: its tensors don't fit this model and optimizer "
+                        f"({type(error).__name__}: {first_line(error)}); resume with the versions that origin.jsonl names, "
+                        f"or choose another run_dir=…") from error
+
+
+def not_of_the_files(error: Exception) -> bool:
+    """Whether it is the machine's: another rank that is gone, a GPU, memory."""
+    return (lost_connection(error) or isinstance(error, torch.OutOfMemoryError)
+            or bool(re.search("can't allocate memory|CUDA|NCCL", str(error))))
 
 
 def forget_gradients(engine) -> None:
