@@ -3,12 +3,15 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import deepspeed.comm as dist
 import pytest
 from processes import drive
 
 from celo2_pretrain.optimizer.state import StateError
-from celo2_pretrain.train import choose, failures, manifest, staging
+from celo2_pretrain.train import checkpoint, choose, failures, manifest, staging
+from celo2_pretrain.train.config import Checkpoint, Config
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.metrics import read_metrics
 from celo2_pretrain.train.staging import Copy, check_staging, settle
@@ -130,3 +133,31 @@ def test_the_other_ranks_stay_as_long_and_all_give_up_in_time(slow, monkeypatch)
     monkeypatch.setattr(staging, "WAIT_SECONDS", 60.0)
     settle(said.append, copying.staged)
     assert named and not copying.staged.exists()
+
+
+def test_a_wait_for_the_copy_is_told_and_is_no_hang(slow, monkeypatch):
+    copying, named, go = slow
+    said, beats = [], []
+    monkeypatch.setattr(checkpoint, "ROUND_SECONDS", 0.1)
+    files = SimpleNamespace(newest=copying.final, copying=copying)
+    monkeypatch.setattr(checkpoint, "files_of", lambda engine: files)
+
+    def beat():
+        beats.append(1)
+        if len(beats) == 3:
+            go.set()
+
+    assert checkpoint.finish(None, Config(checkpoint=Checkpoint(staging="fast")), said.append, beat)
+    assert named and len(beats) >= 3 and said == [f"waiting for the copy of {copying.final.name} from fast"]
+
+
+def test_verifying_is_no_hang_and_ranks_that_share_it_come_to_one_answer(folder, monkeypatch):
+    beats, names = [], sorted(manifest.structure(folder)["files"])
+    assert choose.trouble(folder, beat=lambda: beats.append(1)) is None and len(beats) == len(names)
+    (folder / names[1]).write_bytes(b"x" * (folder / names[1]).stat().st_size)
+    assert f"{names[1]} is damaged" in choose.trouble(folder)
+    # Rank 0 of two reads the other file; what rank 1 finds is told to both.
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(choose, "gather", lambda value: [value, "found on rank 1" if value is None else value])
+    assert choose.trouble(folder, shared=True) == "found on rank 1"

@@ -36,6 +36,7 @@ from celo2_pretrain.train.staging import Copy, settle, staged_folder
 NOT_OF_THE_MODEL = ("activation_checkpointing", "attention", "compile", "scaled_init")
 TEMPORARY = ".tmp-"
 ABANDONED = "abandoned_"
+ROUND_SECONDS = 5.0  # between two beats of a wait
 
 
 def describe(config: Config, index: dict, world_size: int) -> dict:
@@ -52,7 +53,7 @@ def describe(config: Config, index: dict, world_size: int) -> dict:
 
 
 def save(engine, config: Config, description: dict, step: int, samples: int, extra: dict,
-         say: Callable[[str], None] = print) -> Path | None:
+         say: Callable[[str], None] = print, beat: Callable[[], None] = lambda: None) -> Path | None:
     """Write a checkpoint of what the run is in after `step` steps.
 
     Args:
@@ -60,6 +61,7 @@ def save(engine, config: Config, description: dict, step: int, samples: int, ext
         samples: windows that the run has seen.
         extra: goes into state.json, for `read_state`.
         say: is told on rank 0 of a save that failed, or of an old checkpoint that couldn't be removed.
+        beat: is called now and then while the copy of the checkpoint before is waited for.
 
     Returns the checkpoint's folder; None where it couldn't be written and checkpoint.on_error is continue (not after the
     last step). Else raises UserError then, alike on all ranks. The checkpoints before it stay as they are.
@@ -86,7 +88,7 @@ def save(engine, config: Config, description: dict, step: int, samples: int, ext
         elif dist.get_rank() == 0:
             named(entries)
 
-    finish(engine, config, say)
+    finish(engine, config, say, beat)
     try:
         entries = write(engine, files, config, place, state)
         together(lambda: complete(entries))
@@ -99,8 +101,9 @@ def save(engine, config: Config, description: dict, step: int, samples: int, ext
     return final
 
 
-def finish(engine, config: Config, say: Callable[[str], None] = print) -> bool:
-    """Wait for the copy that checkpoint.staging left under way; on all ranks. Its failure is treated as a save's.
+def finish(engine, config: Config, say: Callable[[str], None] = print, beat: Callable[[], None] = lambda: None) -> bool:
+    """Wait for the copy that checkpoint.staging left under way; on all ranks, which `beat` meanwhile. Its failure is treated as a
+    save's.
 
     Returns whether the last checkpoint that was saved is there.
     """
@@ -108,6 +111,10 @@ def finish(engine, config: Config, say: Callable[[str], None] = print) -> bool:
     if not config.checkpoint.staging or files.newest is None:
         return files.newest is not None
     copying, files.copying, newest = files.copying, None, files.newest
+    if copying and copying.goes_on(0):
+        say(f"waiting for the copy of {newest.name} from {config.checkpoint.staging}")
+    while any(gather(copying is not None and copying.goes_on(ROUND_SECONDS))):
+        beat()
     try:
         together(lambda: copying.wait() if copying else None)
     except StateError as error:

@@ -78,23 +78,40 @@ def offer(folder: Path, but: Path | None = None) -> str:
     return f"; {folder} has no {'other ' if but else ''}whole checkpoint"
 
 
-def trouble(checkpoint: Path, shared: bool = False) -> str | None:
+def trouble(checkpoint: Path, shared: bool = False, beat: Callable[[], None] = lambda: None) -> str | None:
     """What is wrong with a checkpoint: names, sizes, checksums, or a file that holds more than plain data; None when it
     is whole.
 
     Args:
         shared: every rank calls it and reads a part of the files; all get the same answer.
+        beat: is called after each round, in which every rank has read a file.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+    everyones = gather if shared else lambda value: [value]
+    content, names, found = {}, [], None
     try:
         content = manifest.structure(checkpoint)
-        found = manifest.damage(checkpoint, content, rank, world)
-        if found is None:
-            for name in [name for name in sorted(content["files"])[rank::world] if name.endswith(".pt")]:
-                load_plain(checkpoint / name)
+        names = sorted(content["files"])
+    except (Damaged, OSError) as error:
+        found = str(error)
+    for first in range(0, max(everyones(len(names))), world):
+        if found is None and first + rank < len(names):
+            found = trouble_in(checkpoint, content, first + rank, names)
+        if worst := next((text for text in everyones(found) if text), None):
+            return worst
+        beat()
+    return next((text for text in everyones(found) if text), None)
+
+
+def trouble_in(checkpoint: Path, content: dict[str, Any], number: int, names: list[str]) -> str | None:
+    """The same of one file."""
+    try:
+        found = manifest.damage(checkpoint, content, number, len(names))
+        if found is None and names[number].endswith(".pt"):
+            load_plain(checkpoint / names[number])
     except (Damaged, StateError, OSError) as error:
         found = str(error)
-    return next((text for text in gather(found) if text), None) if shared else found
+    return found
 
 
 def verify(checkpoint: Path) -> None:
@@ -104,19 +121,21 @@ def verify(checkpoint: Path) -> None:
         raise refusal(checkpoint, found)
 
 
-def newest_good(run_dir: str | Path, shared: bool = False, say: Callable[[str], None] = print) -> Path | None:
+def newest_good(run_dir: str | Path, shared: bool = False, say: Callable[[str], None] = print,
+                beat: Callable[[], None] = lambda: None) -> Path | None:
     """The newest whole checkpoint of a run, None where there is none. It isn't newer than the one that `latest` names.
 
     Args:
         shared: every rank calls it; they share the reading.
         say: is told of each damaged checkpoint that is passed over (with `shared` on every rank).
+        beat: as for `trouble`.
     """
     folder = Path(run_dir, "checkpoints")
     newest = latest(folder)
     for candidate in reversed(in_order(folder)):
         if newest and step_of(candidate) > step_of(Path(newest)):
             continue  # of a trajectory that was given up, or not finished
-        found = trouble(candidate, shared)
+        found = trouble(candidate, shared, beat)
         if found is None:
             return candidate
         say(f"passing over {candidate}: {found}")
@@ -126,6 +145,8 @@ def newest_good(run_dir: str | Path, shared: bool = False, say: Callable[[str], 
 def automatic(run_dir: str, overwrite: bool, say: Callable[[str], None]) -> Path | None:
     """What `--resume auto` goes on from, on all ranks; None for a new run. Raises UserError when the run has checkpoints and
     all of them are damaged: what could be saved of them is not overwritten unasked."""
+    if in_order(Path(run_dir, "checkpoints")):
+        say(f"reading the newest checkpoint of {run_dir}, to see whether it is whole")
     found = newest_good(run_dir, shared=True, say=say)
     if found is None and in_order(Path(run_dir, "checkpoints")) and not overwrite:
         raise UserError(f"{Path(run_dir, 'checkpoints')} has no whole checkpoint: pass --overwrite to begin anew in its "

@@ -102,10 +102,11 @@ class Guard:
     """Looks at each step. Every rank sees the same numbers, so that all come to the same end."""
 
     def __init__(self, engine, optimizer, config: Config, state: dict | None = None, resumed: Path | None = None,
-                 say: Callable[[str], None] = print):
+                 say: Callable[[str], None] = print, beat: Callable[[], None] = lambda: None):
         """`optimizer`: the one inside of DeepSpeed's; `resumed`: the checkpoint that the run began from, `state` what `state()`
-        gave when it was written; `say`: is told of checkpoints that are passed over."""
-        self.engine, self.optimizer, self.config, self.resumed, self.say = engine, optimizer, config, resumed, say
+        gave when it was written; `say`: is told of checkpoints that are passed over; `beat`: called while it reads them."""
+        self.engine, self.optimizer, self.config, self.resumed = engine, optimizer, config, resumed
+        self.say, self.beat = say, beat
         self.rollbacks, self.target = 0, None
         self.restore(state)
 
@@ -181,9 +182,10 @@ class Guard:
 
     def _target(self) -> Path | None:
         """The newest whole checkpoint, or else the one that the run was resumed from; None where there is neither."""
-        checkpoint.finish(self.engine, self.config, self.say)
-        found = newest_good(self.config.run_dir, shared=True, say=self.say)
-        if found is None and self.resumed and trouble(self.resumed, shared=True) is None:
+        checkpoint.finish(self.engine, self.config, self.say, self.beat)
+        self.say("a spike: reading the newest checkpoint, to see whether it is whole")
+        found = newest_good(self.config.run_dir, shared=True, say=self.say, beat=self.beat)
+        if found is None and self.resumed and trouble(self.resumed, shared=True, beat=self.beat) is None:
             return self.resumed
         return found
 

@@ -4,6 +4,7 @@ import math
 import random
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -43,6 +44,8 @@ from celo2_pretrain.train.stop import Agreement, StopRequests
 from celo2_pretrain.train.trackers import check_installed, open_trackers
 from celo2_pretrain.train.watchdog import Watchdog, forget
 
+LONG_SECONDS = 10.0  # a save that takes longer is announced the next time
+
 
 def train(config: Config, resume: str | None = None, overwrite: bool = False) -> None:
     """Train as `config` says; every rank of the launched world calls it.
@@ -77,7 +80,7 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     val_loader = ValLoader(mixture, context, size.micro_batch_size, config.eval.sequences, rank, world_size)
     description = checkpoint.describe(config, index, world_size)
     start = {"step": 0, "samples": 0, "other_world": [], "extra": {}}
-    tell = print if rank == 0 else lambda text: None
+    tell = partial(print, flush=True) if rank == 0 else lambda text: None  # it may be long until the next line
     if resume == choose.AUTO:
         lock.take()
         join_and_look(config.run_dir)  # they share the reading
@@ -116,6 +119,7 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     join_and_look(config.run_dir)
     check_ranks(config, index)
     if resume_from and resume != choose.AUTO:
+        tell(f"reading {resume_from}, to see whether it is whole")
         choose.verify(resume_from)
     device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
     peak, trackers = peak_of(config, device), []
@@ -130,6 +134,8 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
         trackers = open_trackers(config, start["step"] if own else 0)
     set_seeds(size.seed + start["step"], rank)
     if resume_from:
+        watchdog.beat(f"loading {resume_from}")
+        tell(f"loading {resume_from}")
         checkpoint.load(engine, resume_from, bool(start["other_world"]))
     if rank == 0:
         start_run_dir(config, ds_config, world_size, resume_from if own else None, peak)
@@ -137,7 +143,8 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
 
     metrics = Metrics(config.run_dir, start["step"], size.max_steps, rank == 0, trackers)
     guarded(engine)
-    guard = Guard(engine, optimizer, config, start["extra"].get("guard"), resume_from, metrics.say)
+    guard = Guard(engine, optimizer, config, start["extra"].get("guard"), resume_from, metrics.say,
+                  lambda: watchdog.beat("looking for a checkpoint to go back to"))
     insight, profiler = Insight(engine, optimizer, config, parameters, per_token, peak), Profiler(config, rank)
     metrics.say(
         f"{'resuming at step ' + str(start['step']) if resume_from else 'training'}: {model.config.model_type} with "
@@ -184,12 +191,16 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
                          "val_perplexity": perplexity(loss), "tokens": samples * context})
         return loss is not None
 
+    def waiting() -> None:
+        watchdog.beat("waiting for a checkpoint to be copied")
+
     step, samples = start["step"], start["samples"]
     agreement.requests.at_boundaries = True  # from here on a signal is obeyed in the loop
     if agreement.exchange()[1] or ((step == 0 or start["extra"].get("validation_due")) and not validate(step)):
         agreement.stop(f"before the first step: nothing to save; to go on: {resume_command(config)}")
     recent, since, samples_then = [], time.monotonic(), samples  # losses of steps that were taken since the last record
-    saving = saving_in_all = 0.0  # seconds that training waited for checkpoints: since the last record, and in all
+    # Seconds that training waited for checkpoints: for the last one, since the last record, and in all.
+    saving_once = saving = saving_in_all = 0.0
     while step < size.max_steps:
         rates.set(lr_factor(step, config.schedule, size.max_steps))
         accumulation = batch_sizes.set(engine, step)
@@ -244,13 +255,16 @@ def run_steps(engine, rates, config, loader, val_loader, metrics, description, s
             stopping |= due
         if step % config.checkpoint.every == 0 or last or stopping:
             watchdog.beat(f"saving step {step}")
+            if saving_once > LONG_SECONDS:
+                metrics.say(f"saving step {step}; the save before took {saving_once:.0f} s")
             began = time.monotonic()
             extra = {"validation_due": due, "guard": guard.state(), "data": loader.mixture.digest}
-            saved = checkpoint.save(engine, config, description, step, samples, extra, metrics.say)
+            saved = checkpoint.save(engine, config, description, step, samples, extra, metrics.say, waiting)
             stopping = agreement.exchange()[1]  # asked for while saving
-            if (stopping or last) and not checkpoint.finish(engine, config, metrics.say):
+            if (stopping or last) and not checkpoint.finish(engine, config, metrics.say, waiting):
                 saved = None
-            saving, saving_in_all = saving + time.monotonic() - began, saving_in_all + time.monotonic() - began
+            saving_once = time.monotonic() - began
+            saving, saving_in_all = saving + saving_once, saving_in_all + saving_once
         if stopping and not last:
             agreement.stop(f"at step {step}, {f'saved {saved}' if saved else 'not saved'}; to go on: {resume_command(config)}")
         since += time.monotonic() - paused  # tokens/s counts training only

@@ -96,6 +96,11 @@ class Copy:
                 raise StateError(f"{name} was damaged where it lay in {self.staged}")
         return entries
 
+    def goes_on(self, seconds: float) -> bool:
+        """Whether it is still under way after so many seconds; it returns as soon as the copy has ended."""
+        self.thread.join(seconds)
+        return self.thread.is_alive()
+
     def wait(self) -> None:
         """Until the copy has ended. Raises what went wrong."""
         self.thread.join()
