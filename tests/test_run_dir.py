@@ -105,9 +105,12 @@ def test_a_killed_run_lets_go_and_so_do_its_forks(tmp_path, other):
     other.wait()
     with RunLock(str(tmp_path / "run"), 0) as lock:
         lock.take()
+        reader, writer = os.pipe()
         child = os.fork()
         if not child:
+            os.write(writer, b"x")
             time.sleep(10000)
+    os.read(reader, 1)  # it runs, and has let go
     try:
         RunLock(str(tmp_path / "run"), 0).take()
     finally:
