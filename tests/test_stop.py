@@ -1,5 +1,9 @@
 """How a run is asked to stop: by the stop file and by signals, of a rank or of its supervisor, without a training."""
 import os
+import pty
+import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,3 +64,58 @@ def test_a_stop_file_that_cannot_be_removed_stops_the_run_all_the_same(tmp_path,
     with pytest.raises(Stopped, match="stopped on request .the file .*STOP. at step 3"):
         Agreement(requests, 1).stop("at step 3")
     assert capsys.readouterr().err.startswith(f"celo2-pretrain: cannot remove {tmp_path / 'STOP'}: Permission denied; ")
+
+
+@pytest.fixture
+def defaults():
+    """The signals as in a terminal, however the tests were started."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in restarts.SIGNALS if number != signal.SIGINT}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", restarts.SIGNALS)
+def test_a_signal_is_heard_unless_it_was_ignored_before(defaults, tmp_path, number):
+    with StopRequests(tmp_path / "STOP", 0) as requests:
+        requests.at_boundaries = True
+        os.kill(os.getpid(), number)
+        until = time.monotonic() + 20
+        while not requests.asked() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert requests.reason == number.name
+    signal.signal(number, signal.SIG_IGN)
+    with StopRequests(tmp_path / "STOP", 0) as requests:
+        requests.at_boundaries = True
+        os.kill(os.getpid(), number)
+        time.sleep(0.2)
+        assert not requests.asked()
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
+HUNG_UP = """
+import sys, time
+from pathlib import Path
+from celo2_pretrain.train.stop import StopRequests
+with StopRequests(Path(sys.argv[1], "STOP"), 0) as requests:
+    requests.at_boundaries = True
+    print("ready", flush=True)
+    while not requests.asked():
+        time.sleep(0.01)
+    time.sleep(0.2)  # for the line that says so
+    print("step 3", flush=True)
+    Path(sys.argv[1], "saved").touch()
+"""
+
+
+def test_a_run_whose_terminal_closes_can_still_print_and_save(defaults, tmp_path):
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, [sys.executable, "-c", HUNG_UP, str(tmp_path)])
+    told = b""
+    while b"ready" not in told:
+        told += os.read(terminal, 1000)
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 0 and (tmp_path / "saved").exists()

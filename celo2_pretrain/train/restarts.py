@@ -47,6 +47,22 @@ def file_asks(path: Path, since: float) -> bool | None:
         return None
 
 
+def not_ignored() -> list[signal.Signals]:
+    """The signals to hear: what is ignored (by nohup, in a background job of a script) stays so."""
+    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def leave_lost_terminal() -> None:
+    """Where the terminal is gone, as after SIGHUP, write to nothing: print would raise, and end a run before it has saved."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, descriptor)
+            os.close(nothing)
+
+
 def say(text: str) -> None:
     print(f"celo2-pretrain: {text}", file=sys.stderr, flush=True)
 
@@ -88,9 +104,7 @@ class Asked:
 
     def __enter__(self):
         self.names: list[str] = []
-        # What is ignored (nohup, a background job of a script) stays so.
-        numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self._hear) for number in numbers}
+        self.before = {number: signal.signal(number, self._hear) for number in not_ignored()}
         return self
 
     def __exit__(self, *_) -> None:
@@ -98,6 +112,7 @@ class Asked:
             signal.signal(number, handler)
 
     def _hear(self, number: int, _) -> None:
+        leave_lost_terminal()
         self.names.append(signal.Signals(number).name)
 
 

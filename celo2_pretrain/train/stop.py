@@ -1,8 +1,8 @@
 """When a run has to stop: a signal or a file asks for it, all ranks agree on it, and the run saves and exits with code 75.
 
-    SIGTERM, SIGUSR1, SIGUSR2, the first SIGINT    finish the step, save, exit 75; before the first step: exit 75 at once
-    the second SIGINT                              end at once, with code 130
-    the file train.stop_file (run_dir/STOP)        as SIGTERM, without any signal that a launcher could get wrong
+    SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, the first SIGINT   finish the step, save, exit 75; before the first step: exit 75 at once
+    the second SIGINT                                     end at once, with code 130
+    the file train.stop_file (run_dir/STOP)               as SIGTERM, without any signal that a launcher could get wrong
 """
 import contextlib
 import os
@@ -15,9 +15,7 @@ import psutil
 import torch
 
 from celo2_pretrain.train.errors import EXIT_STOPPED, Stopped
-from celo2_pretrain.train.restarts import INTERRUPTED, SINCE, file_asks, note
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from celo2_pretrain.train.restarts import INTERRUPTED, SIGNALS, SINCE, file_asks, leave_lost_terminal, not_ignored, note
 
 
 class StopRequests:
@@ -45,7 +43,7 @@ class StopRequests:
         self.pipe = os.pipe()
         os.set_blocking(self.pipe[1], False)
         self.old_wakeup = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
-        self.old_handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self.old_handlers = {number: signal.signal(number, lambda *_: None) for number in not_ignored()}
         threading.Thread(target=self._listen, args=(self.pipe[0],), daemon=True).start()
         return self
 
@@ -63,6 +61,7 @@ class StopRequests:
             interrupts += byte[0] == signal.SIGINT
             if byte[0] not in SIGNALS:
                 continue
+            leave_lost_terminal()
             name = signal.Signals(byte[0]).name
             if interrupts > 1:
                 self._leave(INTERRUPTED, "interrupted a second time: ended at once, nothing was saved since the last checkpoint")
