@@ -2,6 +2,7 @@
 import argparse
 import os
 import sys
+import threading
 
 from celo2_pretrain.meta import command as meta_train
 from celo2_pretrain.meta.evaluation import command as meta_eval
@@ -264,7 +265,20 @@ def quiet_libraries() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns 0, or after a line on standard error 2 (wrong input) or 75 (stopped on request)."""
-    return restarts.note(run(argv))
+    code = restarts.note(run(argv))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "torch" in sys.modules:
+        leave(code)
+    return code
+
+
+def leave(code: int) -> None:
+    """End one of several ranks without Python's finalisation: gloo's threads now and then abort it, after all went well."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run(argv: list[str] | None) -> int:

@@ -58,6 +58,12 @@ def data(tmp_path_factory) -> str:
     return out
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test draws the same numbers, whichever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def one_thread():
     """One torch thread for the test, as the processes that it compares with have."""

@@ -31,3 +31,6 @@ sys.argv = [script]
 runpy.run_path(script, run_name="__main__")
 if os.environ.get("RANK", "0") == "0":
     Path(out).write_text(json.dumps(seen | {"optimizers": sorted(seen["optimizers"])}))
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)  # gloo's threads now and then abort the interpreter's exit

@@ -1,7 +1,10 @@
 """How tests start processes: the driver in one process or under a launcher, and a worker script on each rank of a world."""
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ def environment(**more: str) -> dict[str, str]:
     """A process's environment: this source tree, one thread, no launcher's variables; then `more`."""
     mine = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     mine |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    mine.setdefault("GLOO_SOCKET_IFNAME", "lo")  # not the address that the machine's name stands for, if any
     if not torch.cuda.is_available():
         mine["DS_ACCELERATOR"] = "cpu"
     return mine | more
@@ -37,23 +41,33 @@ def torchrun(*arguments: str, ranks: int, script: Path = ROOT / "launch/pretrain
             str(script), *arguments]
 
 
-def drive(*arguments: str, ranks: int = 1, timeout: float = 500, **more: str) -> subprocess.CompletedProcess:
+def drive(*arguments: str, ranks: int = 1, timeout: float = 1500, **more: str) -> subprocess.CompletedProcess:
     """Run `train` with these arguments, under DeepSpeed's launcher where there are several ranks, and wait for its end."""
     line = command("train", *arguments) if ranks == 1 else deepspeed(*arguments, ranks=ranks)
     return subprocess.run(line, env=environment(**more), capture_output=True, text=True, timeout=timeout)
 
 
-def on_ranks(world: int, worker: Path, *arguments: str, timeout: float = 500) -> list[str]:
+def on_ranks(world: int, worker: Path, *arguments: str, timeout: float = 1500) -> list[str]:
     """Run the script `worker` once for each rank of a world; what each printed. Fails with the output of one that failed."""
     shared = environment(WORLD_SIZE=str(world), LOCAL_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    ranks = [subprocess.Popen([sys.executable, str(worker), *arguments], text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-             for rank in range(world)]
-    try:
-        outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    failed = [text[-4000:] for rank, text in zip(ranks, outputs) if rank.returncode]
-    assert not failed, failed[0]
+    with contextlib.ExitStack() as files:  # pipes would fill up while another rank's is read
+        printed = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(world)]
+        ranks = [subprocess.Popen([sys.executable, str(worker), *arguments], stdout=printed[rank], stderr=subprocess.STDOUT,
+                                  env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
+        until = time.monotonic() + timeout
+        try:
+            while None in (codes := [rank.poll() for rank in ranks]) and time.monotonic() < until:
+                if any(codes):  # the others may wait for it for ever
+                    until = min(until, time.monotonic() + 30)
+                time.sleep(0.05)
+        finally:
+            for rank in ranks:
+                rank.kill()
+        outputs = []
+        for file in printed:
+            file.seek(0)
+            outputs.append(file.read())
+    failed = [(code, text[-4000:]) for code, text in zip(codes, outputs) if code]
+    assert not failed, failed
+    assert None not in codes, f"not done after {timeout} s: {[text[-2000:] for text in outputs]}"
     return outputs

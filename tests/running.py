@@ -20,7 +20,7 @@ class Driver:
             line, env=environment(PYTHONUNBUFFERED="1", **more), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             preexec_fn=default_signals, start_new_session=True)
         self.output = ""
-        self.timer = threading.Timer(400, self.kill)
+        self.timer = threading.Timer(1500, self.kill)
         self.timer.start()
 
     def kill(self) -> None:

@@ -64,6 +64,8 @@ def main() -> None:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     for name, stage, client in job["runs"]:
         torch.save(train(stage, client, rank, world), f"{job['out']}/{name}-rank{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads now and then abort the interpreter's exit
 
 
 if __name__ == "__main__":

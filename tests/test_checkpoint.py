@@ -181,7 +181,7 @@ def small_disk(tmp_path):
     if done.returncode:
         pytest.skip(f"mounting a tmpfs is not permitted here: {done.stderr.strip()}")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("staged", [False, True])

@@ -22,7 +22,7 @@ def run(data, tmp_path_factory) -> Path:
     """A finished run on two ranks."""
     folder = tmp_path_factory.mktemp("run") / "run"
     line = torchrun(*SMALL, "train.zero_stage=2", f"data.path={data}", f"run_dir={folder}", ranks=2)
-    result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=500)
+    result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=1500)
     assert result.returncode == 0 and "warning: the ranks" not in result.stderr, result.stderr
     return folder
 
@@ -57,7 +57,7 @@ def test_ranks_that_dont_agree_are_refused_on_all(data, tmp_path, other, folder,
         ranks.append(subprocess.Popen(line, cwd=tmp_path / cwd, env=env, text=True, stdout=subprocess.PIPE,
                                       stderr=subprocess.PIPE))
     try:
-        errors = [process.communicate(timeout=500)[1] for process in ranks]
+        errors = [process.communicate(timeout=1500)[1] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

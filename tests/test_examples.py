@@ -22,7 +22,7 @@ def run(script: Path, launcher: tuple[str, ...]) -> tuple[list[float], dict]:
     """(training losses as printed, what the worker noted)."""
     notes = script.with_suffix(".json")
     result = subprocess.run([sys.executable, *launcher, "--master_port", str(free_port()), WORKER, script, notes],
-                            cwd=script.parent, env=environment(), capture_output=True, text=True, timeout=500)
+                            cwd=script.parent, env=environment(), capture_output=True, text=True, timeout=1500)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     losses = [float(loss) for loss in re.findall(r"\bloss(?:': '| )([\d.]+)", result.stdout)]
     assert len(losses) == 8, result.stdout

@@ -14,6 +14,12 @@ SMALL = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32"
          "train.max_steps=200"]
 
 
+def without_warnings(text: str) -> str:
+    """Without what depends on the machine (shared memory, open files), and without the answer to a launcher's SIGTERM."""
+    return "".join(line for line in text.splitlines(keepends=True)
+                   if "celo2-pretrain: warning: " not in line and ": finishing the step, then saving" not in line)
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("launcher, how", [(deepspeed, "raised"), (torchrun, "raised"), (torchrun, "killed"),
@@ -23,8 +29,9 @@ def test_one_ranks_failure_ends_all_and_is_told_first(data, tmp_path, launcher, 
     (run / "checkpoints").mkdir(parents=True)
     (run / failures.FIRST).write_text("rank 7 of an earlier run\n10 1\n")
     line = launcher("1", "3", how, *SMALL, f"data.path={data}", f"run_dir={run}", "--overwrite", ranks=2, script=WORKER)
-    result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=500)
-    told = result.stderr[max(0, result.stderr.find("celo2-pretrain: ")):]
+    result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=1500)
+    told = without_warnings(result.stderr)
+    told = told[max(0, told.find("celo2-pretrain: ")):]
     ours = [line for line in told.splitlines() if line.startswith("celo2-pretrain: ")]
     assert result.returncode not in (0, 124) and "earlier run" not in told
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1] == 2
@@ -32,7 +39,7 @@ def test_one_ranks_failure_ends_all_and_is_told_first(data, tmp_path, launcher, 
         assert told.startswith("celo2-pretrain: error on rank 1: ZeroDivisionError: made to fail\nTraceback ")
         assert "ZeroDivisionError: made to fail" in (run / "error_rank_1.txt").read_text()
         assert told.split("torch/distributed/elastic")[0].count("Traceback") == 1
-        assert "Connection" in (run / "error_rank_0.txt").read_text()
+        assert failures.LOST.search((run / "error_rank_0.txt").read_text())
         # The launcher may have ended the other rank before it said anything.
         assert all(line.startswith("celo2-pretrain: rank 0 ends too, after rank 1 on ") for line in ours[1:]), told
     elif how == "killed":
@@ -47,8 +54,8 @@ def test_one_ranks_failure_ends_all_and_is_told_first(data, tmp_path, launcher, 
 def test_drift_is_told_in_a_line(data, tmp_path):
     line = torchrun("1", "3", "drifted", *SMALL, f"data.path={data}", f"run_dir={tmp_path / 'run'}", "train.zero_stage=0",
                     "optimizer.check_replicas_every=1", ranks=2, script=WORKER)
-    result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=500)
-    told = [line for line in result.stderr.splitlines() if line.startswith("celo2-pretrain: ")]
+    result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=1500)
+    told = [line for line in without_warnings(result.stderr).splitlines() if line.startswith("celo2-pretrain: ")]
     assert result.returncode == 1 and "DriftError: ranks have drifted apart: " in told[0]
     assert "Traceback" not in result.stderr.split("torch/distributed/elastic")[0]
 

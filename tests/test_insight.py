@@ -32,7 +32,7 @@ def run(data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("insight") / "run"
     wanted = {"tensorboard": "track.tensorboard=true", "wandb": "track.wandb_project=tests"}
     result = drive(*SMALL, f"data.path={data}", f"run_dir={folder}", "profile.steps=2-3", *(wanted[name] for name in TRACKED),
-                   timeout=900, WANDB_MODE="offline", WANDB_API_KEY="", NCCL_DEBUG="WARN")
+                   timeout=1500, WANDB_MODE="offline", WANDB_API_KEY="", NCCL_DEBUG="WARN")
     assert result.returncode == 0, result.stdout + result.stderr
     return folder
 

@@ -81,7 +81,7 @@ def run_nodes(nodes: list[list[str]], **more: str) -> list[str]:
     started = [subprocess.Popen(node, env=variables(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
                for node in nodes]
     try:
-        outputs = [process.communicate(timeout=500)[0] for process in started]
+        outputs = [process.communicate(timeout=1500)[0] for process in started]
     finally:
         for process in started:
             process.kill()

@@ -14,7 +14,7 @@ NAMES = [f"{kind}_norm/{rule}" for kind in ("grad", "update", "weight") for rule
 @pytest.fixture(scope="module")
 def found() -> dict[int, dict[str, list[dict]]]:
     """By number of ranks."""
-    return {ranks: json.loads(on_ranks(ranks, WORKER, timeout=900)[0].splitlines()[-1]) for ranks in (1, 2)}
+    return {ranks: json.loads(on_ranks(ranks, WORKER, timeout=1500)[0].splitlines()[-1]) for ranks in (1, 2)}
 
 
 @pytest.mark.parametrize("optimizer", ["celo2", "adamw"])

@@ -156,7 +156,7 @@ def test_a_signal_asks_the_ranks_and_not_their_launcher(supervised, unharmed, na
 
 
 def test_a_signal_between_two_starts_ends_the_supervisor(supervised, unharmed):
-    ask = f"import os, time; time.sleep(1); os.kill({os.getpid()}, 15)"
+    ask = f"import os, time; time.sleep(5); os.kill({os.getpid()}, 15)"
     restarts.FIRST_WAIT = 200  # the fixture sets it back
     # It isn't one of the run's processes, so that nobody waits for it.
     line = f"subprocess.Popen([sys.executable, '-S', '-c', {ask!r}], env={{}}); sys.exit(1)"
@@ -165,7 +165,7 @@ def test_a_signal_between_two_starts_ends_the_supervisor(supervised, unharmed):
 
 
 def test_a_second_signal_ends_a_run_that_does_not_stop(supervised, unharmed):
-    stubborn = "signal.signal(signal.SIGTERM, signal.SIG_IGN); supervisor(signal.SIGINT); time.sleep(1); "
+    stubborn = "signal.signal(signal.SIGTERM, signal.SIG_IGN); supervisor(signal.SIGINT); time.sleep(3); "
     assert supervised(stubborn + "supervisor(signal.SIGINT); time.sleep(200)") == 130
     assert len(supervised.starts) == 1
 

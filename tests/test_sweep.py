@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from running import default_signals
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.train.metrics import read_metrics
@@ -136,11 +137,12 @@ def test_interrupted_sweep_of_the_real_driver_goes_on_in_the_middle_of_a_run(dat
     command = [sys.executable, "-m", "celo2_pretrain.cli", "sweep", "--out", str(tmp_path), "--lrs", "1e-3,3e-3",
                f"data.path={data}", "model.layers=1", "model.width=32", "model.heads=2", "model.context=32",
                "train.micro_batch_size=2", "train.global_batch_size=2", "train.log_every=10", "eval.sequences=4",
-               "eval.every=1000", "optimizer.adamw_lr_multiplier=2", "checkpoint.every=20", "train.max_steps=300"]
+               "eval.every=1000", "optimizer.adamw_lr_multiplier=2", "checkpoint.every=20", "train.max_steps=1000"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    running = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    running = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
+                               preexec_fn=default_signals)
     latest = tmp_path / "lr=0.001/checkpoints/latest"
-    deadline = time.time() + 200
+    deadline = time.time() + 900
     while not latest.exists():
         assert time.time() < deadline and running.poll() is None
         time.sleep(0.05)

@@ -27,7 +27,7 @@ def test_one_rank_without_progress_makes_the_others_dump_their_stacks(tmp_path):
     ranks = [subprocess.Popen([sys.executable, "-c", WATCHED, str(tmp_path), rank, seconds], env=environment())
              for rank, seconds in (("0", "3600"), ("1", "2"))]
     try:
-        assert [rank.wait(timeout=300) for rank in ranks] == [76, 76]
+        assert [rank.wait(timeout=1500) for rank in ranks] == [76, 76]
     finally:
         for rank in ranks:
             rank.kill()
@@ -44,7 +44,7 @@ def test_hanging_rank_ends_the_run_with_76_through_the_launcher(data, tmp_path):
     line = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical",
             "--num_gpus", "2", "--master_port", str(free_port()),
             str(ROOT / "tests/failing_worker.py"), "1", "3", "hung", *config]
-    result = subprocess.run(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500)
+    result = subprocess.run(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1500)
     assert result.returncode == 76, f"{shlex.join(line)}\n{result.stdout}"
     assert result.stdout.count("made no progress in 25 s") == 1, result.stdout
     assert "failing_worker.py" in (run / "stacks_rank_1.txt").read_text()

@@ -39,6 +39,7 @@ def add(commands) -> None:
     p.add_argument("--every", type=int, default=1, help="take only every n-th of its theta_*.safetensors (the last always)")
     p.add_argument("--also", nargs="*", default=[], metavar="WEIGHTS", help="other weights to compare, for example default")
     p.add_argument("--steps", type=int, default=400, help="steps of each run (default: 400)")
+    p.add_argument("--lrs", default="2e-3,4e-3", metavar="LR,LR,…", help="learning rates (default: 2e-3,4e-3)")
     p.add_argument("--jobs", type=int, help="runs at the same time (default: a core each)")
     p.set_defaults(run=run_select)
 
@@ -57,8 +58,14 @@ def run_select(args) -> None:
     if args.every < 1 or args.steps < 1:
         raise UserError(f"--every {args.every}, --steps {args.steps}: both must be at least 1")
     thetas = thetas[::-1][::args.every][::-1]
+    try:
+        lrs = tuple(float(lr) for lr in args.lrs.split(","))
+    except ValueError:
+        lrs = ()
+    if not lrs or not all(0 < lr < float("inf") for lr in lrs):
+        raise UserError(f"--lrs {args.lrs!r}: give rates above 0, as in --lrs 2e-3,4e-3")
     kind = "celo2" if config.load_config(str(folder / "config.yaml"), []).orthogonalize else "celo2-base"
-    best = select.select([*thetas, *args.also], kind, folder / "selection.csv", args.jobs or os.cpu_count(), args.steps)
+    best = select.select([*thetas, *args.also], kind, folder / "selection.csv", args.jobs or os.cpu_count(), args.steps, lrs)
     print(f"best: {best}; all scores in {folder / 'selection.csv'}")
 
 

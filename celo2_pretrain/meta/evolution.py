@@ -2,7 +2,7 @@
 
 No gradient, so nothing is looked at but how inner trainings end: none of the bias of short truncations. In all 347 dimensions that
 would want far more trainings than two cores make. So theta is sought among the rules that `weights.construct` makes: a linear
-combination of the odd features (those that change sign with the gradient or the parameter), of which what is above 1 counts by
+combination of the features that change sign with the gradient, of which what is above 1 counts by
 another slope. Each generation's candidates train the same fresh problems, and every problem ranks them: it has one vote,
 however large its loss is. CMA-ES is that of the `cma` package (Hansen et al.).
 """

@@ -22,7 +22,7 @@ from .evaluation.models import GPT
 from .evaluation.problem import Problem, Task
 from .evaluation.tasks_text import CONTEXT, language_model
 
-LRS, SEEDS, STEPS, BATCH = (1e-3, 3e-3), (100, 101), 400, 16
+LRS, SEEDS, STEPS, BATCH = (2e-3, 4e-3), (100, 101), 400, 16
 PACKAGES = ("torch", "numpy", "transformers", "datasets", "deepspeed", "matplotlib", "safetensors", "huggingface-hub",
             "sentencepiece", "tqdm", "scikit-learn", "scikit-image", "scipy", "pandas", "pillow", "packaging", "setuptools",
             "fsspec", "requests", "urllib3", "networkx", "sympy", "pyyaml", "tokenizers", "gymnasium", "ale-py",
