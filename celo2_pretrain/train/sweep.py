@@ -3,18 +3,22 @@
     OUT/lr=0.001/   a run like any other (metrics, checkpoints, loss.png), with all it printed in OUT/lr=0.001.log
     OUT/sweep.csv   a line for each rate;  OUT/sweep.png  the validation loss against the rate
 """
+import contextlib
 import csv
 import math
 import shlex
+import signal
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 
 from celo2_pretrain.train.checkpoint import write_atomically
 from celo2_pretrain.train.config import Config, as_tree, flatten, load_config
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.errors import EXIT_STOPPED, Stopped, UserError
 from celo2_pretrain.train.metrics import read_metrics
 
 PAPER_GRID = [float(f"{lr:.3g}") for lr in np.geomspace(1e-5, 1e-3, 5)]  # arXiv 2602.19142: [1e-5, 1e-3], log-spaced
@@ -79,7 +83,7 @@ def sweep(out: str, config: str | None, overrides: list[str], rates: list[float]
         launch: the command of a driver, to which train's arguments are added.
 
     Returns: the rows of sweep.csv. Raises UserError for a configuration that cannot run, and when a run fails other
-    than by diverging.
+    than by diverging; Stopped when a run was asked to stop; KeyboardInterrupt when the run has saved after Ctrl-C.
     """
     for override in overrides:
         if override.partition("=")[0] in ("optimizer.lr", "run_dir"):
@@ -114,23 +118,51 @@ def train(run: Run, status: str, config: str | None, overrides: list[str], launc
     print(f"lr={run.lr:g}: {shlex.join([*launch, *arguments])}", flush=True)
     errors = []
     try:
-        process = subprocess.Popen([*launch, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen([*launch, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"--launch {shlex.join(launch)!r}: {error.strerror}: give the command of a driver") from None
-    with process, open(log, "a") as file:
+    with first_interrupt_noted() as interrupted, process, open(log, "a", encoding="utf-8") as file:
         for line in process.stdout:
             print(f"lr={run.lr:g} | {line}", end="", flush=True)
             file.write(line)
             if "error: " in line:
                 errors.append(line.split("error: ", 1)[1].strip())
+    stopped = f"stopped in the run with lr={run.lr:g}: the same command goes on"
+    if interrupted:
+        print(stopped, flush=True)
+        raise KeyboardInterrupt
     if process.returncode == 0:
         return
+    if process.returncode == EXIT_STOPPED:
+        raise Stopped(stopped)
     diverged = [error for error in errors if error.startswith("training diverged")]
     if not diverged:
         reason = errors[-1] if errors else f"exit status {process.returncode}"
         raise UserError(
             f"the run with lr={run.lr:g} failed ({reason}); its output is in {log}; the same command goes on")
     write_atomically(run.folder / DIVERGED, diverged[0] + "\n")
+
+
+@contextlib.contextmanager
+def first_interrupt_noted() -> Iterator[list[int]]:
+    """While a run trains: Ctrl-C only puts its number into the list, for the run has heard it too, and saves as long as its
+    output is read. A second one raises KeyboardInterrupt."""
+    heard = []
+
+    def hear(number: int, _) -> None:
+        heard.append(number)
+        if len(heard) > 1:
+            raise KeyboardInterrupt
+        print("interrupted: waiting for the run to save; a second time ends at once", file=sys.stderr, flush=True)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, hear)
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
