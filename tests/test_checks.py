@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, environment, torchrun
 
+from celo2_pretrain import param_groups
 from celo2_pretrain.cli import main
 from celo2_pretrain.train import checks
 from celo2_pretrain.train.config import load_config
@@ -34,10 +35,11 @@ def test_a_checkpoint_is_as_large_as_estimated(run, data):
     from celo2_pretrain.model.build import build_model
 
     config, index = load_config(str(run / "config.yaml")), read_index(data)
-    parameters = sum(p.numel() for p in build_model(config.model, index["vocab_size"], index["eos_id"]).parameters())
-    estimated, real = checks.checkpoint_bytes(config, parameters), checks.folder_bytes(run / "checkpoints")
-    # This model is nearly all embedding, which takes less than a hidden matrix; files have headers.
-    assert 0.4 * estimated < real < estimated + 300_000, (estimated, real)
+    model = build_model(config.model, index["vocab_size"], index["eos_id"])
+    parameters = sum(p.numel() for p in model.parameters())
+    hidden = sum(p.numel() for group in param_groups(model) if group["rule"] == "celo2" for p in group["params"])
+    least, most = checks.checkpoint_bytes(config, parameters, hidden)
+    assert least < checks.folder_bytes(run / "checkpoints") < most + 300_000  # files have headers
 
 
 @pytest.mark.slow
@@ -94,13 +96,27 @@ def test_a_run_dir_that_cannot_be_written_is_refused_in_a_line(data, tmp_path, c
 
 def test_disk_space_is_looked_at_before_training(tmp_path):
     config = load_config(None, [f"run_dir={tmp_path}"])
-    one = checks.checkpoint_bytes(config, 10**6)
-    assert one == 44 * 10**6  # 4 for the model, twice 4 + 16 for the optimizer
-    assert checks.check_disk(config, 10**6, 2 * one) is None
-    assert "there is no room for two" in checks.check_disk(config, 10**6, 2 * one - 1)
-    with pytest.raises(UserError, match="0.04 GB free, and a checkpoint of 1 M parameters takes about 0.04 GB"):
-        checks.check_disk(config, 10**6, one - 1)
+    # 4 for the model's file, twice 4 for float32 weights, 16 for the states of hidden matrices and 8 or 16 for others
+    assert checks.checkpoint_bytes(config, 10**6, 10**6) == (44 * 10**6, 44 * 10**6)
+    assert checks.checkpoint_bytes(config, 10**6, 0) == (28 * 10**6, 44 * 10**6)
+    most = 44 * 10**6
+    assert checks.check_disk(config, 10**6, 0, 2 * most) is None
+    assert "up to 0.04 GB: there may be no room for two" in checks.check_disk(config, 10**6, 0, 2 * most - 1)
+    assert "0.03 to 0.04 GB: it may not fit" in checks.check_disk(config, 10**6, 0, 28 * 10**6)
+    with pytest.raises(UserError, match="0.03 GB free, and a checkpoint of 1 M parameters takes at least 0.03 GB"):
+        checks.check_disk(config, 10**6, 0, 28 * 10**6 - 1)
+    config.checkpoint.on_error = "continue"
+    assert "takes at least 0.03 GB" in checks.check_disk(config, 10**6, 0, 28 * 10**6 - 1)
     assert checks.free_bytes(str(tmp_path / "not/yet/there")) > 0
+
+
+@pytest.mark.parametrize("options, least, most", [
+    (["train.zero_stage=0", "checkpoint.any_world=false"], 20, 24), (["train.zero_stage=3", "train.precision=bf16"], 40, 44),
+    (["train.zero_stage=2", "train.precision=bf16"], 42, 44), (["optimizer.name=adamw"], 28, 28),
+    (["optimizer.state_dtype=fp8"], 32, 32), (["optimizer.state_dtype=bf16", "checkpoint.any_world=false"], 16, 16),
+])
+def test_a_checkpoints_size_follows_from_stage_precision_and_states(options, least, most):
+    assert checks.checkpoint_bytes(load_config(None, options), 1, 1) == (least, most)
 
 
 def test_memory_that_the_ranks_cannot_have_is_refused(monkeypatch):

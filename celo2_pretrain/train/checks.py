@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from celo2_pretrain import param_groups
 from celo2_pretrain.model.build import build_model
 from celo2_pretrain.train.config import Config, dump_config
 from celo2_pretrain.train.errors import UserError, shown
@@ -70,7 +71,8 @@ def check_node(config: Config, index: dict, replaced: bool) -> None:
     rank, world_size = world_from_environment()
     warnings = [check_memory(config, parameters, world_size), check_shared_memory()]
     free = free_bytes(config.run_dir) + (folder_bytes(Path(config.run_dir, "checkpoints")) if replaced else 0)
-    warning = check_disk(config, parameters, free)
+    hidden = sum(p.numel() for group in param_groups(model) if group["rule"] == "celo2" for p in group["params"])
+    warning = check_disk(config, parameters, hidden, free)
     warnings.append(warning if rank == 0 else None)  # one folder for all nodes
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for text in filter(None, warnings):
@@ -105,23 +107,39 @@ def state_bytes(config: Config) -> int:
     return 8 if config.optimizer.name == "adamw" else STATE_BYTES[config.optimizer.state_dtype]
 
 
-def checkpoint_bytes(config: Config, parameters: int) -> int:
-    """Bytes of one checkpoint, at most: DeepSpeed's model and optimizer files, and the copy for any world."""
-    states = 4 + state_bytes(config)  # with the float32 weights
-    return parameters * (4 + states + (states if config.checkpoint.any_world else 0))
+def checkpoint_bytes(config: Config, parameters: int, hidden: int) -> tuple[int, int]:
+    """Bytes of one checkpoint, at least and at most: DeepSpeed's model and optimizer files, and the copy for any world.
+
+    Args:
+        hidden: how many of the parameters are in hidden matrices; embeddings, heads and 1-D tensors may have AdamW's states.
+    """
+    states = [state_bytes(config)]
+    if config.checkpoint.any_world:  # there they are float32 always
+        states.append(8 if config.optimizer.name == "adamw" else STATE_BYTES["fp32"])
+    least, most = (sum(4 * parameters + hidden * each + (parameters - hidden) * bound(8, each) for each in states)
+                   for bound in (min, max))  # 4: float32 weights
+    # The model's own file holds the weights again, but for those that are split or need no copy in float32.
+    weights = 4 if config.train.precision == "fp32" else 2
+    return least + parameters * (weights if config.train.zero_stage in (1, 2) else 0), most + 4 * parameters
 
 
-def check_disk(config: Config, parameters: int, free: int) -> str | None:
-    """A warning when `free` bytes are less than two checkpoints. Raises UserError when not even one fits."""
-    one = checkpoint_bytes(config, parameters)
-    if free < one:
-        raise UserError(
-            f"run_dir {config.run_dir!r} has {free / GB:.2f} GB free, and a checkpoint of {parameters / 1e6:,.0f} M parameters "
-            f"takes about {one / GB:.2f} GB: free some, or choose another run_dir"
-            + ("; checkpoint.any_world=false halves it" if config.checkpoint.any_world else ""))
-    if free < 2 * one:
-        return (f"run_dir {config.run_dir!r} has {free / GB:.2f} GB free, and a checkpoint takes about {one / GB:.2f} GB: "
-                f"there is no room for two, and a new one is written before an old one goes")
+def check_disk(config: Config, parameters: int, hidden: int, free: int) -> str | None:
+    """A warning when `free` bytes may be less than two checkpoints. Raises UserError when not even one fits, unless the run
+    is to go on without."""
+    least, most = checkpoint_bytes(config, parameters, hidden)
+    has = (f"run_dir {config.run_dir!r} has {free / GB:.2f} GB free, and a checkpoint of {parameters / 1e6:,.0f} M parameters "
+           "takes")
+    if free < least:
+        text = (f"{has} at least {least / GB:.2f} GB: free some, or choose another run_dir"
+                + ("; checkpoint.any_world=false halves it" if config.checkpoint.any_world else ""))
+        if config.checkpoint.on_error == "continue":
+            return text
+        raise UserError(text)
+    if free < most:
+        return f"{has} {least / GB:.2f} to {most / GB:.2f} GB: it may not fit"
+    if free < 2 * most:
+        return (f"{has} up to {most / GB:.2f} GB: there may be no room for two, and a new one is written before an old one "
+                f"goes")
     return None
 
 
