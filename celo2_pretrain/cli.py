@@ -294,6 +294,9 @@ def run(argv: list[str] | None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"celo2-pretrain: {stopped}", file=sys.stderr, flush=True)
         return EXIT_STOPPED
+    except MemoryError as error:  # train/memory.py says what to do
+        print(f"celo2-pretrain: error: {error or 'out of memory'}", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -1,12 +1,15 @@
 """An error on one rank ends all ranks, and what one reads first is that error."""
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from processes import deepspeed, environment, torchrun
 
-from celo2_pretrain.train import failures
+from celo2_pretrain import cli
+from celo2_pretrain.train import failures, loop
 
 WORKER = Path(__file__).with_name("failing_worker.py")
 SMALL = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32", "train.micro_batch_size=2",
@@ -83,3 +86,21 @@ def test_a_single_process_keeps_its_exception_and_writes_it_down(tmp_path):
     with pytest.raises(ZeroDivisionError), failures.ending_all_ranks(str(tmp_path)):
         raise ZeroDivisionError("alone")
     assert "ZeroDivisionError: alone" in (tmp_path / "error_rank_0.txt").read_text()
+
+
+def test_a_lack_of_memory_is_told_in_a_line(data, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
+
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.setattr(loop, "build_model", fails)
+    monkeypatch.setattr(failures, "leave", lambda text, code: print(f"celo2-pretrain: {text}", file=sys.stderr))
+    assert cli.main(["train", *SMALL, f"data.path={data}", f"run_dir={run}"]) == 1
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("celo2-pretrain: error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert "Traceback" in (run / "error_rank_0.txt").read_text()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    cli.run(["train", *SMALL, f"data.path={data}", f"run_dir={run}"])  # `main` may end the process
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("celo2-pretrain: error on rank 0: MemoryError: out of memory (CUDA out of memory.")

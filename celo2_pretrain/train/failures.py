@@ -136,8 +136,10 @@ def end(run_dir: str, rank: int, error: Exception) -> None:
         text = (f"error on rank {rank}: the connection to another rank broke, and that rank left no message: it was killed "
                 f"(for memory? `dmesg` on its node tells), or its node is gone. {told}{written}")
     else:
-        where = "" if isinstance(error, DriftError) else "\n" + "".join(traceback.format_exception(error)).rstrip()
-        text = f"error on rank {rank}: {told}{where}"  # drift comes from the machine, not from a line of code
+        # Drift and a lack of memory come from the machine, not from a line of code.
+        told_whole = isinstance(error, (DriftError, MemoryError))
+        where = "" if told_whole else "\n" + "".join(traceback.format_exception(error)).rstrip()
+        text = f"error on rank {rank}: {told}{where}"
     leave(text, code)
 
 
