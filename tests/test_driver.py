@@ -1,8 +1,10 @@
 """The command line in one process: bad input is refused in one line, and a run's checkpoint is the model it trained."""
 import json
+import logging
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +13,12 @@ from processes import drive
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.data.loader import Windows
+from celo2_pretrain.optimizer import backends
 from celo2_pretrain.train import deepspeed_files, once
 from celo2_pretrain.train.config import Optimizer
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.metrics import read_metrics
-from celo2_pretrain.train.optim import Rates, build_optimizer
+from celo2_pretrain.train.optim import Rates, build_optimizer, telling_backend
 from celo2_pretrain.train.ranks import free_port
 
 MODEL = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32"]
@@ -29,6 +32,7 @@ def run(data, tmp_path_factory) -> str:
     result = drive(*SMALL, f"data.path={data}", f"run_dir={run_dir}", "train.max_steps=6", "checkpoint.every=2",
                    "eval.every=3", "eval.prompt=def ", "eval.sample_tokens=5", "eval.sequences=1000000")
     assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Celo2 backend on ") == 1, result.stdout
     return run_dir
 
 
@@ -210,6 +214,18 @@ def test_srun_without_a_launcher_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert world_from_environment() == (3, 8)
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_rank_0_says_which_backend_computes_the_passes(monkeypatch, active):
+    monkeypatch.setenv("CELO2_BACKEND", "reference")
+    backends._choose.cache_clear()  # it is said once in a process
+    said = []
+    with telling_backend(SimpleNamespace(active=active, say=said.append)):
+        backends.backend_for(torch.device("cpu"))
+        backends.backend_for(torch.device("cpu"))
+    assert said == ["Celo2 backend on cpu: reference (CELO2_BACKEND asks for it)"] * active
+    assert not logging.getLogger(backends.__name__).handlers
 
 
 def test_this_runs_options_count_after_a_checkpoint_brought_its_own():

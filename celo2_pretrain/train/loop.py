@@ -32,7 +32,7 @@ from celo2_pretrain.train.guard import Guard, guarded, take_step
 from celo2_pretrain.train.insight import Insight, perplexity
 from celo2_pretrain.train.launcher import resume_command
 from celo2_pretrain.train.metrics import Metrics
-from celo2_pretrain.train.optim import Rates, build_optimizer
+from celo2_pretrain.train.optim import Rates, build_optimizer, telling_backend
 from celo2_pretrain.train.origin import remove_origin, write_origin
 from celo2_pretrain.train.plot import plot_loss
 from celo2_pretrain.train.profiler import Profiler
@@ -154,7 +154,7 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     if start["other_world"]:
         metrics.say(f"going on in another world ({', '.join(start['other_world'])}): equal to round-off, not bit for bit")
     try:
-        with insight.installed():
+        with insight.installed(), telling_backend(metrics):
             end = run_steps(engine, rates, config, loader, val_loader, metrics, description, start, insight, profiler,
                             guard, watchdog, agreement)
     except UserError:  # it may be this rank's alone

@@ -1,10 +1,15 @@
 """The optimizer of a run, and how its rates are set (train/schedule.py says to what)."""
+import contextlib
+import logging
+
 import torch
 
 from celo2_pretrain import Celo2, param_groups, register
+from celo2_pretrain.optimizer import backends
 from celo2_pretrain.train.config import Optimizer
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.guard import GuardedAdamW
+from celo2_pretrain.train.metrics import Metrics
 
 
 def build_optimizer(model: torch.nn.Module, config: Optimizer) -> torch.optim.Optimizer:
@@ -32,6 +37,21 @@ def build_optimizer(model: torch.nn.Module, config: Optimizer) -> torch.optim.Op
                      nonfinite="skip")  # train/guard.py counts them
     except (ValueError, OSError) as error:  # the weights: a path or repository that isn't there, or holds other arrays
         raise UserError(f"optimizer.weights={config.weights!r}: {error}") from None
+
+
+@contextlib.contextmanager
+def telling_backend(metrics: Metrics):
+    """On rank 0 say what computes Celo2's passes, and why: Celo2 logs it in its first step, when it sees where its tensors
+    are, and a log at that level is shown to nobody."""
+    log, handler = logging.getLogger(backends.__name__), logging.Handler()
+    handler.emit = lambda record: metrics.say(record.getMessage())
+    if metrics.active:  # other ranks' warnings stay where they are
+        log.setLevel(logging.INFO)
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 class Rates:
