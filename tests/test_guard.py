@@ -12,7 +12,7 @@ from processes import on_ranks
 from celo2_pretrain.train import guard as guards
 from celo2_pretrain.train.config import Config, Train
 from celo2_pretrain.train.errors import UserError
-from celo2_pretrain.train.guard import Guard
+from celo2_pretrain.train.guard import Guard, GuardedAdamW
 from celo2_pretrain.train.metrics import read_metrics
 
 WORKER = Path(__file__).with_name("guard_worker.py")
@@ -179,3 +179,17 @@ def test_a_loss_scale_that_cannot_fall_further_is_told_in_a_line():
     engine = SimpleNamespace(step=lambda: scaler.update_scale(True), optimizer=SimpleNamespace(loss_scale=1.0))
     with pytest.raises(UserError, match="training diverged: the gradient of step 2 overflows fp16 at the smallest loss scale .1"):
         guards.take_step(engine, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_adamw_leaves_out_what_celo2_would(dtype):
+    params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((2, 3), (0,))]  # a rank's part may be empty
+    optimizer = GuardedAdamW(params, lr=0.1)
+    for bad in (float("nan"), -float("inf"), 1.0, *([-2e19] if dtype != torch.float16 else [])):
+        before = params[0].clone()
+        for param in params:
+            param.grad = torch.ones_like(param)
+        params[0].grad[1, 2] = bad
+        optimizer.step()
+        assert torch.equal(before, params[0]) == (bad != 1.0)
+    assert optimizer.skipped_steps == (2 if dtype == torch.float16 else 3)

@@ -203,7 +203,7 @@ class Celo2(torch.optim.Optimizer):
         names = []
         for _, _, plans in ready:
             for plan in plans:
-                flags = torch.stack([_nonfinite(held.of(local(held.storage.grad).reshape(-1)))
+                flags = torch.stack([nonfinite(held.of(local(held.storage.grad).reshape(-1)))
                                      for held in plan.layout.slices]).to(torch.int32)
                 reduce(flags, plan.layout, dist.ReduceOp.MAX)
                 names += [held.name for held, flag in zip(plan.layout.slices, flags.tolist()) if flag]
@@ -326,8 +326,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"adamw_betas must be two numbers in [0, 1), got {betas!r}")
 
 
-def _nonfinite(x: Tensor) -> Tensor:
-    """Whether a flat tensor has a NaN or Inf, or a value whose square is none of float32's: () bool, in one pass over it."""
+def nonfinite(x: Tensor) -> Tensor:
+    """Whether a tensor has a NaN or Inf, or a value whose square is none of float32's: () bool, in one pass over it."""
     if x.numel() == 0:
         return torch.zeros((), dtype=torch.bool, device=x.device)
     return ~(torch.stack(torch.aminmax(x)).abs() < LARGEST).all()  # so that a NaN counts

@@ -15,7 +15,7 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from celo2_pretrain.optimizer.celo2 import LARGEST
+from celo2_pretrain.optimizer.celo2 import LARGEST, nonfinite
 from celo2_pretrain.train import checkpoint
 from celo2_pretrain.train.choose import newest_good, read_state, trouble
 from celo2_pretrain.train.config import Config
@@ -34,8 +34,8 @@ class GuardedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        fine = torch.stack([finite(grad) for grad in grads]).all() if grads else torch.ones((), dtype=torch.bool)
-        if not on_every_rank(bool(fine)):
+        bad = torch.stack([nonfinite(grad) for grad in grads]).any() if grads else False
+        if not on_every_rank(not bool(bad)):
             self.skipped_steps += 1
             return None
         return super().step(closure)
@@ -48,11 +48,6 @@ def on_every_rank(fine: bool) -> bool:
     flag = torch.tensor(int(fine), device=get_accelerator().current_device_name())
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag)
-
-
-def finite(grad: torch.Tensor) -> torch.Tensor:
-    """() bool: no NaN, no Inf, and squares that float32 can hold."""
-    return torch.linalg.vector_norm(grad.float(), float("inf")) < LARGEST
 
 
 def guarded(engine) -> None:
