@@ -1,5 +1,5 @@
 """What a user is told: one line, of a length that can be read, whatever a library said."""
-from celo2_pretrain.train.errors import LONGEST, UserError
+from celo2_pretrain.train.errors import LONGEST, UserError, one_line
 
 
 def test_a_user_error_is_one_line_of_bounded_length():
@@ -9,3 +9,8 @@ def test_a_user_error_is_one_line_of_bounded_length():
     assert str(UserError("two  spaces 'a  b' stay")) == "two  spaces 'a  b' stay"
     long = str(UserError("first\n" + "word\n" * 1000 + "last"))
     assert len(long) <= LONGEST and long.startswith("first word") and long.endswith("last") and "\n" not in long
+
+
+def test_a_librarys_error_becomes_a_part_of_a_line():
+    assert one_line(ValueError("size\tmismatch:\n\n  (2, 3)\x1b[0m")) == "size mismatch: (2, 3)?[0m"
+    assert one_line(MemoryError()) == "MemoryError" and len(one_line(ValueError("word " * 1000))) < 410

@@ -21,7 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from celo2_pretrain import param_groups
 from celo2_pretrain.model.build import build_model
 from celo2_pretrain.train.config import Config, dump_config
-from celo2_pretrain.train.errors import UserError, shown
+from celo2_pretrain.train.errors import UserError, one_line, shown
 from celo2_pretrain.train.ranks import world_from_environment
 
 MIB, GB = 1 << 20, 1e9
@@ -295,7 +295,3 @@ def ranks_without_folder(run_dir: str, token: str, rank: int, world_size: int) -
         if made and not all(all_seen):
             path.parent.rmdir()
     return [other for other, saw in enumerate(all_seen) if not saw]
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]

@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.errors import UserError, one_line
 
 
 def parse_json(text: str | bytes):
@@ -18,7 +18,7 @@ def read_json(path: Path, advice: str) -> dict:
     try:
         tree = parse_json(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:200]}): {advice}") from None
+        raise UserError(f"{path} is damaged ({one_line(error)}): {advice}") from None
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}): {advice}") from None
     if not isinstance(tree, dict):

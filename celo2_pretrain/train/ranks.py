@@ -11,7 +11,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.errors import UserError, one_line
 
 STALE_LOCK_SECONDS = 600  # a compilation, which another machine with the same home may be at, takes less
 STALE_LOAD_SECONDS = 30
@@ -61,7 +61,7 @@ def join_ranks() -> None:
             if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error).lower():
                 raise
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise UserError(f"rank {os.environ['RANK']} can't meet the others at {where}: {' '.join(str(error).split())[:300]}; "
+            raise UserError(f"rank {os.environ['RANK']} can't meet the others at {where}: {one_line(error)}; "
                             f"is that the first node's address and a free port there, and did every node start?") from None
     if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
         forget_shared_memory()

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from celo2_pretrain.train.config import Config, as_tree
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.train.errors import UserError, one_line
 
 WANDB_ID = "wandb_id"  # in the run folder: a resumed run goes on in the same run of the project
 
@@ -66,8 +66,8 @@ class WandB:
                 project=config.track.wandb_project, dir=str(folder), id=id_file.read_text().strip(), resume="allow",
                 name=folder.resolve().name, config=as_tree(config), settings=wandb.Settings(silent=True, console="off"))
         except (wandb.Error, OSError) as error:
-            raise UserError(f"track.wandb_project={config.track.wandb_project}: Weights & Biases says: "
-                            f"{' '.join(str(error).split())}; run `wandb login`, or set WANDB_MODE=offline") from None
+            raise UserError(f"track.wandb_project={config.track.wandb_project}: Weights & Biases says: {one_line(error)}; "
+                            "run `wandb login`, or set WANDB_MODE=offline") from None
         # Its own steps can't go back to a checkpoint; ours is a field like any other.
         self.run.define_metric("*", step_metric="step")
 

@@ -1,7 +1,7 @@
 """YAML as a person may write it, and nothing worse: no expanding aliases, no key given twice, no objects of Python."""
 import yaml
 
-from celo2_pretrain.train.errors import UserError, shown
+from celo2_pretrain.train.errors import UserError, one_line, shown
 
 LONGEST = 1 << 20  # characters; the longest configuration here has a thousand
 MOST_VALUES = 100_000  # with every alias written out
@@ -68,13 +68,8 @@ def parse_yaml(text: str, where: str):
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {shortened(error)}") from None
+        raise UserError(f"{where} is not valid YAML: {one_line(error)}") from None
     except RecursionError:
         raise UserError(f"{where} is not valid YAML here: it is nested too deeply") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # PyYAML's on a tag that its value doesn't fit
-        raise UserError(f"{where} is not valid YAML: a value does not fit its tag or form ({shortened(error)})") from None
-
-
-def shortened(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else f"{text[:400]} …"
+        raise UserError(f"{where} is not valid YAML: a value does not fit its tag or form ({one_line(error)})") from None
