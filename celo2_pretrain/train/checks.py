@@ -214,8 +214,8 @@ def facts(config: Config, index: dict) -> dict[str, str]:
     }
 
 
-def digest(text: str | bytes) -> str:
-    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:12]
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def code_digest() -> str:

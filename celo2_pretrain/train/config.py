@@ -414,6 +414,6 @@ def dump_config(config: Config) -> str:
 
 def list_keys() -> str:
     """One line a key: name, default, meaning."""
-    default = {name: value for name, value in flatten(as_tree(Config()), "defaults").items()}
+    default = flatten(as_tree(Config()), "defaults")
     docs = {name: field.metadata["doc"] for name, (_, field) in KEYS.items()}
     return "\n".join(f"  {name:<32} {str(default[name]):<14} {doc}" for name, doc in docs.items())
