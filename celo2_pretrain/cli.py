@@ -8,7 +8,7 @@ from celo2_pretrain.meta import command as meta_train
 from celo2_pretrain.meta.evaluation import command as meta_eval
 from celo2_pretrain.plan import command as planning
 from celo2_pretrain.train import once, restarts
-from celo2_pretrain.train.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
+from celo2_pretrain.train.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError, say
 
 INTRODUCTION = """\
 Pretrain GPT-style models with Celo2, a learned optimizer, under DeepSpeed.
@@ -288,14 +288,14 @@ def run(argv: list[str] | None) -> int:
         return args.run(args) or 0
     except UserError as error:
         if once.may_say(str(error)):  # the ranks of a node mostly find the same
-            print(f"celo2-pretrain: error: {error}{once.where_found()}", file=sys.stderr, flush=True)
+            say(f"error: {error}{once.where_found()}")
         return EXIT_USER_ERROR
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
-            print(f"celo2-pretrain: {stopped}", file=sys.stderr, flush=True)
+            say(str(stopped))
         return EXIT_STOPPED
     except MemoryError as error:  # train/memory.py says what to do
-        print(f"celo2-pretrain: error: {error or 'out of memory'}", file=sys.stderr, flush=True)
+        say(f"error: {error or 'out of memory'}")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -21,7 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from celo2_pretrain import param_groups
 from celo2_pretrain.model.build import build_model
 from celo2_pretrain.train.config import Config, dump_config
-from celo2_pretrain.train.errors import UserError, one_line, shown
+from celo2_pretrain.train.errors import UserError, one_line, say, shown
 from celo2_pretrain.train.ranks import world_from_environment
 
 MIB, GB = 1 << 20, 1e9
@@ -39,7 +39,7 @@ def ranks_here() -> int:
 
 
 def warn(text: str) -> None:
-    print(f"celo2-pretrain: warning: {text}", file=sys.stderr, flush=True)
+    say(f"warning: {text}")
 
 
 def check_run_dir(run_dir: str) -> None:

@@ -1,5 +1,7 @@
 """How a run ends other than well, with the exit code of each: docs/faults.md says what to do then."""
+import contextlib
 import reprlib
+import sys
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on purpose, goes on with --resume
@@ -22,6 +24,14 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """The run was asked to stop and has saved: why, and how to go on, in one line. The command line exits with code 75."""
+
+
+def say(text: str) -> None:
+    """Tell the user on standard error, in one piece, as other ranks write too; where it is gone, nobody is told."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.write(f"celo2-pretrain: {text}\n")
+        sys.stderr.flush()
 
 
 def shown(value) -> str:

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from celo2_pretrain.optimizer.replicas import DriftError
-from celo2_pretrain.train.errors import Stopped, UserError
+from celo2_pretrain.train.errors import Stopped, UserError, say
 from celo2_pretrain.train.ranks import join_ranks, world_from_environment
 from celo2_pretrain.train.run_lock import InUse
 from celo2_pretrain.train.staging import settle
@@ -148,13 +147,6 @@ def leave(text: str, code: int) -> None:
     say(text)
     settle(say)
     os._exit(code)
-
-
-def say(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.write(f"celo2-pretrain: {text}\n")  # in one piece: other ranks write too
-        sys.stderr.flush()
 
 
 def _look(run_dir: str, rank: int) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from celo2_pretrain.train.config import Config, accumulation_steps
-from celo2_pretrain.train.errors import EXIT_HUNG, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from celo2_pretrain.train.errors import EXIT_HUNG, EXIT_STOPPED, EXIT_USER_ERROR, UserError, say
 
 NOTES = "CELO2_SUPERVISOR"
 SINCE = "CELO2_SUPERVISOR_SINCE"  # when it began: a stop file that is newer is for the run, whichever start is under way
@@ -61,10 +61,6 @@ def leave_lost_terminal() -> None:
             nothing = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nothing, descriptor)
             os.close(nothing)
-
-
-def say(text: str) -> None:
-    print(f"celo2-pretrain: {text}", file=sys.stderr, flush=True)
 
 
 def parse_ranks(text: str | None, launch: str | None, config: Config) -> list[int]:

@@ -7,14 +7,13 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 
 import psutil
 import torch
 
-from celo2_pretrain.train.errors import EXIT_STOPPED, Stopped
+from celo2_pretrain.train.errors import EXIT_STOPPED, Stopped, say
 from celo2_pretrain.train.restarts import INTERRUPTED, SIGNALS, SINCE, file_asks, leave_lost_terminal, not_ignored, note
 
 
@@ -79,7 +78,7 @@ class StopRequests:
 
     def _say(self, text: str) -> None:
         if self.rank == 0:
-            print(f"celo2-pretrain: {text}", file=sys.stderr, flush=True)
+            say(text)
 
     def asked(self) -> bool:
         """Whether this rank has been asked to stop."""

@@ -5,12 +5,11 @@
 """
 import faulthandler
 import os
-import sys
 import threading
 import time
 from pathlib import Path
 
-from celo2_pretrain.train.errors import EXIT_HUNG
+from celo2_pretrain.train.errors import EXIT_HUNG, say
 
 FLAG = ".hung"
 POLL_SECONDS = 1.0
@@ -78,8 +77,8 @@ class Watchdog:
         except FileExistsError:  # another rank was first, and has said it
             os._exit(EXIT_HUNG)
         except OSError as error:
-            print(f"celo2-pretrain: error: cannot write the stacks: {error}", file=sys.stderr, flush=True)
-        print(f"celo2-pretrain: error: rank {self.rank} made no progress in {self.seconds:g} s (train.watchdog_seconds), while "
-              f"{self.doing}: {self.run_dir}/stacks_rank_*.txt show where; go on with --resume", file=sys.stderr, flush=True)
+            say(f"error: cannot write the stacks: {error}")
+        say(f"error: rank {self.rank} made no progress in {self.seconds:g} s (train.watchdog_seconds), while {self.doing}: "
+            f"{self.run_dir}/stacks_rank_*.txt show where; go on with --resume")
         time.sleep(GRACE_SECONDS)
         os._exit(EXIT_HUNG)
