@@ -4,7 +4,7 @@
 # Variables that reach the ranks on every node; each script's --help names those that matter there:
 #   PYTHON                the interpreter (default: the active environment's, then .venv's, then python3)
 #   OMP_NUM_THREADS       threads of each rank (default: cores / ranks of the node; more ranks than cores: 1)
-#   DS_ACCELERATOR        cpu where nvidia-smi finds no GPU, unless it is set
+#   DS_ACCELERATOR        cpu where nvidia-smi finds no GPU, unless it is set; launch/multinode.sh hands on what was set only
 #   NCCL_SOCKET_IFNAME    GPUs: the network interface that reaches the other nodes, e.g. ib0 or eth0, where NCCL picks another
 #   NCCL_DEBUG=INFO       GPUs: what NCCL chose, and why it failed
 #   GLOO_SOCKET_IFNAME    CPU ranks: the same for gloo; set it when a rank binds to 127.0.0.1 by its /etc/hosts
@@ -46,6 +46,8 @@ else
 fi
 command -v "$python" >/dev/null || fail "no Python at $python: run launch/setup.sh, or set PYTHON"
 
+# shellcheck disable=SC2034  # launch/multinode.sh reads it: what this machine lacks says nothing of the others
+given_accelerator="${DS_ACCELERATOR:-}"
 gpus="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)"
 if [ "$gpus" = 0 ]; then export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"; fi
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"

@@ -53,6 +53,7 @@ for file in "$HOME/.deepspeed_env" .deepspeed_env; do
     if [ -f "$file" ]; then cat "$file" >>"$variables"; fi
 done
 while IFS= read -r name; do
+    if [ "$name" = DS_ACCELERATOR ] && [ -z "$given_accelerator" ]; then continue; fi
     case "$name" in
         NCCL_* | GLOO_* | OMP_* | TORCH* | DS_ACCELERATOR | DS_SKIP* | DEEPSPEED_* | CELO2_* | CUDA_* | HF_* | TOKENIZERS_*)
             case "${!name}" in

@@ -1,0 +1,41 @@
+"""What the launch scripts hand on to other hosts, and which threads they give to each rank."""
+import os
+import subprocess
+
+import pytest
+from processes import ROOT, environment
+
+# In the place of Python: takes any hostfile, and shows what DeepSpeed's launcher would hand on.
+PYTHON = """#!/usr/bin/env bash
+case "$*" in *deepspeed.launcher.runner*) cat "$DS_ENV_FILE" ;; esac
+"""
+
+
+@pytest.fixture
+def handed_on(tmp_path):
+    """Calls multinode.sh on a machine without a GPU; gives the variables that it hands on to all hosts."""
+    for name, text in (("python", PYTHON), ("nvidia-smi", "#!/bin/sh\nexit 1\n"), ("nproc", "#!/bin/sh\necho 48\n"),
+                       ("pdsh", "#!/bin/sh\n"), ("ssh", "#!/bin/sh\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    def call(hosts: str, lines: str = "", **variables: str) -> dict[str, str]:
+        (tmp_path / "hosts").write_text(hosts)
+        (tmp_path / ".deepspeed_env").write_text(lines)
+        mine = environment(PYTHON=str(tmp_path / "python"), PATH=f"{tmp_path}:{os.environ['PATH']}", HOME="/nonexistent")
+        for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS"):
+            mine.pop(name, None)
+        result = subprocess.run([str(ROOT / "launch/multinode.sh"), "--hostfile", str(tmp_path / "hosts")], cwd=tmp_path,
+                                env=mine | variables, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        pairs = [line.partition("=")[::2] for line in result.stdout.splitlines() if not line.startswith("multinode: ")]
+        return dict(pairs)  # the last one counts, as for DeepSpeed
+
+    return call
+
+
+def test_a_launching_machine_without_gpus_does_not_send_gpu_hosts_to_the_cpu(handed_on):
+    hosts = "node1 slots=8\n"
+    assert "DS_ACCELERATOR" not in handed_on(hosts)
+    assert handed_on(hosts, DS_ACCELERATOR="cpu")["DS_ACCELERATOR"] == "cpu"
+    assert handed_on(hosts, "DS_ACCELERATOR=cpu\n")["DS_ACCELERATOR"] == "cpu"
