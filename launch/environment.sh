@@ -3,7 +3,8 @@
 #
 # Variables that reach the ranks on every node; each script's --help names those that matter there:
 #   PYTHON                the interpreter (default: the active environment's, then .venv's, then python3)
-#   OMP_NUM_THREADS       threads of each rank (default: cores / ranks of the node; more ranks than cores: 1)
+#   OMP_NUM_THREADS       threads of each rank (default: cores / ranks of the node; more ranks than cores: 1); for
+#                         launch/multinode.sh as if all hosts had this one's cores and the most ranks of any
 #   DS_ACCELERATOR        cpu where nvidia-smi finds no GPU, unless it is set; launch/multinode.sh hands on what was set only
 #   NCCL_SOCKET_IFNAME    GPUs: the network interface that reaches the other nodes, e.g. ib0 or eth0, where NCCL picks another
 #   NCCL_DEBUG=INFO       GPUs: what NCCL chose, and why it failed

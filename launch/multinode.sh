@@ -49,6 +49,10 @@ done
 
 variables="$(mktemp)"
 trap 'rm -f "$variables"' EXIT
+if [ -z "${OMP_NUM_THREADS:-}" ]; then  # first, so that .deepspeed_env can say otherwise
+    slots="$(sed -n 's/#.*//; s/.*slots=\([0-9]*\).*/\1/p' "$hostfile" | sort -n | tail -n 1)"
+    echo "OMP_NUM_THREADS=$(threads_for $((10#$slots)) && echo "$OMP_NUM_THREADS")" >"$variables"
+fi
 for file in "$HOME/.deepspeed_env" .deepspeed_env; do
     if [ -f "$file" ]; then cat "$file" >>"$variables"; fi
 done

@@ -39,3 +39,13 @@ def test_a_launching_machine_without_gpus_does_not_send_gpu_hosts_to_the_cpu(han
     assert "DS_ACCELERATOR" not in handed_on(hosts)
     assert handed_on(hosts, DS_ACCELERATOR="cpu")["DS_ACCELERATOR"] == "cpu"
     assert handed_on(hosts, "DS_ACCELERATOR=cpu\n")["DS_ACCELERATOR"] == "cpu"
+
+
+@pytest.mark.parametrize("hosts, threads", [
+    ("node1 slots=8\n", "6"), ("node1 slots=08\nnode2 slots=16 # slots=64\n", "3"), ("node1 slots=64\n", "1"),
+])
+def test_the_cores_of_a_host_are_shared_out_to_its_ranks(handed_on, hosts, threads):
+    assert handed_on(hosts)["OMP_NUM_THREADS"] == threads
+    if threads == "1":
+        assert handed_on(hosts, OMP_NUM_THREADS="5")["OMP_NUM_THREADS"] == "5"
+        assert handed_on(hosts, "OMP_NUM_THREADS=7\n")["OMP_NUM_THREADS"] == "7"
