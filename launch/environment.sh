@@ -9,7 +9,7 @@
 #   NCCL_SOCKET_IFNAME    GPUs: the network interface that reaches the other nodes, e.g. ib0 or eth0, where NCCL picks another
 #   NCCL_DEBUG=INFO       GPUs: what NCCL chose, and why it failed
 #   GLOO_SOCKET_IFNAME    CPU ranks: the same for gloo; set it when a rank binds to 127.0.0.1 by its /etc/hosts
-#   DEEPSPEED_TIMEOUT     minutes that a rank waits for the others (default: 30)
+#   DEEPSPEED_TIMEOUT     minutes that a rank waits for the others (default: 10)
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 

@@ -1,6 +1,7 @@
 """What the launch scripts hand on to other hosts, and which threads they give to each rank."""
 import os
 import subprocess
+import sys
 
 import pytest
 from processes import ROOT, environment
@@ -49,3 +50,14 @@ def test_the_cores_of_a_host_are_shared_out_to_its_ranks(handed_on, hosts, threa
     if threads == "1":
         assert handed_on(hosts, OMP_NUM_THREADS="5")["OMP_NUM_THREADS"] == "5"
         assert handed_on(hosts, "OMP_NUM_THREADS=7\n")["OMP_NUM_THREADS"] == "7"
+
+
+def test_deepspeeds_timeout_is_the_one_that_is_told():
+    line = next(line for line in (ROOT / "launch/environment.sh").read_text().splitlines() if "DEEPSPEED_TIMEOUT" in line)
+    code = "from deepspeed.constants import default_pg_timeout as t; print(int(t.total_seconds() / 60))"
+    mine = environment()
+    mine.pop("DEEPSPEED_TIMEOUT", None)
+    minutes = subprocess.run([sys.executable, "-c", code], env=mine, capture_output=True, text=True).stdout.split()[-1]
+    assert line.endswith(f"(default: {minutes})")
+    assert f"`DEEPSPEED_TIMEOUT` | minutes that a rank waits for another; {minutes} by default" in (
+        ROOT / "docs/launch.md").read_text()
