@@ -10,7 +10,7 @@ from pathlib import Path
 
 import sentencepiece as spm
 
-from celo2_pretrain.train.errors import UserError, first_line, shown
+from celo2_pretrain.train.errors import UserError, one_line, shown
 from celo2_pretrain.train.json_file import read_json
 
 SENTENCE_CHARS = 1000  # sentencepiece skips sentences above 4,192 bytes; 1,000 characters are always below
@@ -73,7 +73,7 @@ class TransformersTokenizer:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
         except Exception as error:  # the hub, the network, or a folder without a tokenizer
-            raise UserError(f"cannot load tokenizer {shown(name)}: {first_line(error)}") from None
+            raise UserError(f"cannot load tokenizer {shown(name)}: {one_line(error)}") from None
         self.vocab_size = len(self.tokenizer)
         self.eos_id, self.unk_id = self.tokenizer.eos_token_id, self.tokenizer.unk_token_id
         if self.eos_id is None:

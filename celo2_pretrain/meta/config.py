@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from ..train.config import convert, key, keys
-from ..train.errors import UserError
+from ..train.errors import UserError, one_line
 
 
 @dataclass
@@ -98,7 +98,7 @@ def _read(path: str) -> dict:
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"config {path} is not valid YAML: {one_line(error)}") from None
     if tree is not None and not isinstance(tree, dict):
         raise UserError(f"config {path} must be a mapping of keys, not {type(tree).__name__}")
     return tree or {}

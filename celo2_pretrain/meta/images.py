@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..train.errors import UserError
+from ..train.errors import UserError, one_line
 
 SIDE, CLASSES = 8, 10
 COUNT = 8192  # examples drawn for a set that is made of photographs
@@ -126,7 +126,7 @@ def _hub(name: str) -> tuple[Tensor, Tensor]:
         rows = load_dataset(path, config or None, split="train")
     except Exception as error:
         raise UserError(f"image set {name!r} is {path} on the Hugging Face hub, which could not be loaded "
-                        f"({' '.join(str(error).split())}); offline, use {', '.join(LOCAL)}") from error
+                        f"({one_line(error)}); offline, use {', '.join(LOCAL)}") from error
     x = torch.stack([torch.from_numpy(np.asarray(row.convert("L"), dtype=np.float32)) for row in rows[image]])
     return F.adaptive_avg_pool2d(x[:, None], SIDE)[:, 0] / 255, torch.tensor(rows[label])
 

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 from transformers.utils import is_flash_attn_2_available
 
 from celo2_pretrain.train.config import Model
-from celo2_pretrain.train.errors import UserError, first_line
+from celo2_pretrain.train.errors import UserError, one_line
 
 # What writes into the residual stream, in both families: (attention, MLP).
 RESIDUAL_PROJECTIONS = {"gpt2": ("attn.c_proj", "mlp.c_proj"), "llama": ("self_attn.o_proj", "mlp.down_proj")}
@@ -91,7 +91,7 @@ def _existing(config: Model, data_vocab: int, pretrained: bool) -> PreTrainedMod
     try:
         hf = AutoConfig.from_pretrained(config.from_)
     except Exception as error:  # a config.json with odd values fails in the model's own code, in any way
-        raise UserError(f"{where}: no transformers model there ({first_line(error)}); give a folder with "
+        raise UserError(f"{where}: no transformers model there ({one_line(error)}); give a folder with "
                         "config.json and model.safetensors, or a hub name") from None
     text = hf.get_text_config()
     if text.vocab_size < data_vocab:
@@ -110,4 +110,4 @@ def _existing(config: Model, data_vocab: int, pretrained: bool) -> PreTrainedMod
         return AutoModelForCausalLM.from_pretrained(
             config.from_, config=hf, dtype=torch.float32, attn_implementation=config.attention)
     except Exception as error:  # as above, and damaged or other weights
-        raise UserError(f"{where}: {first_line(error)}") from None
+        raise UserError(f"{where}: {one_line(error)}") from None

@@ -27,7 +27,7 @@ from celo2_pretrain.train import manifest
 from celo2_pretrain.train.choose import ANY_WORLD, in_order, latest, step_of
 from celo2_pretrain.train.config import Config, as_tree
 from celo2_pretrain.train.deepspeed_files import Files, files_of, random_states, set_random_states
-from celo2_pretrain.train.errors import UserError, first_line
+from celo2_pretrain.train.errors import UserError, one_line
 from celo2_pretrain.train.failures import lost_connection
 from celo2_pretrain.train.manifest import write_atomically
 from celo2_pretrain.train.staging import Copy, settle, staged_folder
@@ -269,7 +269,7 @@ def load(engine, checkpoint: Path, other_world: bool) -> None:
         if not_of_the_files(error):
             raise
         raise UserError(f"cannot resume from {checkpoint}: its tensors don't fit this model and optimizer "
-                        f"({type(error).__name__}: {first_line(error)}); resume with the versions that origin.jsonl names, "
+                        f"({type(error).__name__}: {one_line(error)}); resume with the versions that origin.jsonl names, "
                         f"or choose another run_dir=…") from error
 
 

@@ -46,9 +46,3 @@ def one_line(error: BaseException) -> str:
     """What an error of some library says, as a part of one line: printable, and not long."""
     text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 400 else f"{text[:400]} …"
-
-
-def first_line(error: Exception) -> str:
-    """What an error of some library says first, as a part of one line: printable, and not long."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "") or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text)[:300]

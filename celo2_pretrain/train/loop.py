@@ -24,7 +24,7 @@ from celo2_pretrain.train import checkpoint, choose, memory
 from celo2_pretrain.train.checks import check_node, check_ranks, check_run_dir, warn
 from celo2_pretrain.train.config import Config, dump_config
 from celo2_pretrain.train.deepspeed_config import deepspeed_config
-from celo2_pretrain.train.errors import Stopped, UserError, first_line
+from celo2_pretrain.train.errors import Stopped, UserError, one_line
 from celo2_pretrain.train.evaluate import training_loss, validation_loss
 from celo2_pretrain.train.failures import join_and_look
 from celo2_pretrain.train.flops import Peak, peak_of
@@ -339,6 +339,6 @@ def finish(engine, config: Config, mixture: Mixture, metrics: Metrics) -> None:
             if wanted:
                 work()
         except Exception as error:
-            metrics.say(f"warning: no {what}: {first_line(error)}")
+            metrics.say(f"warning: no {what}: {one_line(error)}")
     if metrics.active:
         metrics.say(f"to train further: {resume_command(config, 2 * config.train.max_steps)}")

@@ -10,7 +10,7 @@ from typing import Callable
 from tqdm import tqdm
 
 from celo2_pretrain.train.checkpoint import write_atomically
-from celo2_pretrain.train.errors import first_line
+from celo2_pretrain.train.errors import one_line
 from celo2_pretrain.train.json_file import parse_json
 
 
@@ -140,4 +140,4 @@ class Metrics:
         except Exception as error:
             if what not in self.warned:
                 self.warned.add(what)
-                self.say(f"warning: {what} gets no record: {first_line(error)}; training goes on without")
+                self.say(f"warning: {what} gets no record: {one_line(error)}; training goes on without")

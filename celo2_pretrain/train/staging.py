@@ -14,7 +14,7 @@ from typing import Callable
 
 from celo2_pretrain.optimizer.state import StateError
 from celo2_pretrain.train import manifest
-from celo2_pretrain.train.errors import UserError, first_line
+from celo2_pretrain.train.errors import UserError, one_line
 
 WAIT_SECONDS = 60.0  # of a run that ends with an error, for the copy
 POLL_SECONDS = 0.1
@@ -57,7 +57,7 @@ def settle(say: Callable[[str], None], staged: Path | None = None, beat: Callabl
         beat()
         time.sleep(POLL_SECONDS)
     if Copy.under_way and Copy.under_way.error:
-        say(f"warning: {Copy.under_way.final} could not be copied: {first_line(Copy.under_way.error)}")
+        say(f"warning: {Copy.under_way.final} could not be copied: {one_line(Copy.under_way.error)}")
 
 
 class Copy:
