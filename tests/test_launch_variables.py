@@ -1,10 +1,13 @@
 """What the launch scripts hand on to other hosts, and which threads they give to each rank."""
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 from processes import ROOT, environment
+
+from celo2_pretrain.train.config import accumulation_steps, load_config
 
 # In the place of Python: takes any hostfile, and shows what DeepSpeed's launcher would hand on.
 PYTHON = """#!/usr/bin/env bash
@@ -61,3 +64,11 @@ def test_deepspeeds_timeout_is_the_one_that_is_told():
     assert line.endswith(f"(default: {minutes})")
     assert f"`DEEPSPEED_TIMEOUT` | minutes that a rank waits for another; {minutes} by default" in (
         ROOT / "docs/launch.md").read_text()
+
+
+def test_the_slurm_jobs_that_are_shown_can_train():
+    text = (ROOT / "docs/launch.md").read_text() + (ROOT / "launch/slurm.sh").read_text()
+    jobs = re.findall(r"sbatch --nodes (\d+) launch/slurm.sh --config (\S+?)[` ]", text)
+    assert len(jobs) == 2
+    for nodes, config in jobs:
+        accumulation_steps(load_config(str(ROOT / config)), 8 * int(nodes))  # GPUs
