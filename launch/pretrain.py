@@ -11,5 +11,14 @@ from celo2_pretrain.cli import main
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--base64"]:
-        sys.argv[1:] = base64.b64decode(sys.argv[2]).decode().split("\0")[:-1]  # the run's record shows the real ones
+        try:
+            text, = sys.argv[2:]
+            *arguments, rest = base64.b64decode(text, validate=True).decode().split("\0")
+            if rest or not arguments:
+                raise ValueError
+        except ValueError:
+            print(f"pretrain: error: --base64 {' '.join(sys.argv[2:])[:80]}: give train's arguments, each ended by a null "
+                  "byte, as base64", file=sys.stderr)
+            sys.exit(2)
+        sys.argv[1:] = arguments  # the run's record shows the real ones
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,12 +1,16 @@
-"""What the launch scripts hand on to other hosts, and which threads they give to each rank."""
+"""What the launch scripts hand on to other hosts and to the driver, and which threads they give to each rank."""
+import base64
 import os
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
 from processes import ROOT, environment
 
+from celo2_pretrain import cli
+from celo2_pretrain.train import hostfile
 from celo2_pretrain.train.config import accumulation_steps, load_config
 
 # In the place of Python: takes any hostfile, and shows what DeepSpeed's launcher would hand on.
@@ -72,3 +76,28 @@ def test_the_slurm_jobs_that_are_shown_can_train():
     assert len(jobs) == 2
     for nodes, config in jobs:
         accumulation_steps(load_config(str(ROOT / config)), 8 * int(nodes))  # GPUs
+
+
+@pytest.mark.parametrize("value", [[], [""], ["a:b"], ["/w=="], ["YQ=="], ["AA==", "more"]])
+def test_arguments_that_are_no_base64_are_refused_in_one_line(value, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--base64", *value])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "launch/pretrain.py"), run_name="__main__")
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("pretrain: error: --base64 ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", [[], ["a", "b"]])
+def test_a_hostfile_is_one_argument(given, capsys):
+    assert hostfile.main(given) == 2
+    assert capsys.readouterr().err == (f"multinode: error: {len(given)} arguments: give one hostfile, with a line for each "
+                                       "host, for example: node1 slots=8\n")
+
+
+def test_arguments_arrive_as_they_were_given(monkeypatch):
+    given = []
+    monkeypatch.setattr(cli, "main", lambda arguments: given.extend(arguments))
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--base64", base64.b64encode("a b=\"ä$\"\0\0c\0".encode()).decode()])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "launch/pretrain.py"), run_name="__main__")
+    assert given == ["train", "a b=\"ä$\"", "", "c"]

@@ -47,10 +47,12 @@ def read_hostfile(path: str) -> dict[str, int]:
     return hosts
 
 
-def main(path: str) -> int:
+def main(arguments: list[str]) -> int:
     """Say what the file asks for, or in one line what is wrong with it."""
     try:
-        hosts = read_hostfile(path)
+        if len(arguments) != 1:
+            raise UserError(f"{len(arguments)} arguments: give one hostfile, with {EXAMPLE}")
+        hosts = read_hostfile(arguments[0])
     except UserError as error:
         print(f"multinode: error: {error}", file=sys.stderr)
         return 2
@@ -59,4 +61,4 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]))
+    sys.exit(main(sys.argv[1:]))
