@@ -5,6 +5,7 @@
 """
 import contextlib
 import csv
+import io
 import math
 import shlex
 import signal
@@ -16,10 +17,11 @@ from typing import Iterator
 
 import numpy as np
 
-from celo2_pretrain.train.checkpoint import write_atomically
 from celo2_pretrain.train.config import Config, as_tree, flatten, load_config
 from celo2_pretrain.train.errors import EXIT_STOPPED, Stopped, UserError
+from celo2_pretrain.train.manifest import write_atomically
 from celo2_pretrain.train.metrics import read_metrics
+from celo2_pretrain.train.plot import new_figure, save
 
 PAPER_GRID = [float(f"{lr:.3g}") for lr in np.geomspace(1e-5, 1e-3, 5)]  # arXiv 2602.19142: [1e-5, 1e-3], log-spaced
 DIVERGED = "diverged.txt"  # in the folder of a run that the loop ended for its loss or gradients
@@ -166,21 +168,15 @@ def first_interrupt_noted() -> Iterator[list[int]]:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    temporary = path.with_name(f".{path.name}.unfinished")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
 
 
 def draw(path: Path, rows: list[dict]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes, suffix = new_figure(str(path), figsize=(6, 4))
     finished = [(row["lr"], row["val_loss"]) for row in rows if row["status"] == "finished"]
     if finished:
         axes.plot(*zip(*finished), marker="o")
@@ -190,10 +186,7 @@ def draw(path: Path, rows: list[dict]) -> None:
             axes.axvline(row["lr"], color="C3", linestyle=":", label="diverged")
     axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats per token)")
     axes.grid(alpha=0.3)
-    temporary = path.with_name(f".{path.stem}.unfinished.png")
-    figure.savefig(temporary, dpi=130)
-    plt.close(figure)
-    temporary.replace(path)
+    save(figure, str(path), suffix)
 
 
 def verdict(rows: list[dict]) -> str:
