@@ -23,18 +23,13 @@ while [ $# -gt 0 ]; do
 done
 
 source launch/setup.sh
+# shellcheck source=launch/environment.sh
+source launch/environment.sh  # only now: it looks for the Python that setup.sh may have to make
 began=$SECONDS
 
 ranks=2
-gpus="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)"
-if [ "$gpus" -gt 0 ]; then
-    [ "$gpus" -ge 2 ] || ranks=1
-else
-    export DS_ACCELERATOR=cpu
-    cores="$(nproc)"
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}"
-fi
-export TOKENIZERS_PARALLELISM=false
+if [ "$gpus" = 1 ]; then ranks=1; fi
+threads_for "$ranks"
 
 if [ ! -f data/python/index.json ]; then
     echo "== collecting a corpus: the sources of the installed Python"
@@ -42,12 +37,11 @@ if [ ! -f data/python/index.json ]; then
 fi
 
 pretrain() {  # name of the run, then key=value arguments
-    local run="$1" port
+    local run="$1"
     shift
-    port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
     echo "== training $run on $ranks rank(s)"
     # "critical": a wrong argument is told once, by the driver, without the launcher's account of which process ended.
-    deepspeed --log_level critical --no_local_rank --num_gpus "$ranks" --master_port "$port" \
+    deepspeed --log_level critical --no_local_rank --num_gpus "$ranks" --master_port "$(unused_port)" \
         launch/pretrain.py --config configs/tiny_cpu.yaml --overwrite run_dir="$run" "$@"
 }
 

@@ -3,6 +3,7 @@ import base64
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -101,3 +102,24 @@ def test_arguments_arrive_as_they_were_given(monkeypatch):
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / "launch/pretrain.py"), run_name="__main__")
     assert given == ["train", "a b=\"ä$\"", "", "c"]
+
+
+@pytest.mark.parametrize("gpus, told", [(0, "--num_gpus 2, cpu, 24"), (1, "--num_gpus 1, , 48"), (4, "--num_gpus 2, , 24")])
+def test_quickstart_takes_the_gpus_and_cores_there_are(tmp_path, gpus, told):
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "launch/setup.sh").write_text("VIRTUAL_ENV=$PWD/.venv\n")
+    (tmp_path / "data/python").mkdir(parents=True)
+    (tmp_path / "data/python/index.json").touch()
+    (tmp_path / "bin").mkdir()
+    for name, text in (("nvidia-smi", f"for ((k = 0; k < {gpus}; k++)); do echo GPU $k; done"), ("nproc", "echo 48"),
+                       ("deepspeed", 'echo "$*, $DS_ACCELERATOR, $OMP_NUM_THREADS"')):
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    mine = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS"):
+        mine.pop(name, None)
+    result = subprocess.run([str(tmp_path / "launch/quickstart.sh"), "a.b=1 2"], env=mine, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    line = next(line for line in result.stdout.splitlines() if "--num_gpus" in line)
+    options, *variables = told.split(", ")
+    assert f" {options} " in line and " a.b=1 2, " in line and line.split(", ")[1:] == variables
