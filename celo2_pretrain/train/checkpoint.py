@@ -211,7 +211,7 @@ def prune(newest: Path, keep_last: int, keep_every: int, say: Callable[[str], No
     """Remove what is older than the `keep_last` newest ones, where every `keep_every`-th step stays, and what was abandoned."""
     old = [path for path in in_order(newest.parent) if step_of(path) < step_of(newest)]
     doomed = [path for path in old[: max(0, len(old) - keep_last + 1)] if not keep_every or step_of(path) % keep_every]
-    for path in (*doomed, *newest.parent.glob(f"{ABANDONED}*")):
+    for path in (*doomed, *newest.parent.glob(f"{ABANDONED}step_*")):
         try:
             remove(path)
         except OSError as error:
