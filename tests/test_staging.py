@@ -117,7 +117,8 @@ def test_an_error_waits_for_the_copy_so_that_the_checkpoint_is_not_lost(slow, mo
     monkeypatch.setattr(os, "_exit", lambda code: left.append((code, list(named))))
     monkeypatch.setattr(staging.time, "sleep", lambda seconds: go.set())
     failures.leave("error on rank 0: made to fail", 1)
-    assert left == [(1, named)] and named and "waiting up to 60 s for the checkpoint that is being copied" in capfd.readouterr().err
+    assert named and left == [(1, named)]
+    assert "waiting up to 60 s for the checkpoint that is being copied" in capfd.readouterr().err
 
 
 def test_the_other_ranks_stay_as_long_and_all_give_up_in_time(slow, monkeypatch):
