@@ -59,7 +59,7 @@ def test_a_finished_run_is_finished_also_without_sample_and_picture(tmp_path, mo
     loop.finish(None, load_config(None, [f"run_dir={tmp_path}", "eval.prompt=def"]), SimpleNamespace(index={}, paths=[""]),
                 Metrics(str(tmp_path), 2, 2, True))
     assert capsys.readouterr().out.splitlines()[:2] == [
-        "warning: no sample: no space left", "warning: no loss curve: no space left"]
+        "warning: no sample: no space left for it", "warning: no loss curve: no space left for it"]
 
 
 HOLD = """
