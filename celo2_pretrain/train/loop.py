@@ -4,6 +4,7 @@ import math
 import random
 import shutil
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -155,8 +156,9 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
         metrics.say(f"going on in another world ({', '.join(start['other_world'])}): equal to round-off, not bit for bit")
     try:
         with insight.installed(), telling_backend(metrics):
-            end = run_steps(engine, rates, config, loader, val_loader, metrics, description, start, insight, profiler,
-                            guard, watchdog, agreement)
+            loop = Loop(engine, rates, config, loader, val_loader, metrics, description, insight, profiler, guard, watchdog,
+                        agreement, start["step"], start["samples"])
+            end = run_steps(loop, start["step"] == 0 or start["extra"].get("validation_due", False))
     except UserError:  # it may be this rank's alone
         checkpoint.leave(engine, config, metrics.say, lambda: watchdog.beat("ending with an error"))
         raise
@@ -171,105 +173,152 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     dist.destroy_process_group()
 
 
-def run_steps(engine, rates, config, loader, val_loader, metrics, description, start, insight, profiler, guard, watchdog,
-              agreement) -> int:
-    """The loop; returns the samples it has seen. DeepSpeed accumulates and clips the gradients, and steps after the last
-    micro-batch. Raises Stopped when a rank was asked to stop: a checkpoint of this step is there then."""
-    size, context = config.train, config.model.context
-    batch_sizes = BatchSizes(size, context)
-    bits_per_byte = loader.mixture.val_tokens_per_byte / math.log(2)
+@dataclass
+class Loop:
+    """What the training loop works with and where it is; the same on every rank but for the rank's own windows."""
 
-    def validate(step: int) -> bool:
-        """False: given up half-way, because the run is to stop (not after the last step, which has nothing left to do)."""
-        def stopping() -> bool:
-            watchdog.beat(f"validating after step {step}")
-            return step < size.max_steps and agreement.exchange()[1]
+    engine: deepspeed.DeepSpeedEngine
+    rates: Rates
+    config: Config
+    loader: TrainLoader
+    val_loader: ValLoader
+    metrics: Metrics
+    description: dict  # checkpoint.describe's
+    insight: Insight
+    profiler: Profiler
+    guard: Guard
+    watchdog: Watchdog
+    agreement: Agreement
+    step: int  # that was taken last
+    samples: int  # windows that were seen
 
-        loss = validation_loss(engine, val_loader, engine.device, stopping)
-        if loss is not None:
-            metrics.log({"step": step, "val_loss": loss, "val_bits_per_byte": loss * bits_per_byte,
-                         "val_perplexity": perplexity(loss), "tokens": samples * context})
-        return loss is not None
+    def __post_init__(self):
+        self.size, self.context = self.config.train, self.config.model.context
+        self.batch_sizes = BatchSizes(self.size, self.context)
+        # Seconds that training waited for checkpoints: for the last one, since the last record, and in all.
+        self.saving_once = self.saving = self.saving_in_all = 0.0
+        self.begin_record()
 
-    def waiting() -> None:
-        watchdog.beat("waiting for a checkpoint to be copied")
+    @property
+    def last(self) -> bool:
+        return self.step == self.size.max_steps
 
-    step, samples = start["step"], start["samples"]
-    agreement.requests.at_boundaries = True  # from here on a signal is obeyed in the loop
-    if agreement.exchange()[1] or ((step == 0 or start["extra"].get("validation_due")) and not validate(step)):
-        agreement.stop(f"before the first step: nothing to save; to go on: {resume_command(config)}")
-    recent, since, samples_then = [], time.monotonic(), samples  # losses of steps that were taken since the last record
-    # Seconds that training waited for checkpoints: for the last one, since the last record, and in all.
-    saving_once = saving = saving_in_all = 0.0
-    while step < size.max_steps:
-        rates.set(lr_factor(step, config.schedule, size.max_steps))
-        accumulation = batch_sizes.set(engine, step)
+    def begin_record(self) -> None:
+        """What the next record tells of begins here."""
+        self.recent: list[float] = []  # losses of the steps that were taken
+        self.since, self.samples_then = time.monotonic(), self.samples
+
+    def train_step(self) -> float:
+        """Take the next step; this rank's loss. DeepSpeed accumulates and clips, and steps after the last micro-batch."""
+        engine, insight, number = self.engine, self.insight, self.step + 1
+        self.rates.set(lr_factor(self.step, self.config.schedule, self.size.max_steps))
+        accumulation = self.batch_sizes.set(engine, self.step)
         step_loss = torch.zeros((), device=engine.device)
-        profiler.before(step + 1)
-        insight.begin(step + 1)
+        self.profiler.before(number)
+        insight.begin(number)
         for micro in range(accumulation):
-            watchdog.beat(f"taking step {step + 1}")
+            self.watchdog.beat(f"taking step {number}")
             insight.mark("data")
-            windows = loader.batch(samples, micro).to(engine.device)
+            windows = self.loader.batch(self.samples, micro).to(engine.device)
             insight.mark("forward")
-            loss, cross_entropy = training_loss(engine, windows, size.z_loss)
+            loss, cross_entropy = training_loss(engine, windows, self.size.z_loss)
             insight.mark("backward")
             engine.backward(loss)
             insight.mark("optimizer")
-            take_step(engine, step + 1)
+            take_step(engine, number)
             step_loss += cross_entropy.detach() / accumulation
         insight.end()
-        if traced := profiler.after(step + 1):
-            metrics.say(traced)
-        step, samples = step + 1, samples + batch_sizes.at(step)
-        loss, stopping = agreement.exchange(float(step_loss))
-        found = guard.look(step, loss)
+        if traced := self.profiler.after(number):
+            self.metrics.say(traced)
+        self.step, self.samples = number, self.samples + self.batch_sizes.at(self.step)
+        return float(step_loss)
+
+    def record(self) -> None:
+        """Log the steps since the last record."""
+        mean = sum(self.recent) / len(self.recent)
+        seconds, norm = time.monotonic() - self.since, self.engine.get_global_grad_norm()
+        speed = (self.samples - self.samples_then) * self.context / seconds
+        self.metrics.log({
+            "step": self.step, "loss": mean, "lr": self.rates.optimizer.param_groups[0]["lr"],
+            "grad_norm": None if norm is None else float(norm),
+            "samples": self.samples, "tokens": self.samples * self.context,
+            "global_batch_size": self.batch_sizes.at(self.step - 1), "epochs": self.loader.epochs(self.samples),
+            "tokens_per_s": round(speed, 1), "seconds": round(seconds, 3), "skipped_steps": self.guard.left_out,
+            "checkpoint_seconds": round(self.saving, 3), **self.insight.record(mean, speed),
+        })
+        self.saving = 0.0
+        self.begin_record()
+
+    def validate(self) -> bool:
+        """False: given up half-way, because the run is to stop (not after the last step, which has nothing left to do)."""
+        def stopping() -> bool:
+            self.watchdog.beat(f"validating after step {self.step}")
+            return not self.last and self.agreement.exchange()[1]
+
+        loss = validation_loss(self.engine, self.val_loader, self.engine.device, stopping)
+        if loss is not None:
+            bits_per_byte = loss * (self.loader.mixture.val_tokens_per_byte / math.log(2))
+            self.metrics.log({"step": self.step, "val_loss": loss, "val_bits_per_byte": bits_per_byte,
+                              "val_perplexity": perplexity(loss), "tokens": self.samples * self.context})
+        return loss is not None
+
+    def save(self, validation_due: bool) -> tuple[Path | None, bool]:
+        """(the checkpoint of this step, None where it couldn't be saved; whether the run is to stop)."""
+        def waiting() -> None:
+            self.watchdog.beat("waiting for a checkpoint to be copied")
+
+        self.watchdog.beat(f"saving step {self.step}")
+        if self.saving_once > LONG_SECONDS:
+            self.metrics.say(f"saving step {self.step}; the save before took {self.saving_once:.0f} s")
+        began = time.monotonic()
+        extra = {"validation_due": validation_due, "guard": self.guard.state(), "data": self.loader.mixture.digest}
+        saved = checkpoint.save(self.engine, self.config, self.description, self.step, self.samples, extra, self.metrics.say,
+                                waiting)
+        stopping = self.agreement.exchange()[1]  # asked for while saving
+        if (stopping or self.last) and not checkpoint.finish(self.engine, self.config, self.metrics.say, waiting):
+            saved = None
+        self.saving_once = time.monotonic() - began
+        self.saving, self.saving_in_all = self.saving + self.saving_once, self.saving_in_all + self.saving_once
+        return saved, stopping
+
+
+def run_steps(loop: Loop, validation_due: bool) -> int:
+    """Train to the last step; returns the samples it has seen then. `validation_due`: of the step that it begins from.
+
+    Raises Stopped when a rank was asked to stop: a checkpoint of this step is there then."""
+    size, agreement, guard, metrics = loop.size, loop.agreement, loop.guard, loop.metrics
+    agreement.requests.at_boundaries = True  # from here on a signal is obeyed in the loop
+    if agreement.exchange()[1] or (validation_due and not loop.validate()):
+        agreement.stop(f"before the first step: nothing to save; to go on: {resume_command(loop.config)}")
+    loop.begin_record()
+    while not loop.last:
+        loss, stopping = agreement.exchange(loop.train_step())
+        found = guard.look(loop.step, loss)
         if found.what != "fine":
-            metrics.event({"step": step, "event": found.what, "why": found.why, "samples": samples})
+            metrics.event({"step": loop.step, "event": found.what, "why": found.why, "samples": loop.samples})
         if found.what == "roll back":
-            step = guard.roll_back(description, metrics)
-            recent, since, samples_then = [], time.monotonic(), samples
+            loop.step = guard.roll_back(loop.description, metrics)
+            loop.begin_record()
             continue
         if found.what != "left out":
-            recent.append(loss)
-        metrics.step(step)
+            loop.recent.append(loss)
+        metrics.step(loop.step)
+        if (loop.step % size.log_every == 0 or loop.last) and loop.recent:
+            loop.record()
 
-        last = step == size.max_steps
-        if (step % size.log_every == 0 or last) and recent:
-            mean = sum(recent) / len(recent)
-            seconds, norm = time.monotonic() - since, engine.get_global_grad_norm()
-            speed = (samples - samples_then) * context / seconds
-            metrics.log({
-                "step": step, "loss": mean, "lr": rates.optimizer.param_groups[0]["lr"],
-                "grad_norm": None if norm is None else float(norm),
-                "samples": samples, "tokens": samples * context,
-                "global_batch_size": batch_sizes.at(step - 1), "epochs": loader.epochs(samples),
-                "tokens_per_s": round(speed, 1), "seconds": round(seconds, 3),
-                "skipped_steps": guard.left_out, "checkpoint_seconds": round(saving, 3), **insight.record(mean, speed),
-            })
-            recent, since, samples_then, saving = [], time.monotonic(), samples, 0.0
         paused = time.monotonic()
-        due = step % config.eval.every == 0 or last
-        if due and (last or not stopping):
-            due = not validate(step)
+        due = loop.step % loop.config.eval.every == 0 or loop.last
+        if due and (loop.last or not stopping):
+            due = not loop.validate()
             stopping |= due
-        if step % config.checkpoint.every == 0 or last or stopping:
-            watchdog.beat(f"saving step {step}")
-            if saving_once > LONG_SECONDS:
-                metrics.say(f"saving step {step}; the save before took {saving_once:.0f} s")
-            began = time.monotonic()
-            extra = {"validation_due": due, "guard": guard.state(), "data": loader.mixture.digest}
-            saved = checkpoint.save(engine, config, description, step, samples, extra, metrics.say, waiting)
-            stopping = agreement.exchange()[1]  # asked for while saving
-            if (stopping or last) and not checkpoint.finish(engine, config, metrics.say, waiting):
-                saved = None
-            saving_once = time.monotonic() - began
-            saving, saving_in_all = saving + saving_once, saving_in_all + saving_once
-        if stopping and not last:
-            agreement.stop(f"at step {step}, {f'saved {saved}' if saved else 'not saved'}; to go on: {resume_command(config)}")
-        since += time.monotonic() - paused  # tokens/s counts training only
-    metrics.say(f"training waited {saving_in_all:.1f} s for checkpoints to be saved")
-    return samples
+        if loop.step % loop.config.checkpoint.every == 0 or loop.last or stopping:
+            saved, stopping = loop.save(validation_due=due)
+        if stopping and not loop.last:
+            agreement.stop(f"at step {loop.step}, {f'saved {saved}' if saved else 'not saved'}; to go on: "
+                           f"{resume_command(loop.config)}")
+        loop.since += time.monotonic() - paused  # tokens/s counts training only
+    metrics.say(f"training waited {loop.saving_in_all:.1f} s for checkpoints to be saved")
+    return loop.samples
 
 
 def build_seeded(config: Config, index: dict):
