@@ -273,9 +273,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def leave(code: int) -> None:
     """End one of several ranks without Python's finalisation: gloo's threads now and then abort it, after all went well."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # what Python begins its end with: pools are told to end before their threads are waited for
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
