@@ -153,5 +153,5 @@ def test_interrupted_sweep_of_the_real_driver_goes_on_in_the_middle_of_a_run(dat
     assert "lr=0.001 | resuming at step " in result.stdout and "best learning rate: optimizer.lr=" in result.stdout
     assert {row["status"] for row in rows(str(tmp_path / "sweep.csv")).values()} == {"finished"}
     steps = [record["step"] for record in read_metrics(tmp_path / "lr=0.001") if "loss" in record]
-    assert steps == list(range(10, 301, 10))
-    assert json.loads((tmp_path / "lr=0.003/checkpoints/step_00000300/state.json").read_text())["samples"] == 600
+    assert steps == list(range(10, 1001, 10))
+    assert json.loads((tmp_path / "lr=0.003/checkpoints/step_00001000/state.json").read_text())["samples"] == 2000
