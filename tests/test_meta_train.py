@@ -16,7 +16,7 @@ from celo2_pretrain.cli import main
 from celo2_pretrain.meta import config, estimators, evolution, images, inner, rule, tasks, train
 from celo2_pretrain.optimizer import reference
 from celo2_pretrain.train.errors import UserError
-from celo2_pretrain.weights import load_weights
+from celo2_pretrain.weights import construct, load_weights
 
 EVOLVE = ["families=quadratic", "problems=3", "estimator=evolution", "init=constructed", "sigma=0.15", "truncation=12",
           "length_min=12", "length_max=12", "population=6", "lr_min=1e-2", "lr_max=5e-2", "save_every=3"]
@@ -386,20 +386,20 @@ def test_each_problem_has_one_vote():
     assert evolution.mean_rank(losses).tolist() == [0.5 / 3, (1 + 1 + 0.5) / 3, (2 + 2 + 2.5) / 3, (3 + 3 + 2.5) / 3]
 
 
-def test_evolution_finds_what_its_problems_ask_for():
-    """Over 40 generations on noisy quadratics the rule comes to end with lower losses than where it began."""
+def test_evolution_finds_what_its_problems_ask_for(monkeypatch):
+    """From the slowest momentum, which ends twelve steps badly, 40 generations on noisy quadratics lead away."""
     pytest.importorskip("cma")
-    setup = config.load_config(None, EVOLVE)
-    search = evolution.Evolution(setup)
-    begin = search.mlp()
-    torch.testing.assert_close(reference.direction(x := torch.randn(30, 4, 5), begin) / 0.5 * 1.04 ** 0.5,
-                               reference.direction(x, load_weights("constructed")))
+    monkeypatch.setitem(construct.RECIPES, "constructed", ("m(0.999)", {5: 1.0}))
+    search = evolution.Evolution(config.load_config(None, EVOLVE))
+    begin, x = search.mlp(), torch.randn(30, 4, 5)
+    torch.testing.assert_close(reference.direction(x, begin), 0.5 * x[5])
     for _ in range(40):
         record = search.advance()
     assert record["step"] == 40 and record["inner_steps"] == 40 * 6 * 3 * 12 and record["broken"] == 0
     judge = evolution.Family("quadratic", config.load_config(None, [*EVOLVE, "problems=32"]), 77)
     losses = judge.evaluate(torch.stack([rule.flatten(mlp) for mlp in 3 * [begin, search.mlp()]]))
-    assert (losses[1] < losses[0]).float().mean() > 0.65 and losses[1].mean() < losses[0].mean()
+    differ = (losses[1] / losses[0] - 1).abs() > 0.01  # the others' noise hides what a rule does
+    assert differ.float().mean() > 0.3 and (losses[1] < losses[0])[differ].float().mean() > 0.9
 
 
 def test_a_resumed_evolution_is_the_uninterrupted_one(tmp_path):
