@@ -76,7 +76,8 @@ def main() -> None:
                         seconds["step beside a copy"].append(beside)
                         seconds["step alone"].append(alone)
         size = sum(path.stat().st_size for path in Path(run).rglob("*") if path.is_file())
-    base = {"plain save": "plain save", "staged save": "plain save", "step alone": "step alone", "step beside a copy": "step alone"}
+    base = {"plain save": "plain save", "staged save": "plain save",
+            "step alone": "step alone", "step beside a copy": "step alone"}
     rows = []
     for name, found in seconds.items():
         low, middle, high = statistics.quantiles([a / b for a, b in zip(found, seconds[base[name]])], n=4)

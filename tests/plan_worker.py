@@ -12,7 +12,6 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from celo2_pretrain import Celo2
 from celo2_pretrain.model.build import build_model
 from celo2_pretrain.train.config import load_config
 from celo2_pretrain.train.deepspeed_config import deepspeed_config

@@ -238,7 +238,8 @@ def test_a_bad_gradient_changes_nothing(bad, caplog):
 
 @pytest.mark.parametrize("arguments,word", [
     (dict(lr=-1.0), "lr must be"), (dict(lr=float("nan")), "lr must be"), (dict(weight_decay=-0.1), "weight_decay"),
-    (dict(adamw_betas=(0.9, 1.0)), "adamw_betas"), (dict(state_dtype="fp4"), "state_dtype"), (dict(nonfinite="hope"), "nonfinite"), (dict(bucket_size=0), "bucket_size"),
+    (dict(adamw_betas=(0.9, 1.0)), "adamw_betas"), (dict(state_dtype="fp4"), "state_dtype"), (dict(nonfinite="hope"), "nonfinite"),
+    (dict(bucket_size=0), "bucket_size"),
     (dict(weights="no/such/file.safetensors"), "no/such/file"),
 ])
 def test_bad_arguments_are_refused_with_their_value(arguments, word):

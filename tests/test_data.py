@@ -1,6 +1,5 @@
 """Corpus to tokens to batches: nothing is lost, the split is fixed, every batch is a function of its position."""
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -1,6 +1,5 @@
 """Every kind of source gives its documents whole, in a fixed order, split for good, and goes on from any cursor."""
 import gzip
-import itertools
 import json
 from pathlib import Path
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from ..train.config import convert, key, keys
-from ..train.errors import UserError, one_line
+from ..train.errors import UserError, one_line, one_line
 
 
 @dataclass
@@ -22,7 +22,7 @@ class MetaConfig:
                         "task families, separated by blanks: mlp/SET, conv/SET, residual/SET, transformer, quadratic")
     problems: int = key(8, "inner problems of each family at a time (PES: antithetic pairs)", 1)
     estimator: Literal["pes", "analytic", "evolution"] = key(
-        "pes", "outer gradient: persistent evolution strategies, or back-propagation; or no gradient: CMA-ES over constructed rules")
+        "pes", "outer gradient by persistent evolution strategies or back-propagation; or none: CMA-ES over constructed rules")
     population: int = key(12, "candidates of a generation (evolution)", 4)
     truncation: int = key(50, "inner steps between two outer steps", 1)
     tail: float = key(1.0, "share of a truncation's steps, the last ones, whose losses count", 0, 1)
@@ -86,7 +86,7 @@ def load_config(path: str | None, overrides: list[str]) -> MetaConfig:
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={config.device} can't be used here ({str(error).splitlines()[0]}): cpu, cuda or cuda:N") from None
+        raise UserError(f"device={config.device} can't be used here ({one_line(error)}): cpu, cuda or cuda:N") from None
     if not config.family_names:
         raise UserError("families is empty: name at least one, for example families=mlp/digits")
     return config

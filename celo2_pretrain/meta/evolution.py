@@ -1,10 +1,10 @@
 """Meta-training by evolution: CMA-ES over few numbers from which theta is constructed, judged by whole inner trainings.
 
-No gradient, so nothing is looked at but how inner trainings end: none of the bias of short truncations. In all 347 dimensions that
-would want far more trainings than two cores make. So theta is sought among the rules that `weights.construct` makes: a linear
-combination of the features that change sign with the gradient, of which what is above 1 counts by
-another slope. Each generation's candidates train the same fresh problems, and every problem ranks them: it has one vote,
-however large its loss is. CMA-ES is that of the `cma` package (Hansen et al.).
+No gradient, so nothing is looked at but how inner trainings end: none of the bias of short truncations. In all 347 dimensions
+that would want far more trainings than two cores make. So theta is sought among the rules that `weights.construct` makes: a
+linear combination of the features that change sign with the gradient, of which what is above 1 counts by another slope. Each
+generation's candidates train the same fresh problems, and every problem ranks them: it has one vote, however large its loss
+is. CMA-ES is that of the `cma` package (Hansen et al.).
 """
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Evolution:
             raise UserError(f"length_min={config.length_min}, length_max={config.length_max}, truncation={config.truncation}: "
                             "evolution judges whole trainings; give all three the same number of steps")
         if find_spec("cma") is None:
-            raise UserError("estimator=evolution needs the cma package, which isn't installed: pip install 'celo2-pretrain[meta]'")
+            raise UserError("estimator=evolution needs the cma package, which isn't installed: pip install "
+                            "'celo2-pretrain[meta]'")
         self.config, self.step, self.seconds, self.inner_steps = config, 0, 0.0, 0
         self.families = [Family(name, config, config.seed * 1000 + k) for k, name in enumerate(config.family_names)]
         self.search = _search(config)

@@ -120,7 +120,8 @@ def transformer(vocabulary: int = 32, length: int = 24, width: int = 24, layers:
 
     def init(generator: torch.Generator) -> Params:
         p = {"embed": torch.randn(vocabulary, width, generator=generator) * 0.3,
-             "position": torch.randn(length - 1, width, generator=generator) * 0.1, "head": _weights(generator, width, vocabulary, gain=0.1)}
+             "position": torch.randn(length - 1, width, generator=generator) * 0.1,
+             "head": _weights(generator, width, vocabulary, gain=0.1)}
         for k in range(layers):
             for name in ("q", "k", "v"):
                 p[f"{name}{k}"] = _weights(generator, width, width)

@@ -104,7 +104,8 @@ def run(config: MetaConfig, resume: bool = False, overwrite: bool = False) -> Pa
                         "give another folder with out=…")
     if resume and not (out / CHECKPOINT).is_file():
         raise UserError(f"{out} has no {CHECKPOINT} to resume from")
-    training = (Evolution if config.estimator == "evolution" else MetaTraining)(config)  # before anything is written: it says what is missing
+    # Before anything is written: it says what is missing.
+    training = (Evolution if config.estimator == "evolution" else MetaTraining)(config)
     if resume:
         training.load(out / CHECKPOINT)
         _drop_after(out / METRICS, training.step)

@@ -56,7 +56,8 @@ class Celo2(torch.optim.Optimizer):
             round-off: sharded and unsharded steps then agree to 1e-2, not 1e-5 (docs/newton_schulz.md).
         adamw_betas, adamw_eps: of the AdamW rule (group).
         nonfinite: what a NaN, an Inf or a value above 1.8e19 (whose square overflows) in a gradient does: `"error"` raises
-            FloatingPointError naming the tensors before anything is changed, `"skip"` leaves the step out (all ranks alike) with a warning, `"ignore"` doesn't look.
+            FloatingPointError naming the tensors before anything is changed, `"skip"` leaves the step out (all ranks
+            alike) with a warning, `"ignore"` doesn't look.
             DeepSpeed leaves such steps out by itself (fp16, and bf16 unless `check_grad_overflow` is false), before it
             calls the optimizer; where it doesn't, it steps one param group after the other, and "before anything"
             means the group at hand.
@@ -239,7 +240,8 @@ class Celo2(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore states bit for bit (torch's own would cast float32 states to a bf16 parameter's dtype).
 
-        States that were saved in another `state_dtype` are converted. Raises ValueError where the groups differ from those that were saved.
+        States that were saved in another `state_dtype` are converted. Raises ValueError where the groups differ from those
+        that were saved.
         """
         saved = state_dict["param_groups"]
         if len(saved) != len(self.param_groups) or any(

@@ -124,7 +124,8 @@ def _given(originals: list[Original]) -> list[Layout]:
                 sharded.setdefault(group, []).append(Slice(original, start, stop, 0, param))
                 continue
         plain.setdefault(param.device, []).append(Slice(original, 0, prod(original.shape), 0, param))
-    return [Layout("whole", slices) for slices in plain.values()] + [Layout("DTensor", slices, group) for group, slices in sharded.items()]
+    return [*(Layout("whole", slices) for slices in plain.values()),
+            *(Layout("DTensor", slices, group) for group, slices in sharded.items())]
 
 
 def _refuse_unknown(original: Original) -> None:
