@@ -2,6 +2,7 @@
 import contextlib
 import os
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -56,6 +57,17 @@ def data(tmp_path_factory) -> str:
     out = str(tmp_path_factory.mktemp("data") / "tokens")
     assert main(["prepare", "--stdlib", "--max-mb", "0.3", "--vocab-size", "512", "--out", out]) == 0
     return out
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """What a test makes of signals in this process ends with it: processes that later tests start would inherit it."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        if handler is not None:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

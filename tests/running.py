@@ -8,8 +8,9 @@ from processes import environment
 
 
 def default_signals() -> None:
-    """What a process started in a terminal has (one started in the background by a script ignores SIGINT)."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """What a process started in a terminal has (one started in the background by a script ignores SIGINT, by nohup SIGHUP)."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Driver:
