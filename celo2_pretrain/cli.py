@@ -8,7 +8,7 @@ from celo2_pretrain.meta import command as meta_train
 from celo2_pretrain.meta.evaluation import command as meta_eval
 from celo2_pretrain.plan import command as planning
 from celo2_pretrain.train import once, restarts
-from celo2_pretrain.train.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError, say
+from celo2_pretrain.train.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError, flush, say
 
 INTRODUCTION = """\
 Pretrain GPT-style models with Celo2, a learned optimizer, under DeepSpeed.
@@ -274,8 +274,8 @@ def main(argv: list[str] | None = None) -> int:
 def leave(code: int) -> None:
     """End one of several ranks without Python's finalisation: gloo's threads now and then abort it, after all went well."""
     threading._shutdown()  # what Python begins its end with: pools are told to end before their threads are waited for
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush(sys.stdout)
+    flush(sys.stderr)
     os._exit(code)
 
 

@@ -1,5 +1,11 @@
 """What a user is told: one line, of a length that can be read, whatever a library said."""
-from celo2_pretrain.train.errors import LONGEST, UserError, one_line
+import contextlib
+import errno
+import io
+import os
+import sys
+
+from celo2_pretrain.train.errors import LONGEST, UserError, one_line, say, tell
 
 
 def test_a_user_error_is_one_line_of_bounded_length():
@@ -14,3 +20,29 @@ def test_a_user_error_is_one_line_of_bounded_length():
 def test_a_librarys_error_becomes_a_part_of_a_line():
     assert one_line(ValueError("size\tmismatch:\n\n  (2, 3)\x1b[0m")) == "size mismatch: (2, 3)?[0m"
     assert one_line(MemoryError()) == "MemoryError" and len(one_line(ValueError("word " * 1000))) < 410
+
+
+class Full(io.StringIO):
+    """A file on a full disk."""
+
+    def write(self, text: str = "") -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    flush = write
+
+
+def test_what_cant_be_told_ends_no_run_and_takes_no_error_with_it(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Full())
+    told = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", told)
+    tell("step 3")
+    say("error: the first one")
+    assert told.getvalue() == "celo2-pretrain: error: the first one\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        tell("step 4")  # tee was interrupted
+        monkeypatch.undo()
+        with contextlib.suppress(BrokenPipeError):
+            gone.close()

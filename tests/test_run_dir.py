@@ -1,5 +1,7 @@
 """Whose the run folder is, and when an old run in it goes."""
+import errno
 import fcntl
+import math
 import os
 import re
 import signal
@@ -14,7 +16,7 @@ import pytest
 import torch
 from fuzz import snapshot
 
-from celo2_pretrain.train import checkpoint, choose, failures, loop, manifest
+from celo2_pretrain.train import checkpoint, choose, failures, loop, manifest, run_lock
 from celo2_pretrain.train.config import load_config
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.metrics import Metrics
@@ -118,6 +120,29 @@ def test_a_killed_run_lets_go_and_so_do_its_forks(tmp_path, other):
         os.waitpid(child, 0)
 
 
+@pytest.mark.parametrize("goes", [True, False])
+def test_the_lock_of_another_node_is_waited_for_as_long_as_a_server_may_keep_it(tmp_path, monkeypatch, capsys, goes):
+    (tmp_path / ".lock").write_text("7 on a node that is gone\n")
+    waits, real = [], fcntl.flock
+
+    def busy(*arguments):
+        if len(waits) < (3 if goes else math.inf):
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return real(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", busy)
+    monkeypatch.setattr(run_lock, "LEASE_SECONDS", 100.0 if goes else 0.05)
+    monkeypatch.setattr(run_lock, "time", SimpleNamespace(monotonic=time.monotonic, sleep=waits.append))
+    with RunLock(str(tmp_path), 0) as lock:
+        if goes:
+            lock.take()
+            assert len(waits) == 3 and (tmp_path / ".lock").read_text().startswith(f"{os.getpid()} on ")
+        else:
+            with pytest.raises(InUse, match="in use by another run .process 7 on a node that is gone."):
+                lock.take()
+    assert capsys.readouterr().err.count("for process 7 on a node that is gone to let go of ") == 1
+
+
 def test_a_folder_without_locks_is_passed_over(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(95, "Operation not supported")
@@ -137,9 +162,14 @@ def test_what_a_run_leaves_by_resuming_from_an_earlier_step_is_not_gone_on_from(
     checkpoint.go_on_from(steps[1000], said.append)
     assert [choose.step_of(path) for path in choose.in_order(folder)] == [500, 1000] and choose.latest(folder) == "step_00001000"
     assert sorted(path.name for path in folder.glob("ab*")) == ["abandoned_step_00001234", "abandoned_step_00001300"]
-    assert len(said) == 1 and "abandoned_step_00001234, abandoned_step_00001300, which the next save removes" in said[0]
+    assert len(said) == 1 and "abandoned_step_00001234, abandoned_step_00001300, which are removed when the run has come as far again" in said[0]
     new = folder / "step_00001500"
     new.mkdir()
+    early = folder / "step_00001100"
+    early.mkdir()
+    checkpoint.prune(early, 2, 0, said.append)  # the run hasn't come as far again: what it has given up may still be wanted
+    assert len(list(folder.glob("ab*"))) == 2
+    early.rmdir()
     checkpoint.prune(new, 2, 0, said.append)
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00001000", "step_00001500"]
     checkpoint.go_on_from(new, said.append)

@@ -128,11 +128,12 @@ def test_the_other_ranks_stay_as_long_and_all_give_up_in_time(slow, monkeypatch)
     settle(said.append, beat=lambda: beats.append(1))
     assert copying.thread.is_alive() and len(beats) >= 2 and len(said) == 1
     monkeypatch.setattr(Copy, "under_way", None)  # another rank
-    settle(said.append, copying.staged)
+    monkeypatch.setattr(Copy, "folder", copying.staged)
+    settle(said.append)
     assert copying.staged.exists() and len(said) == 2
     go.set()
     monkeypatch.setattr(staging, "WAIT_SECONDS", 60.0)
-    settle(said.append, copying.staged)
+    settle(said.append)
     assert named and not copying.staged.exists()
 
 

@@ -41,8 +41,9 @@ if os.environ.get("BREAK") == str(lr):
     sys.exit("celo2-pretrain: error: the disk is full")
 if lr > 3e-3:
     sys.exit("celo2-pretrain: error: training diverged: loss nan at step 7; lower optimizer.lr")
+loss = None if os.environ.get("LOST") == str(lr) else 3 + abs(math.log(lr / 3e-4))
 records = [{"step": 0, "val_loss": 6.0, "val_bits_per_byte": 3.0}, {"step": 10, "loss": 3.0, "seconds": 1.5},
-           {"step": steps, "val_loss": 3 + abs(math.log(lr / 3e-4)), "val_bits_per_byte": 1}]
+           {"step": steps, "val_loss": loss, "val_bits_per_byte": 1}]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\\n" for record in records))
 (folder / "checkpoints/latest").write_text(f"step_{steps:08d}")
 '''
@@ -97,6 +98,14 @@ def test_finished_runs_are_left_and_others_go_on(sweep, monkeypatch):
     status, printed, calls = sweep("--lrs", "1e-3,1e-4,3e-3,1e-2")
     assert status == 0 and calls == [] and Path("out/sweep.csv").read_bytes() == before
     assert "lr=0.01: diverged already" in printed
+
+
+def test_a_run_whose_last_loss_is_no_number_has_diverged(sweep, monkeypatch):
+    monkeypatch.setenv("LOST", "0.001")
+    status, printed, calls = sweep("--lrs", "1e-4,1e-3")
+    assert status == 0 and {lr: row["status"] for lr, row in rows().items()} == {"0.0001": "finished", "0.001": "diverged"}
+    status, printed, calls = sweep("--lrs", "1e-4,1e-3")
+    assert status == 0 and calls == []
 
 
 def test_best_at_the_upper_end_is_warned_of_unless_larger_ones_diverged(sweep):

@@ -4,7 +4,7 @@
                                          any_world/: parameters and optimizer state for another world (optimizer/state.py);
                                          manifest.json: size and sha256 of every other file
     run_dir/checkpoints/latest           the name of the newest one, moved last
-    run_dir/checkpoints/abandoned_step_… later than the one that the run was resumed from; the next save removes it
+    run_dir/checkpoints/abandoned_step_… later than the one that the run was resumed from; removed when it has come as far
     run_dir/checkpoints/.tmp-*           what is being written or removed; the next start clears it away
 
 `save`, `load` and `finish` are called by every rank.
@@ -98,6 +98,7 @@ def save(engine, config: Config, description: dict, step: int, samples: int, ext
         not_saved(config, final, error, step == config.train.max_steps, tell)
         return None
     files.newest = final
+    Copy.folder = place if staging else None
     return final
 
 
@@ -115,6 +116,7 @@ def finish(engine, config: Config, say: Callable[[str], None] = print, beat: Cal
         say(f"waiting for the copy of {newest.name} from {config.checkpoint.staging}")
     while any(gather(copying is not None and copying.goes_on(ROUND_SECONDS))):
         beat()
+    Copy.folder = None
     try:
         together(lambda: copying.wait() if copying else None)
     except StateError as error:
@@ -127,7 +129,7 @@ def finish(engine, config: Config, say: Callable[[str], None] = print, beat: Cal
 def leave(engine, config: Config, say: Callable[[str], None], beat: Callable[[], None]) -> None:
     """On a rank that leaves training with an error, also alone: give the copy under way some time, and `beat` meanwhile."""
     if config.checkpoint.staging and files_of(engine).newest:  # else what lies there is of an earlier run
-        settle(say, staged_folder(config.checkpoint.staging, config.run_dir), beat)
+        settle(say, beat)
 
 
 def not_saved(config: Config, final: Path, error: StateError, last: bool, tell: Callable[[str], None]) -> None:
@@ -208,10 +210,13 @@ def make_whole(folder: Path, step: int, entries: dict[str, dict[str, Any]]) -> N
 
 
 def prune(newest: Path, keep_last: int, keep_every: int, say: Callable[[str], None]) -> None:
-    """Remove what is older than the `keep_last` newest ones, where every `keep_every`-th step stays, and what was abandoned."""
+    """Remove what is older than the `keep_last` newest ones, where every `keep_every`-th step stays, and what was
+    abandoned, once the run has come as far again."""
     old = [path for path in in_order(newest.parent) if step_of(path) < step_of(newest)]
     doomed = [path for path in old[: max(0, len(old) - keep_last + 1)] if not keep_every or step_of(path) % keep_every]
-    for path in (*doomed, *newest.parent.glob(f"{ABANDONED}step_*")):
+    abandoned = [path for path in newest.parent.glob(f"{ABANDONED}step_*")
+                 if (number := path.name.rpartition("_")[2]).isdecimal() and int(number) <= step_of(newest)]
+    for path in (*doomed, *abandoned):
         try:
             remove(path)
         except OSError as error:
@@ -244,7 +249,7 @@ def go_on_from(checkpoint: Path, say: Callable[[str], None]) -> None:
         os.rename(path, to)
     if later:
         say(f"going on from {checkpoint.name}: what was saved later is now {', '.join(ABANDONED + path.name for path in later)}, "
-            f"which the next save removes")
+            f"which are removed when the run has come as far again")
 
 
 def load(engine, checkpoint: Path, other_world: bool) -> None:

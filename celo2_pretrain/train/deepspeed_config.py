@@ -48,11 +48,13 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
 def check_raw(made: dict, raw: dict) -> None:
     """Raises UserError for what of `raw` DeepSpeed can't read: when it builds its engine, the run before has gone already."""
     from deepspeed.runtime.config import DeepSpeedConfig  # late: the command line quietens it first
+    from deepspeed.utils import logger
     from pydantic import ValidationError
 
     for part in (*({name: value} for name, value in raw.items()), raw):  # one by one, to name what is wrong
         whole = copy.deepcopy(merge(made, part))
         del whole["train_batch_size"]  # it would be compared with the number of ranks, which haven't met yet
+        logger.disabled = True  # the engine warns of the same, once
         try:
             DeepSpeedConfig(whole)
         except Exception as error:  # it reads what it is given, and fails as that comes
@@ -63,3 +65,5 @@ def check_raw(made: dict, raw: dict) -> None:
             name = f"deepspeed.{next(iter(part))[:100]}" if len(part) == 1 else "deepspeed"
             raise UserError(f"{name}: DeepSpeed can't read it: {why}; its keys are listed at "
                             "https://www.deepspeed.ai/docs/config-json/") from None
+        finally:
+            logger.disabled = False

@@ -28,10 +28,21 @@ class Stopped(Exception):
 
 def say(text: str) -> None:
     """Tell the user on standard error, in one piece, as other ranks write too; where it is gone, nobody is told."""
+    flush(sys.stdout)
     with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
         sys.stderr.write(f"celo2-pretrain: {text}\n")
-        sys.stderr.flush()
+    flush(sys.stderr)
+
+
+def tell(text: str) -> None:
+    """Print a line of a run; where standard output is gone (`| tee` that was interrupted) or full, the run goes on."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, flush=True)
+
+
+def flush(stream) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        stream.flush()
 
 
 def shown(value) -> str:

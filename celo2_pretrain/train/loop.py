@@ -5,7 +5,6 @@ import random
 import shutil
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -21,7 +20,7 @@ from celo2_pretrain.model.build import build_model, vocab_rows
 from celo2_pretrain.model.sample import sample
 from celo2_pretrain.optimizer.state import gather
 from celo2_pretrain.plan.step_time import flops_per_token
-from celo2_pretrain.train import checkpoint, choose, memory
+from celo2_pretrain.train import checkpoint, choose, errors, memory
 from celo2_pretrain.train.checks import check_node, check_ranks, check_run_dir, warn
 from celo2_pretrain.train.config import Config, dump_config
 from celo2_pretrain.train.deepspeed_config import deepspeed_config
@@ -81,7 +80,7 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     val_loader = ValLoader(mixture, context, size.micro_batch_size, config.eval.sequences, rank, world_size)
     description = checkpoint.describe(config, index, world_size)
     start = {"step": 0, "samples": 0, "other_world": [], "extra": {}}
-    tell = partial(print, flush=True) if rank == 0 else lambda text: None  # it may be long until the next line
+    tell = errors.tell if rank == 0 else lambda text: None
     if resume == choose.AUTO:
         lock.take()
         join_and_look(config.run_dir)  # they share the reading
@@ -358,7 +357,7 @@ def start_run_dir(config: Config, ds_config: dict, world_size: int, resume_from:
     """
     folder = Path(config.run_dir)
     if resume_from:
-        checkpoint.go_on_from(resume_from, print)
+        checkpoint.go_on_from(resume_from, errors.tell)
     else:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
@@ -388,6 +387,8 @@ def finish(engine, config: Config, mixture: Mixture, metrics: Metrics) -> None:
             if wanted:
                 work()
         except Exception as error:
+            if work is sampled and config.train.zero_stage == 3 and dist.get_world_size() > 1:
+                raise  # the ranks gather the weights together: the others wait for this one
             metrics.say(f"warning: no {what}: {one_line(error)}")
     if metrics.active:
         metrics.say(f"to train further: {resume_command(config, 2 * config.train.max_steps)}")

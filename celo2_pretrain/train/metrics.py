@@ -10,7 +10,7 @@ from typing import Callable
 from tqdm import tqdm
 
 from celo2_pretrain.train.checkpoint import write_atomically
-from celo2_pretrain.train.errors import one_line
+from celo2_pretrain.train.errors import one_line, tell
 from celo2_pretrain.train.json_file import parse_json
 
 
@@ -98,8 +98,8 @@ class Metrics:
         else:
             left = (time.monotonic() - self.started) / max(1, step - self.start_step) * (self.max_steps - step)
             mfu = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
-            print(f"step {step:>6}/{self.max_steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}"
-                  f"  {record['tokens_per_s']:>7,.0f} tokens/s{mfu}  {left // 60:.0f}m{left % 60:02.0f}s left", flush=True)
+            tell(f"step {step:>6}/{self.max_steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}"
+                 f"  {record['tokens_per_s']:>7,.0f} tokens/s{mfu}  {left // 60:.0f}m{left % 60:02.0f}s left")
 
     def event(self, record: dict) -> None:
         """Write a record with "step" and "event" (docs/bad_numbers.md), and say its "why"."""
@@ -117,7 +117,7 @@ class Metrics:
     def say(self, text: str) -> None:
         if self.active:
             self.bar.clear()
-            print(text, flush=True)
+            tell(text)
             self.bar.refresh()
 
     def close(self) -> None:

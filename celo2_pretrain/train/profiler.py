@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from celo2_pretrain.train.config import Config, profiled_steps
+from celo2_pretrain.train.errors import one_line
 
 REQUEST = "PROFILE"
 MOST_REQUESTED = 100  # steps; a trace has some MB a step
@@ -44,10 +45,13 @@ class Profiler:
         if not self.running or step < min(self.last, self.max_steps):
             return None
         self.running.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        running, self.running = self.running, None
         path = self.folder / f"steps_{self.first}-{step}_rank{self.rank}.json.gz"
-        self.running.export_chrome_trace(str(path))
-        self.running = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            running.export_chrome_trace(str(path))
+        except (OSError, RuntimeError) as error:
+            return f"warning: no trace of steps {self.first} to {step}: {one_line(error)}"
         return f"trace of steps {self.first} to {step}: {path} (open it in ui.perfetto.dev)"
 
     def _requested(self, step: int) -> None:

@@ -6,21 +6,33 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 
-from celo2_pretrain.train.errors import Stopped, UserError
+from celo2_pretrain.train.errors import Stopped, UserError, say
+from celo2_pretrain.train.staging import Copy
 
 NAME = ".lock"
+LEASE_SECONDS, LOOK_SECONDS = 120.0, 10.0  # an NFS server keeps the lock of a node that is gone for some 90 s
 
 
 class InUse(UserError):
     """Another run is at work in the folder, which must not hear of this one's end (failures.py)."""
 
 
+def _busy(file: int) -> OSError | None:
+    """Take the lock; what keeps it from being taken, None where nothing does."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error
+    return None
+
+
 class RunLock:
     """A context manager, on every rank; only rank 0 takes the lock.
 
-    An error other than UserError and Stopped leaves it to the end of the process: a copy may be under way then.
+    A copy that is under way, and an error other than UserError and Stopped, leave it to the end of the process.
     """
 
     def __init__(self, run_dir: str, rank: int):
@@ -35,10 +47,16 @@ class RunLock:
             file = os.open(self.run_dir / NAME, os.O_RDWR | os.O_CREAT, 0o666)  # not for programs that are started from here
         except OSError:
             return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(file, 300).decode(errors="replace").strip() or "of unknown number"
+        until, told = time.monotonic() + LEASE_SECONDS, False
+        while error := _busy(file):
+            holder = os.pread(file, 300, 0).decode(errors="replace").strip() or "of unknown number"
+            here = holder.endswith(f" on {socket.gethostname()}")
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN) and not here and time.monotonic() < until:
+                if not told:
+                    say(f"waiting up to {LEASE_SECONDS:g} s for process {holder} to let go of {self.run_dir}: its node may be gone")
+                told = True
+                time.sleep(LOOK_SECONDS)
+                continue
             os.close(file)
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
                 raise InUse(f"run_dir {str(self.run_dir)!r} is in use by another run (process {holder}): wait for its end or "
@@ -58,5 +76,6 @@ class RunLock:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if kind is None or issubclass(kind, (UserError, Stopped)):
+        copying = Copy.under_way and Copy.under_way.thread.is_alive()
+        if not copying and (kind is None or issubclass(kind, (UserError, Stopped))):
             self._close()

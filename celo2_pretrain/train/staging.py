@@ -41,14 +41,14 @@ def staged_folder(staging: str, run_dir: str) -> Path:
     return Path(staging, f"celo2-{hashlib.sha256(os.path.abspath(run_dir).encode()).hexdigest()[:12]}")
 
 
-def settle(say: Callable[[str], None], staged: Path | None = None, beat: Callable[[], None] = lambda: None) -> None:
+def settle(say: Callable[[str], None], beat: Callable[[], None] = lambda: None) -> None:
     """Before this process leaves with an error: wait up to WAIT_SECONDS for the copy that rank 0 has under way.
 
-    Nothing is exchanged, as the others may be anywhere. A rank without the thread is given the folder `staged`, which goes when
-    the copy ends, and stays as long: a launcher ends all ranks when one has left.
+    Nothing is exchanged, as the others may be anywhere. A rank without the thread looks at the folder, which goes when the copy
+    ends, and stays as long: a launcher ends all ranks when one has left.
     """
     def copying() -> bool:
-        return Copy.under_way.thread.is_alive() if Copy.under_way else staged is not None and staged.exists()
+        return Copy.under_way.thread.is_alive() if Copy.under_way else Copy.folder is not None and Copy.folder.exists()
 
     until = time.monotonic() + WAIT_SECONDS
     if copying():
@@ -67,6 +67,7 @@ class Copy:
     """
 
     under_way: "Copy | None" = None  # this process's
+    folder: Path | None = None  # where rank 0's is staged, once this run has saved
 
     def __init__(self, staged: Path, temporary: Path, final: Path, publish: Callable[[dict], None]):
         self.staged, self.temporary, self.final, self.publish = staged, temporary, final, publish

@@ -48,8 +48,9 @@ class Run:
         latest = self.folder / "checkpoints" / "latest"
         if not latest.is_file():
             return "new"
-        done = latest.read_text().strip() == f"step_{self.config.train.max_steps:08d}" and self.last()
-        return "finished" if done else "begun"
+        if latest.read_text().strip() != f"step_{self.config.train.max_steps:08d}":
+            return "begun"
+        return "finished" if self.last() else "diverged"  # a loss that is no number is none in the metrics
 
     def last(self) -> dict | None:
         """The validation after the last step."""
