@@ -12,7 +12,7 @@ import transformers
 from celo2_pretrain.data.loader import ValLoader
 from celo2_pretrain.data.mixture import open_mixture
 from celo2_pretrain.model.export import export, load_trained
-from celo2_pretrain.train.checkpoint import write_atomically
+from celo2_pretrain.train.manifest import write_atomically
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.evaluate import validation_loss
 

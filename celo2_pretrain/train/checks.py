@@ -22,7 +22,7 @@ from celo2_pretrain import param_groups
 from celo2_pretrain.model.build import build_model
 from celo2_pretrain.train.config import Config, dump_config
 from celo2_pretrain.train.errors import UserError, one_line, say, shown
-from celo2_pretrain.train.ranks import world_from_environment
+from celo2_pretrain.train.ranks import ranks_here, world_from_environment
 
 MIB, GB = 1 << 20, 1e9
 STATE_BYTES = {"fp32": 16, "bf16": 8, "fp8": 4}  # Celo2's accumulators, each parameter; AdamW has 8
@@ -31,11 +31,6 @@ SHM_GPU_NODE = 1024 * MIB  # what NVIDIA advises for NCCL in a container
 OPEN_FILES = 4096  # sockets to all ranks, shards, libraries; many systems begin with 1024
 CLOCK_SECONDS = 5.0
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
-
-
-def ranks_here() -> int:
-    """Ranks of this node, as torchrun or DeepSpeed's launcher tell."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def warn(text: str) -> None:

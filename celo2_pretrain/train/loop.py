@@ -31,6 +31,7 @@ from celo2_pretrain.train.flops import Peak, peak_of
 from celo2_pretrain.train.guard import Guard, guarded, take_step
 from celo2_pretrain.train.insight import Insight, perplexity
 from celo2_pretrain.train.launcher import resume_command
+from celo2_pretrain.train.manifest import write_atomically
 from celo2_pretrain.train.metrics import Metrics
 from celo2_pretrain.train.optim import Rates, build_optimizer, telling_backend
 from celo2_pretrain.train.origin import remove_origin, write_origin
@@ -362,8 +363,8 @@ def start_run_dir(config: Config, ds_config: dict, world_size: int, resume_from:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         remove_origin(folder)
-    checkpoint.write_atomically(folder / "config.yaml", dump_config(config))
-    checkpoint.write_atomically(folder / "deepspeed.json", json.dumps(ds_config, indent=1) + "\n")
+    write_atomically(folder / "config.yaml", dump_config(config))
+    write_atomically(folder / "deepspeed.json", json.dumps(ds_config, indent=1) + "\n")
     write_origin(folder, world_size, peak)
 
 

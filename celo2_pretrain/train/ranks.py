@@ -28,6 +28,11 @@ def world_from_environment() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def ranks_here(default: int = 1) -> int:
+    """Ranks of this node, as torchrun or DeepSpeed's launcher tell; `default` where neither does."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or default)
+
+
 def free_port() -> int:
     """A port nobody listens on, below those that systems give to outgoing connections: gloo's own can't take it before the
     ranks meet there."""

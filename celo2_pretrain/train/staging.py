@@ -15,6 +15,7 @@ from typing import Callable
 from celo2_pretrain.optimizer.state import StateError
 from celo2_pretrain.train import manifest
 from celo2_pretrain.train.errors import UserError, one_line
+from celo2_pretrain.train.ranks import ranks_here
 
 WAIT_SECONDS = 60.0  # of a run that ends with an error, for the copy
 POLL_SECONDS = 0.1
@@ -24,7 +25,7 @@ def check_staging(staging: str | None, world_size: int) -> None:
     """Raises UserError when `staging` can't be a folder that all ranks see, or can't be written."""
     if staging is None:
         return
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    here = ranks_here(world_size)
     if here < world_size:
         raise UserError(f"checkpoint.staging={staging!r} is for ranks on one machine: {here} of {world_size} are on this one")
     try:
