@@ -30,7 +30,7 @@ from celo2_pretrain.train.deepspeed_files import Files, files_of, random_states,
 from celo2_pretrain.train.errors import UserError, one_line
 from celo2_pretrain.train.failures import lost_connection
 from celo2_pretrain.train.manifest import write_atomically
-from celo2_pretrain.train.staging import Copy, settle, staged_folder
+from celo2_pretrain.train.staging import Copy, staged_folder
 
 # How the model is computed or began: a resumed run may have it otherwise.
 NOT_OF_THE_MODEL = ("activation_checkpointing", "attention", "compile", "scaled_init")
@@ -124,12 +124,6 @@ def finish(engine, config: Config, say: Callable[[str], None] = print, beat: Cal
         last = step_of(newest) == config.train.max_steps
         not_saved(config, newest, error, last, say if dist.get_rank() == 0 else lambda text: None)
     return files.newest is not None
-
-
-def leave(engine, config: Config, say: Callable[[str], None], beat: Callable[[], None]) -> None:
-    """On a rank that leaves training with an error, also alone: give the copy under way some time, and `beat` meanwhile."""
-    if config.checkpoint.staging and files_of(engine).newest:  # else what lies there is of an earlier run
-        settle(say, beat)
 
 
 def not_saved(config: Config, final: Path, error: StateError, last: bool, tell: Callable[[str], None]) -> None:

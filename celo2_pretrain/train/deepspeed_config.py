@@ -41,7 +41,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
         "fp16": {"enabled": config.train.precision == "fp16"},
         "steps_per_print": 2**31 - 1,  # the loop prints
     }
-    check_raw(made, config.deepspeed)
+    if config.deepspeed:
+        check_raw(made, config.deepspeed)
     return merge(made, config.deepspeed)
 
 

@@ -40,7 +40,7 @@ from celo2_pretrain.train.profiler import Profiler
 from celo2_pretrain.train.ranks import world_from_environment
 from celo2_pretrain.train.run_lock import InUse, RunLock
 from celo2_pretrain.train.schedule import BatchSizes, lr_factor
-from celo2_pretrain.train.staging import check_staging
+from celo2_pretrain.train.staging import check_staging, settle
 from celo2_pretrain.train.stop import Agreement, StopRequests
 from celo2_pretrain.train.trackers import check_installed, open_trackers
 from celo2_pretrain.train.watchdog import Watchdog, forget
@@ -160,7 +160,7 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
                         agreement, start["step"], start["samples"])
             end = run_steps(loop, start["step"] == 0 or start["extra"].get("validation_due", False))
     except UserError:  # it may be this rank's alone
-        checkpoint.leave(engine, config, metrics.say, lambda: watchdog.beat("ending with an error"))
+        settle(metrics.say, lambda: watchdog.beat("ending with an error"))
         raise
     except Stopped:
         dist.destroy_process_group()

@@ -2,7 +2,6 @@
 
 The kernel lets go of it when the process ends, however that is. The file stays: who removed it could let two runs in.
 """
-import errno
 import fcntl
 import os
 import socket
@@ -20,13 +19,15 @@ class InUse(UserError):
     """Another run is at work in the folder, which must not hear of this one's end (failures.py)."""
 
 
-def _busy(file: int) -> OSError | None:
-    """Take the lock; what keeps it from being taken, None where nothing does."""
+def _held(file: int) -> bool:
+    """Take the lock, or find that another process holds it. A file system without locks takes any for granted."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error
-    return None
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 class RunLock:
@@ -48,20 +49,17 @@ class RunLock:
         except OSError:
             return
         until, told = time.monotonic() + LEASE_SECONDS, False
-        while error := _busy(file):
+        while _held(file):
             holder = os.pread(file, 300, 0).decode(errors="replace").strip() or "of unknown number"
             here = holder.endswith(f" on {socket.gethostname()}")
-            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN) and not here and time.monotonic() < until:
-                if not told:
-                    say(f"waiting up to {LEASE_SECONDS:g} s for process {holder} to let go of {self.run_dir}: its node may be gone")
-                told = True
-                time.sleep(LOOK_SECONDS)
-                continue
-            os.close(file)
-            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+            if here or time.monotonic() >= until:
+                os.close(file)
                 raise InUse(f"run_dir {str(self.run_dir)!r} is in use by another run (process {holder}): wait for its end or "
-                            f"stop it (touch {self.run_dir}/STOP), or choose another run_dir=…") from None
-            return
+                            f"stop it (touch {self.run_dir}/STOP), or choose another run_dir=…")
+            if not told:
+                say(f"waiting up to {LEASE_SECONDS:g} s for process {holder} to let go of {self.run_dir}: its node may be gone")
+            told = True
+            time.sleep(LOOK_SECONDS)
         self.file = file
         os.register_at_fork(after_in_child=self._close)  # or a child that outlives this process would hold it
         os.ftruncate(file, 0)
