@@ -8,10 +8,8 @@ is. CMA-ES is that of the `cma` package (Hansen et al.).
 """
 from __future__ import annotations
 
-import os
 import time
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,20 +69,17 @@ class Evolution:
         """The middle of the candidates' distribution: it has seen every generation."""
         return constructed(self.search.mean)
 
-    def save(self, path: Path) -> None:
-        """Replace the checkpoint at once: a reader finds the old or the new one."""
-        part = path.with_suffix(".part")
-        torch.save({"seconds": self.seconds, "inner_steps": self.inner_steps,
-                    "asked": torch.from_numpy(np.stack(self.asked)), "ranks": torch.from_numpy(np.stack(self.ranks)),
-                    "families": [family.state_dict() for family in self.families]}, part)
-        os.replace(part, path)
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "inner_steps": self.inner_steps,
+                "asked": torch.from_numpy(np.stack(self.asked)), "ranks": torch.from_numpy(np.stack(self.ranks)),
+                "families": [family.state_dict() for family in self.families]}
 
-    def load(self, path: Path) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Tell the search its generations again, which brings it to where it was."""
-        state = torch.load(path, weights_only=True, map_location="cpu")
         for candidates, value in zip(state["asked"].numpy(), state["ranks"].numpy()):
             if not np.array_equal(np.stack(self.search.ask()), candidates):
-                raise UserError(f"{path}: another release of cma asks for other candidates; go on with the one it was begun with")
+                raise UserError(f"{self.config.out}: another release of cma asks for other candidates; go on with the one that "
+                                "the search was begun with")
             self._tell(candidates, value)
         self.seconds, self.inner_steps = state["seconds"], state["inner_steps"]
         for family, kept in zip(self.families, state["families"]):

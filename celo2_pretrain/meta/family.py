@@ -29,7 +29,6 @@ class Family:
     def __init__(self, name: str, config: MetaConfig, seed: int) -> None:
         self.config, self.task, self.harness = config, tasks.make(name), harness_of(config)
         self.generator = torch.Generator().manual_seed(seed)
-        self.pairs = config.estimator == "pes"
         self.particles = {"pes": 2, "analytic": 1, "evolution": config.population}[config.estimator]  # of each problem
         self.advance = inner.make_advance(self.task, self.harness, shared_theta=config.estimator == "analytic")
         # Shortened at first, so that the problems are not all at the same place of their unrolls.
@@ -38,7 +37,7 @@ class Family:
 
     def truncate(self, theta: Tensor) -> Estimate:
         """Take every problem on by one truncation; the gradient of its mean loss with respect to `theta` (347,)."""
-        if self.pairs:
+        if self.config.estimator == "pes":
             estimate, self.noise = estimators.pes(theta, self.noise, self.config.sigma, self._unroll, self.generator)
         else:
             estimate = estimators.analytic(theta, self._unroll)

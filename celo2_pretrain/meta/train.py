@@ -57,16 +57,12 @@ class MetaTraining:
         """The weights so far (their average, if the configuration says so)."""
         return unflatten(self.average if self.config.average else self.theta.detach())
 
-    def save(self, path: Path) -> None:
-        """Replace the checkpoint at once: a reader finds the old or the new one."""
-        part = path.with_suffix(".part")
-        torch.save({"step": self.step, "seconds": self.seconds, "inner_steps": self.inner_steps,
-                    "theta": self.theta.detach(), "average": self.average, "outer": self.outer.state_dict(),
-                    "families": [family.state_dict() for family in self.families]}, part)
-        os.replace(part, path)
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "seconds": self.seconds, "inner_steps": self.inner_steps,
+                "theta": self.theta.detach(), "average": self.average, "outer": self.outer.state_dict(),
+                "families": [family.state_dict() for family in self.families]}
 
-    def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True, map_location="cpu")
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.seconds, self.inner_steps = state["step"], state["seconds"], state["inner_steps"]
         self.theta.data.copy_(state["theta"])
         self.average.copy_(state["average"])
@@ -107,7 +103,7 @@ def run(config: MetaConfig, resume: bool = False, overwrite: bool = False) -> Pa
     # Before anything is written: it says what is missing.
     training = (Evolution if config.estimator == "evolution" else MetaTraining)(config)
     if resume:
-        training.load(out / CHECKPOINT)
+        training.load_state_dict(torch.load(out / CHECKPOINT, weights_only=True, map_location="cpu"))
         _drop_after(out / METRICS, training.step)
     else:
         if (out / METRICS).exists():  # never a folder that isn't a meta-training's
@@ -123,7 +119,7 @@ def run(config: MetaConfig, resume: bool = False, overwrite: bool = False) -> Pa
             bar.set_postfix(loss=f"{record['loss']:.4f}", broken=record["broken"], refresh=False)
             bar.update()
             if training.step % config.save_every == 0 or training.step == config.outer_steps:
-                training.save(out / CHECKPOINT)
+                save(training, out / CHECKPOINT)
                 save_weights(training.mlp(), out / f"theta_{training.step:06d}.safetensors",
                              {"meta_trained": True, "outer_step": training.step, "seconds": round(training.seconds)})
                 plot(out)
@@ -132,6 +128,13 @@ def run(config: MetaConfig, resume: bool = False, overwrite: bool = False) -> Pa
           f"weights     {path}\nmeta-loss   {out / 'meta_loss.png'}\n"
           f"try them    celo2-pretrain meta-eval --quick --theta mine={path}")
     return path
+
+
+def save(training: MetaTraining | Evolution, path: Path) -> None:
+    """Replace the checkpoint at once: a reader finds the old or the new one."""
+    part = path.with_suffix(".part")
+    torch.save(training.state_dict(), part)
+    os.replace(part, path)
 
 
 def _drop_after(metrics: Path, step: int) -> None:
