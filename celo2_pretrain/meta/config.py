@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from ..train.config import convert, key, keys
-from ..train.errors import UserError, one_line, one_line
+from ..train.errors import UserError, one_line
 
 
 @dataclass
