@@ -94,10 +94,10 @@ def scales_kernel(matrices, vectors, BLOCK: tl.constexpr):
     for start in range(0, row_size, BLOCK):
         i = start + tl.arange(0, BLOCK)
         total += tl.load(v_row + i, mask=i < row_size, other=0.0)
-    mean = tl.maximum(tl.sum(total) / row_size.to(tl.float32), 1e-38)
+    mean = tl.maximum(tl.sum(total) / row_size.to(tl.float32), 1.2e-38)
     for start in range(0, row_size, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        x = tl.load(v_row + i, mask=i < row_size, other=0.0) / mean
+        x = tl.div_rn(tl.load(v_row + i, mask=i < row_size, other=0.0), mean)  # a hair less than 1 has half the power
         tl.store(row_scale + i, power_near_root(x), mask=i < row_size)
     for start in range(0, col_size, BLOCK):
         i = start + tl.arange(0, BLOCK)
