@@ -4,6 +4,8 @@ Plain twin: `first_layer` in celo2_pretrain/optimizer/passes.py.
 """
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -20,10 +22,15 @@ ORDER = (*range(15), 27, 28, 29, 15, 16, 17, 21, 22, 23, 18, 19, 20, 24, 25, 26)
 THETA_BIAS, THETA_SECOND = tl.constexpr(30 * 8), tl.constexpr(31 * 8)  # where b0 and w1 begin
 
 
+@functools.cache
+def _order(device: torch.device) -> Tensor:
+    """ORDER there: copying it each time would wait for all that the device has to do."""
+    return torch.tensor(ORDER, device=device)
+
+
 def flat_theta(w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """The weights of the learned rule in one flat tensor: w0 (30, 8) reordered, b0, w1, b1, w2's and b2's output 0."""
-    order = torch.tensor(ORDER, device=w0.device)
-    return torch.cat([w0[order].flatten(), b0, w1.flatten(), b1, w2[:, 0], b2[:1]])
+    return torch.cat([w0[_order(w0.device)].flatten(), b0, w1.flatten(), b1, w2[:, 0], b2[:1]])
 
 
 @triton.jit

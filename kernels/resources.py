@@ -21,8 +21,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import (accumulate, adamw, apply, direction, factored, flat, fold, norms, repack, rescale, symmetric_product,
-               tiles)
+from . import (accumulate, adamw, apply, direction, factored, flat, fold, norms, one_dim, repack, rescale,
+               symmetric_product, tiles)
 from .tiles import OPTIONS, Size
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
@@ -33,6 +33,7 @@ WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 TABLES = {"tiles": "*i32", "boxes": "*i64", "pointers": "*i64"}
 CHUNKS = {"chunks": "*i32", "slices": "*i64"}
 VECTORS = {"matrices": "*i64", "vectors": "*i64"}
+ONE_DIM = {"table": "*i64"}
 
 
 @dataclass
@@ -64,6 +65,7 @@ def kernels(dtype: str, aligned: bool, amd: bool = False, states: str = "fp32") 
     """The kernels of a step, as launched for parameters and gradients of `dtype`, accumulators of `states`."""
     size, wide = Size(), WIDTHS[dtype]
     four = 4 if states == "fp8" else 4 * WIDTHS[states]  # bytes of the accumulators of an element
+    short = {"BLOCK": one_dim.BLOCK}
     place = {"ALIGNED": aligned, "ROWS": size.rows, "COLS": size.cols}
     g = {**place, "G": DTYPES[dtype], "S": STATES[states]}
     gp = {**g, "P": DTYPES[dtype]}
@@ -98,6 +100,12 @@ def kernels(dtype: str, aligned: bool, amd: bool = False, states: str = "fp32") 
         Kernel("update_factored", factored.update_factored_kernel, VECTORS, {"BLOCK": factored.BLOCK}),
         Kernel("factors", factored.factors_kernel, VECTORS, {"BLOCK": factored.BLOCK}),
         Kernel("scales", factored.scales_kernel, VECTORS, {"BLOCK": factored.BLOCK}),
+        Kernel("accumulate_1d", one_dim.accumulate_1d_kernel, ONE_DIM, {"G": DTYPES[dtype], **short}),
+        Kernel("norms_1d", one_dim.norms_1d_kernel, ONE_DIM, {"G": DTYPES[dtype], "P": DTYPES[dtype], **short}),
+        Kernel("direction_1d", one_dim.direction_1d_kernel, {**ONE_DIM, "theta": "*fp32"},
+               {"G": DTYPES[dtype], "P": DTYPES[dtype], **short}),
+        Kernel("output_squares_1d", one_dim.output_squares_1d_kernel, ONE_DIM, short),
+        Kernel("rescale_1d", one_dim.rescale_1d_kernel, ONE_DIM, short),
         Kernel("fold", fold.fold_kernel, {**VECTORS, "theta": "*fp32"}, {"BLOCK": factored.BLOCK}),
     ]
 

@@ -6,7 +6,7 @@ import torch
 
 from celo2_pretrain.kernels import cpu
 from celo2_pretrain.optimizer import backends
-from celo2_pretrain.optimizer.backends import Compiled, Reference, backend_for, inner_axis
+from celo2_pretrain.optimizer.backends import Compiled, Reference, backend_for
 from celo2_pretrain.optimizer.learned import Part
 from celo2_pretrain.optimizer.passes import Shape, Tensors
 from celo2_pretrain.optimizer.reference import DIMS, MLP
@@ -100,8 +100,8 @@ def test_bfloat16_accumulators_are_rounded_alike_in_any_slice(compiled, shape, v
 
 
 def test_the_kernels_cover_every_matrix_of_a_transformer():
-    assert all(inner_axis(Shape(block)) is not None for shape, view in CASES[:14] for block in view.blocks(shape))
-    assert inner_axis(Shape(MatrixView().blocks((6, 5, 3, 3))[0])) is None  # plain torch
+    assert all(Shape(block).inner_axis is not None for shape, view in CASES[:14] for block in view.blocks(shape))
+    assert Shape(MatrixView().blocks((6, 5, 3, 3))[0]).inner_axis is None  # plain torch
 
 
 def test_a_nan_passes_through_a_kernel_as_through_its_twin(compiled):

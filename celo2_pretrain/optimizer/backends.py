@@ -189,15 +189,6 @@ class Layer:
     second: tuple[Tensor, Tensor, Tensor, float] | None = None
 
 
-def inner_axis(shape: Shape) -> int | None:
-    """-1 or -2: the matrix axis whose elements lie together in storage; None where the kernels can't be used."""
-    block, dims = shape.block, len(shape.full)
-    if dims < 2 or set(block.factored) != {dims - 2, dims - 1} or prod(shape.full[:-2]) > 64:
-        return None
-    last = len(block.expand) - 1
-    return next((axis for axis in (-1, -2) if block.order[axis] == last), None)
-
-
 @dataclass
 class Box:
     """One call's part of a matrix: where it begins in the slice, and its rows and columns in storage order."""
@@ -249,14 +240,14 @@ class Compiled(Reference):
 
     def factor(self, shape: Shape, v_row: Tensor, v_col: Tensor) -> Factor:
         plain = super().factor(shape, v_row, v_col)
-        inner = inner_axis(shape)
+        inner = shape.inner_axis
         if inner is None:
             return Factor(plain)
         return Factor(plain, *_by_storage(*plain, shape, inner))
 
     def first_layer(self, squares: Tensor, v_row: Tensor, v_col: Tensor, shape: Shape, mlp: MLP) -> Layer:
         plain = super().first_layer(squares, v_row, v_col, shape, mlp)
-        inner = inner_axis(shape)
+        inner = shape.inner_axis
         if inner is None:
             return Layer(plain)
         by_axis = {axis - len(shape.full): x.reshape(-1, shape.full[axis], 8)
@@ -269,7 +260,7 @@ class Compiled(Reference):
                    ) -> None:
         calls: Calls = []
         for part, t, total in zip(parts, tensors, totals):
-            inner = inner_axis(part.shape)
+            inner = part.shape.inner_axis
             if inner is None:
                 super().accumulate([part], [t], [total])
             else:
@@ -280,7 +271,7 @@ class Compiled(Reference):
     def scales(self, parts: Sequence[Part], vectors: Sequence[tuple[Tensor, Tensor]]) -> list[Scale]:
         found = super().scales(parts, vectors)
         for part, scale in zip(parts, found):
-            inner = inner_axis(part.shape)
+            inner = part.shape.inner_axis
             if inner is not None:
                 scale.outer, scale.inner = _by_storage(scale.row, scale.col, part.shape, inner)
         return found
@@ -289,7 +280,7 @@ class Compiled(Reference):
                ) -> None:
         calls: Calls = []
         for part, t, before, after in zip(parts, tensors, old, new):
-            inner = inner_axis(part.shape)
+            inner = part.shape.inner_axis
             if inner is None:
                 super().repack([part], [t], [before], [after])
             else:
@@ -301,7 +292,7 @@ class Compiled(Reference):
               squares: Sequence[Tensor]) -> None:
         calls: Calls = []
         for part, t, factor, total in zip(parts, tensors, factors, squares):
-            inner = inner_axis(part.shape)
+            inner = part.shape.inner_axis
             if inner is None:
                 super().norms([part], [t], [factor.plain], [total])
             else:
@@ -313,7 +304,7 @@ class Compiled(Reference):
                   layers: Sequence[Layer], mlp: MLP, out: Sequence[Tensor]) -> None:
         calls: Calls = []
         for part, t, factor, layer, direction in zip(parts, tensors, factors, layers, out):
-            inner = inner_axis(part.shape)
+            inner = part.shape.inner_axis
             if inner is None:
                 super().direction([part], [t], [factor.plain], [layer.plain], mlp, [direction])
             else:

@@ -75,6 +75,15 @@ class Shape:
     def elementwise(self) -> tuple[int, ...]:
         return ELEMENTWISE_ND if self.matrix else ELEMENTWISE_1D
 
+    @cached_property
+    def inner_axis(self) -> int | None:
+        """-1 or -2: the matrix axis whose elements lie together in storage; None where the kernels can't be used."""
+        block, dims = self.block, len(self.full)
+        if dims < 2 or set(block.factored) != {dims - 2, dims - 1} or prod(self.full[:-2]) > 64:
+            return None
+        last = len(block.expand) - 1
+        return next((axis for axis in (-1, -2) if block.order[axis] == last), None)
+
     def _without(self, axis: int) -> tuple[int, ...]:
         return (*self.full[:axis], 1, *self.full[axis + 1:])
 
@@ -152,7 +161,7 @@ def accumulate(t: Tensors, piece: Piece, shape: Shape, row_sum: Tensor, col_sum:
 def scales(v_row: Tensor, v_col: Tensor, shape: Shape) -> Scale:
     """The scales of packed accumulators from a block's factored second moments (3, *row), (3, *col)."""
     mean = v_row.mean(shape.block.factored[0] + 1, keepdim=True)
-    return Scale(powers(v_row / mean.clamp_min(1e-38)), powers(v_col))
+    return Scale(powers(v_row / mean.clamp_min(1.2e-38)), powers(v_col))
 
 
 def repack(t: Tensors, piece: Piece, old: Scale, new: Scale) -> None:

@@ -1,8 +1,9 @@
 """The passes by Triton kernels: a few launches a step, whatever the number of tensors.
 
 This is the bookkeeping around celo2_pretrain/kernels: which addresses, boxes and matrices a launch works on. What
-doesn't change from step to step (boxes, tiles) is made once for a plan and lives as long as its parts. Blocks that the
-kernels don't cover (vectors, stacks whose factored axes aren't the last two) go to plain torch.
+doesn't change from step to step (boxes, tiles) is made once for a plan and lives as long as its parts. Vectors have kernels
+of their own (kernels/one_dim.py). Blocks that none of them cover (stacks whose factored axes aren't the last two) go to
+plain torch.
 """
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import os
 import weakref
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
 import torch
 import triton.language as tl
@@ -26,11 +27,12 @@ from ..kernels.factored import VECTORS, factors, scales, update_factored
 from ..kernels.flat import make_chunks
 from ..kernels.fold import flat_theta, fold
 from ..kernels.norms import norms
+from ..kernels.one_dim import accumulate_1d, direction_1d, norms_1d, output_squares_1d, rescale_1d
 from ..kernels.packed import WORD
 from ..kernels.repack import repack
 from ..kernels.rescale import output_squares, rescale
 from ..kernels.tiles import Box, Size, Tiles, make_tiles
-from .backends import Reference, boxes_of, inner_axis
+from .backends import Reference, boxes_of
 from .layouts import local
 from .passes import Scale, Shape, Tensors
 from .reference import MLP
@@ -94,15 +96,17 @@ class Triton(Reference):
         self.kept: dict[tuple, Any] = {}
 
     def factor(self, shape: Shape, v_row: Tensor, v_col: Tensor) -> Vectors:
-        return Vectors(shape, v_row, v_col, None if covered(shape) else super().factor(shape, v_row, v_col))
+        return Vectors(shape, v_row, v_col, super().factor(shape, v_row, v_col) if plain(shape) else None)
 
     def first_layer(self, squares: Tensor, v_row: Tensor, v_col: Tensor, shape: Shape, mlp: MLP) -> Layer:
-        return Layer(squares, None if covered(shape) else super().first_layer(squares, v_row, v_col, shape, mlp))
+        return Layer(squares, super().first_layer(squares, v_row, v_col, shape, mlp) if plain(shape) else None)
 
     def accumulate(self, parts: Sequence[Part], tensors: Sequence[Tensors], totals: Sequence[tuple[Tensor, Tensor]]
                    ) -> None:
-        rest = [k for k, part in enumerate(parts) if not covered(part.shape)]
+        rest = [k for k, part in enumerate(parts) if plain(part.shape)]
         super().accumulate(*(_pick(x, rest) for x in (parts, tensors, totals)))
+        for g_dtype, _, table in self._vectors(parts, tensors):
+            accumulate_1d(table, g_dtype)
         for group in self._groups(parts, tensors):
             some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
             device = held[0].rms.device
@@ -154,8 +158,10 @@ class Triton(Reference):
 
     def norms(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Vectors],
               squares: Sequence[Tensor]) -> None:
-        rest = [k for k, part in enumerate(parts) if not covered(part.shape)]
+        rest = [k for k, part in enumerate(parts) if plain(part.shape)]
         super().norms(_pick(parts, rest), _pick(tensors, rest), [factors[k].plain for k in rest], _pick(squares, rest))
+        for g_dtype, p_dtype, table in self._vectors(parts, tensors, sums=squares):
+            norms_1d(table, g_dtype, p_dtype)
         self._factors(parts, factors)
         for group in self._groups(parts, tensors):
             some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
@@ -170,14 +176,16 @@ class Triton(Reference):
 
     def direction(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Vectors],
                   layers: Sequence[Layer], mlp: MLP, out: Sequence[Tensor]) -> None:
-        rest = [k for k, part in enumerate(parts) if not covered(part.shape)]
+        rest = [k for k, part in enumerate(parts) if plain(part.shape)]
         super().direction(_pick(parts, rest), _pick(tensors, rest), [factors[k].plain for k in rest],
                           [layers[k].plain for k in rest], mlp, _pick(out, rest))
+        theta = flat_theta(*mlp)
+        for g_dtype, p_dtype, table in self._vectors(parts, tensors, out, [layer.squares for layer in layers]):
+            direction_1d(table, theta, g_dtype, p_dtype)
         numbers = [k for k, part in enumerate(parts) if covered(part.shape)]
         if not numbers:
             return
         device = tensors[numbers[0]].rms.device
-        theta = flat_theta(*mlp)
         # The addresses point into the buffer: it must live until the last launch.
         made, _buffer_of_addresses = self._fold(
             _pick(parts, numbers), _pick(factors, numbers), _pick(layers, numbers), theta, device)
@@ -195,14 +203,40 @@ class Triton(Reference):
                           group.s_dtype, group.aligned)
 
     def output_squares(self, parts: Sequence[Part], out: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
-        rest = [k for k, part in enumerate(parts) if not covered(part.shape)]
+        rest = [k for k, part in enumerate(parts) if plain(part.shape)]
         super().output_squares(*(_pick(x, rest) for x in (parts, out, squares)))
+        for _, _, table in self._vectors(parts, None, out, squares):
+            output_squares_1d(table)
         self._outputs(output_squares, parts, out, squares)
 
     def rescale(self, parts: Sequence[Part], out: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
-        rest = [k for k, part in enumerate(parts) if not covered(part.shape)]
+        rest = [k for k, part in enumerate(parts) if plain(part.shape)]
         super().rescale(*(_pick(x, rest) for x in (parts, out, squares)))
+        for _, _, table in self._vectors(parts, None, out, squares):
+            rescale_1d(table)
         self._outputs(rescale, parts, out, squares)
+
+    def _vectors(self, parts: Sequence[Part], tensors: Sequence[Tensors] | None, out: Sequence[Tensor] = (),
+                 sums: Sequence[Tensor] = ()) -> Iterator[tuple[tl.dtype, tl.dtype, Tensor]]:
+        """Tables of the vectors of which this rank holds something, by their dtypes: (gradient's, parameter's, table).
+
+        Each is launched on its device while it is yielded.
+        """
+        found: dict[tuple, list[int]] = {}
+        for k, part in enumerate(parts):
+            if not part.shape.matrix and part.pieces:
+                dtypes = (tensors[k].g.dtype, tensors[k].p.dtype) if tensors else (torch.float32, torch.float32)
+                found.setdefault(dtypes, []).append(k)
+        for (g_dtype, p_dtype), numbers in found.items():
+            rows = []
+            for k in numbers:
+                t = tensors[k] if tensors else None
+                held = [x.data_ptr() for x in (t.g, t.p, *t.momentum, t.rms, *t.v_full)] if t else [0] * 9
+                rows.append([*held, out[k].data_ptr() if out else 0, sums[k].data_ptr() if sums else 0,
+                             sum(piece.numel for piece in parts[k].pieces), parts[k].shape.per_matrix])
+            device = (tensors[numbers[0]].rms if tensors else out[numbers[0]]).device
+            with _on(device):
+                yield DTYPES[g_dtype], DTYPES[p_dtype], _table(rows, device)
 
     def _outputs(self, launch: Any, parts: Sequence[Part], out: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
         """Launch a kernel of rescale.py for the parts that it covers."""
@@ -319,8 +353,13 @@ def interpreted() -> bool:
 
 
 def covered(shape: Shape) -> bool:
-    """Whether the kernels do a block, or plain torch."""
-    return inner_axis(shape) is not None
+    """Whether the kernels for matrices do a block."""
+    return shape.inner_axis is not None
+
+
+def plain(shape: Shape) -> bool:
+    """Whether plain torch does a block: one of 2 and more dims that the kernels don't cover."""
+    return shape.matrix and not covered(shape)
 
 
 def _pick(values: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
@@ -329,7 +368,7 @@ def _pick(values: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
 
 def _by_storage(shape: Shape, along_d1: int, along_d0: int) -> tuple[int, int]:
     """Of what lies along d1 (v_row's) and d0 (v_col's): first what lies along the storage's rows, then its columns."""
-    d1_is_inner = shape.block.factored[0] == len(shape.full) + inner_axis(shape)
+    d1_is_inner = shape.block.factored[0] == len(shape.full) + shape.inner_axis
     return (along_d0, along_d1) if d1_is_inner else (along_d1, along_d0)
 
 
@@ -362,14 +401,14 @@ def _vectors(vectors: Vectors, **values: int) -> list[int]:
 
 def _aligned(part: Part) -> bool:
     """Whether four elements at a time can be loaded, as far as the part's boxes decide it."""
-    inner = inner_axis(part.shape)
+    inner = part.shape.inner_axis
     return all(x % 4 == 0 for piece in part.pieces for x in (
         piece.offset, *piece.stride[:inner], *piece.stride[len(piece.stride) + inner + 1:], *piece.box[inner]))
 
 
 def _boxes(number: int, part: Part) -> list[Box]:
     """A part's boxes, matrix by matrix; what was cut for other backends is put together again."""
-    shape, inner = part.shape, inner_axis(part.shape)
+    shape, inner = part.shape, part.shape.inner_axis
     height, width = shape.full[-3 - inner], shape.full[inner]
     found = [Box(number, x.matrix, x.offset, x.row, x.rows, x.col, x.cols, x.stride, height, width)
              for piece in part.pieces for x in boxes_of(piece, shape, inner)]
@@ -385,7 +424,13 @@ def _boxes(number: int, part: Part) -> list[Box]:
 
 
 def _table(rows: list, device: torch.device) -> Tensor:
-    """An int64 table on the device, copied without waiting for what the device is doing."""
+    """An int64 table on the device. Kernels only read it: from step to step most addresses are the same, and so is the table."""
+    return _copied(tuple(map(tuple, rows)), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _copied(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """Copied without waiting for what the device is doing."""
     table = torch.tensor(rows, dtype=torch.int64)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 

@@ -1,0 +1,190 @@
+"""The learned rule for 1-D tensors: a program for each, since there are many of them and they are short.
+
+Twins: the branches for vectors in celo2_pretrain/optimizer/passes.py. One pass by plain torch is some sixty launches a
+tensor, which for a GPT's biases and norms took ten times as long as all its matrices.
+"""
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .accumulate import CLAMP, REST_0, REST_1, REST_2
+from .fold import EPS, HIDDEN, THETA_BIAS, THETA_SECOND
+from .tiles import OPTIONS
+
+NAN = tl.constexpr(tl.PropagateNan.ALL)
+FEATURES = tl.constexpr(15)
+# What a vector is, a row of the table: addresses of a rank's flat slice of everything (v0 … v2: its second moments of three
+# decays), of the sums over all ranks, then the slice's elements and those of the whole vector.
+COLUMNS = ("g", "p", "m0", "m1", "m2", "v", "v0", "v1", "v2", "out", "sums", "elements", "length")
+ROW = tl.constexpr(len(COLUMNS))
+BLOCK = 256
+
+
+@triton.jit
+def column(table, which: tl.constexpr, DTYPE: tl.constexpr):
+    """This program's tensor of that number."""
+    return tl.load(table + tl.program_id(0).to(tl.int64) * ROW + which).to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def elements_of(table):
+    return tl.load(table + tl.program_id(0).to(tl.int64) * ROW + 11)
+
+
+@triton.jit
+def length_of(table):
+    return tl.load(table + tl.program_id(0).to(tl.int64) * ROW + 12).to(tl.float32)
+
+
+@triton.jit
+def clamped(at, mask):
+    return tl.clamp(tl.load(at, mask=mask, other=0.0).to(tl.float32), -CLAMP, CLAMP, propagate_nan=NAN)
+
+
+@triton.jit
+def decayed(at, i, mask, decay: tl.constexpr, new):
+    tl.store(at + i, tl.load(at + i, mask=mask, other=0.0) * decay + new, mask=mask)
+
+
+@triton.jit
+def accumulate_1d_kernel(table, G: tl.constexpr, BLOCK: tl.constexpr):
+    g_at, elements = column(table, 0, G), elements_of(table)
+    m0, m1, m2 = column(table, 2, tl.float32), column(table, 3, tl.float32), column(table, 4, tl.float32)
+    v = column(table, 5, tl.float32)
+    v0, v1, v2 = column(table, 6, tl.float32), column(table, 7, tl.float32), column(table, 8, tl.float32)
+    for start in range(0, elements, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        mask = i < elements
+        g = clamped(g_at + i, mask)
+        square = g * g
+        decayed(m0, i, mask, 0.9, g * REST_0)
+        decayed(m1, i, mask, 0.99, g * REST_1)
+        decayed(m2, i, mask, 0.999, g * REST_2)
+        decayed(v, i, mask, 0.95, square * 0.05)
+        decayed(v0, i, mask, 0.9, (square + 1e-30) * REST_0)
+        decayed(v1, i, mask, 0.99, (square + 1e-30) * REST_1)
+        decayed(v2, i, mask, 0.999, (square + 1e-30) * REST_2)
+
+
+@triton.jit
+def factored_1d(at, i, mask):
+    return tl.rsqrt(tl.maximum(tl.load(at + i, mask=mask, other=0.0) + 1e-9, 1e-9, propagate_nan=NAN))
+
+
+@triton.jit
+def features_1d(table, i, mask, G: tl.constexpr, P: tl.constexpr):
+    """The 15 features, (BLOCK,) each."""
+    g = clamped(column(table, 0, G) + i, mask)
+    p = tl.load(column(table, 1, P) + i, mask=mask, other=0.0).to(tl.float32)
+    m0 = tl.load(column(table, 2, tl.float32) + i, mask=mask, other=0.0)
+    m1 = tl.load(column(table, 3, tl.float32) + i, mask=mask, other=0.0)
+    m2 = tl.load(column(table, 4, tl.float32) + i, mask=mask, other=0.0)
+    v = tl.load(column(table, 5, tl.float32) + i, mask=mask, other=0.0)
+    inverse = tl.rsqrt(v + 1e-8)
+    return (g, tl.clamp(g, -0.1, 0.1, propagate_nan=NAN), p, m0, m1, m2, v, m0 * inverse, m1 * inverse, m2 * inverse,
+            inverse, g * factored_1d(column(table, 6, tl.float32), i, mask),
+            g * factored_1d(column(table, 7, tl.float32), i, mask),
+            g * factored_1d(column(table, 8, tl.float32), i, mask), g * inverse)
+
+
+@triton.jit
+def norms_1d_kernel(table, G: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
+    elements = elements_of(table)
+    total = (tl.zeros([BLOCK], tl.float32),) * FEATURES
+    for start in range(0, elements, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        mask = i < elements
+        x = features_1d(table, i, mask, G, P)
+        new = ()
+        for k in tl.static_range(FEATURES):
+            here = tl.where(mask, x[k], 0.0) if k == 10 else x[k]  # only rsqrt(v + 1e-8) isn't zero there
+            new = new + (total[k] + here * here,)
+        total = new
+    sums = column(table, 10, tl.float32)
+    for k in tl.static_range(FEATURES):
+        tl.store(sums + k, tl.load(sums + k) + tl.sum(total[k]))
+
+
+@triton.jit
+def direction_1d_kernel(table, theta, G: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
+    elements, length, sums = elements_of(table), length_of(table), column(table, 10, tl.float32)
+    out = column(table, 9, tl.float32)
+    w1 = theta + THETA_SECOND
+    b1, w2 = w1 + HIDDEN * HIDDEN, w1 + HIDDEN * (HIDDEN + 1)
+    b2 = tl.load(w2 + HIDDEN)
+    for start in range(0, elements, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        mask = i < elements
+        x = features_1d(table, i, mask, G, P)
+        h = ()
+        for k in tl.static_range(HIDDEN):
+            h = h + (tl.zeros([BLOCK], tl.float32) + tl.load(theta + THETA_BIAS + k),)
+        for f in tl.static_range(FEATURES):
+            inverse = tl.rsqrt(tl.load(sums + f) / length + EPS)
+            new = ()
+            for k in tl.static_range(HIDDEN):
+                new = new + (h[k] + x[f] * (tl.load(theta + f * HIDDEN + k) * inverse),)
+            h = new
+        y = ()
+        for k in tl.static_range(HIDDEN):
+            y = y + (tl.zeros([BLOCK], tl.float32) + tl.load(b1 + k),)
+        for j in tl.static_range(HIDDEN):
+            active = tl.maximum(h[j], 0.0, propagate_nan=NAN)
+            new = ()
+            for k in tl.static_range(HIDDEN):
+                new = new + (y[k] + active * tl.load(w1 + j * HIDDEN + k),)
+            y = new
+        result = tl.zeros([BLOCK], tl.float32) + b2
+        for k in tl.static_range(HIDDEN):
+            result += tl.maximum(y[k], 0.0, propagate_nan=NAN) * tl.load(w2 + k)
+        tl.store(out + i, result, mask=mask)
+
+
+@triton.jit
+def output_squares_1d_kernel(table, BLOCK: tl.constexpr):
+    elements, out, sums = elements_of(table), column(table, 9, tl.float32), column(table, 10, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, elements, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        x = tl.load(out + i, mask=i < elements, other=0.0)
+        total += x * x
+    tl.store(sums, tl.load(sums) + tl.sum(total))
+
+
+@triton.jit
+def rescale_1d_kernel(table, BLOCK: tl.constexpr):
+    elements, out, sums = elements_of(table), column(table, 9, tl.float32), column(table, 10, tl.float32)
+    scale = tl.rsqrt(tl.load(sums) / length_of(table) + EPS)
+    for start in range(0, elements, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        tl.store(out + i, tl.load(out + i, mask=i < elements, other=0.0) * scale, mask=i < elements)
+
+
+# `table`: (vectors, 13) int64 in the order of COLUMNS, those of a rank that holds some of their elements. What a pass doesn't
+# need may be 0. Accumulators, directions and sums are float32.
+
+def accumulate_1d(table: Tensor, g_dtype: tl.dtype) -> None:
+    """Pass A: the momenta and all second moments, in place."""
+    accumulate_1d_kernel[(len(table),)](table, g_dtype, BLOCK, **OPTIONS)
+
+
+def norms_1d(table: Tensor, g_dtype: tl.dtype, p_dtype: tl.dtype) -> None:
+    """Pass B: add the sums of squares of the features to the 15 `sums` of each vector."""
+    norms_1d_kernel[(len(table),)](table, g_dtype, p_dtype, BLOCK, **OPTIONS)
+
+
+def direction_1d(table: Tensor, theta: Tensor, g_dtype: tl.dtype, p_dtype: tl.dtype) -> None:
+    """Pass C: write the direction to `out`. `sums`: pass B's, of all ranks; `theta` as `fold.flat_theta` lays it out."""
+    direction_1d_kernel[(len(table),)](table, theta, g_dtype, p_dtype, BLOCK, **OPTIONS)
+
+
+def output_squares_1d(table: Tensor) -> None:
+    """Add the sum of squares of `out` to the one of `sums`."""
+    output_squares_1d_kernel[(len(table),)](table, BLOCK, **OPTIONS)
+
+
+def rescale_1d(table: Tensor) -> None:
+    """Step 8: divide `out` by its root mean square, by `sums` of all ranks."""
+    rescale_1d_kernel[(len(table),)](table, BLOCK, **OPTIONS)
