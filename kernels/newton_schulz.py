@@ -119,6 +119,8 @@ def _outer(x: Tensor, out: Tensor, scale: float = 1.0, add: float = 0.0) -> Tens
     if _triton_product(x):
         from .symmetric_product import symmetric_product
         return symmetric_product(x.reshape(-1, *x.shape[-2:]), scale, add).view(out.shape)
+    if add and x.device.type != "cpu":  # in one pass; the CPU leaves half of the product out
+        return (torch.addmm if x.ndim == 2 else torch.baddbmm)(x, x, x.mT, beta=add, alpha=scale, out=out)
     _symmetric(x, x.mT, out)
     return out.mul_(scale).add_(x, alpha=add) if add else out
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from typing import Any, Callable, Iterable, Mapping
+from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -204,8 +204,8 @@ class Celo2(torch.optim.Optimizer):
         names = []
         for _, _, plans in ready:
             for plan in plans:
-                flags = torch.stack([nonfinite(held.of(local(held.storage.grad).reshape(-1)))
-                                     for held in plan.layout.slices]).to(torch.int32)
+                flags = nonfinite([held.of(local(held.storage.grad).reshape(-1))
+                                   for held in plan.layout.slices]).to(torch.int32)
                 reduce(flags, plan.layout, dist.ReduceOp.MAX)
                 names += [held.name for held, flag in zip(plan.layout.slices, flags.tolist()) if flag]
         if not names:
@@ -328,11 +328,20 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"adamw_betas must be two numbers in [0, 1), got {betas!r}")
 
 
-def nonfinite(x: Tensor) -> Tensor:
-    """Whether a tensor has a NaN or Inf, or a value whose square is none of float32's: () bool, in one pass over it."""
-    if x.numel() == 0:
-        return torch.zeros((), dtype=torch.bool, device=x.device)
-    return ~(torch.stack(torch.aminmax(x)).abs() < LARGEST).all()  # so that a NaN counts
+def nonfinite(tensors: Sequence[Tensor]) -> Tensor:
+    """Which tensors (on one device) have a NaN or Inf, or a value whose square is none of float32's: (tensors,) bool.
+
+    One pass over them; on a GPU a few launches for all.
+    """
+    flags = torch.zeros(len(tensors), dtype=torch.bool, device=tensors[0].device)
+    held = [k for k, x in enumerate(tensors) if x.numel()]
+    if held and flags.device.type == "cpu":
+        largest = torch.stack([torch.stack(torch.aminmax(tensors[k])).abs().amax() for k in held])
+    elif held:
+        largest = torch.stack([x.float() for x in torch._foreach_norm([tensors[k] for k in held], float("inf"))])
+    if held:
+        flags[torch.tensor(held, device=flags.device) if len(held) < len(tensors) else slice(None)] = ~(largest < LARGEST)
+    return flags  # of NaN too, which isn't smaller than anything
 
 
 def _zeros_like(param: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

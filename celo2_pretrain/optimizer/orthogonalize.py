@@ -19,7 +19,7 @@ from torch import Tensor
 from ..kernels.newton_schulz import Triple, newton_schulz
 from .layouts import Layout, collective_device
 from .passes import Shape
-from .reference import normalize
+from .reference import NORM_EPS, normalize
 from .views import Piece, cut_first_axis, pieces
 
 
@@ -142,38 +142,61 @@ class Exchange:
         to, come = self._plan()
         for rank in range(1, self.world):
             cursor[rank] = cursor[rank - 1] + come[rank - 1]
-        by_shape, matrices = defaultdict(list), {}
+        matrices = self._memory()
+        to_fill: list[tuple[Tensor, Tensor]] = []
         for number, unit in enumerate(self.mine):
-            matrices[number] = x = torch.empty(unit.shape, dtype=torch.float32, device=self._device())
             for rank in range(self.world):
                 for part in unit.parts[rank]:
                     if rank == self.rank:
-                        _inside(x, unit, part).copy_(part.of(self.directions[unit.held]))
+                        source = part.of(self.directions[unit.held])
                     else:
-                        _inside(x, unit, part).copy_(received[cursor[rank]:cursor[rank] + part.numel].view(part.shape))
+                        source = received[cursor[rank]:cursor[rank] + part.numel].view(part.shape)
                         cursor[rank] += part.numel
-            by_shape[unit.shape[-2:]].append(number)
-        if self._device().type == "cpu":  # nothing is gained by a batch, and a copy is saved
-            _on_cores(lambda number: matrices.update({number: normalize(newton_schulz(
-                matrices[number], coefficients, dtype), (-2, -1))}), sorted(matrices, key=lambda k: -self.mine[k].cost))
-            by_shape.clear()
-        for shape, numbers in by_shape.items():
-            stack = torch.cat([matrices[number].reshape(-1, *shape) for number in numbers])
-            stack = normalize(newton_schulz(stack, coefficients, dtype), (-2, -1))
-            sizes = [prod(self.mine[number].shape[:-2]) for number in numbers]
-            for number, x in zip(numbers, stack.split(sizes)):
-                matrices[number] = x.view(self.mine[number].shape)
-        back = defaultdict(list)
+                    to_fill.append((_inside(matrices[number], unit, part), source))
+        _copy(to_fill)
+        matrices = self._orthogonalize(matrices, coefficients, dtype)
+        to_fill, back = [], defaultdict(list)
         for number, unit in enumerate(self.mine):
             for rank in range(self.world):
                 for part in unit.parts[rank]:
+                    inside = _inside(matrices[number], unit, part)
                     if rank == self.rank:
-                        part.of(self.directions[unit.held]).copy_(_inside(matrices[number], unit, part))
+                        to_fill.append((part.of(self.directions[unit.held]), inside))
                     else:
-                        back[rank].append(_inside(matrices[number], unit, part).reshape(-1))
+                        back[rank].append(inside.reshape(-1))
+        _copy(to_fill)
         if self._travels:
             parts = [part for rank in range(self.world) for part in back[rank]]
             self._all_to_all(torch.cat(parts) if parts else self._empty(), come, to)
+
+    def _memory(self) -> list[Tensor]:
+        """For each unit that is owned here a tensor of its shape. On a GPU those of one size lie together, short side first."""
+        if self._device().type == "cpu":  # nothing is gained by a batch, and a copy is saved
+            return [torch.empty(unit.shape, dtype=torch.float32) for unit in self.mine]
+        sizes: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for number, unit in enumerate(self.mine):
+            sizes[tuple(sorted(unit.shape[-2:]))].append(number)
+        self.stacks, found = [], {}
+        for size, numbers in sizes.items():
+            counts = [prod(self.mine[number].shape[:-2]) for number in numbers]
+            self.stacks.append(torch.empty(sum(counts), *size, dtype=torch.float32, device=self._device()))
+            for number, x in zip(numbers, self.stacks[-1].split(counts)):
+                *lead, rows, cols = self.mine[number].shape
+                found[number] = x.view(*lead, *size) if rows <= cols else x.view(*lead, *size).mT
+        return [found[number] for number in range(len(self.mine))]
+
+    def _orthogonalize(self, matrices: list[Tensor], coefficients: Sequence[Triple], dtype: torch.dtype) -> list[Tensor]:
+        """Newton–Schulz and step 8 of what `_memory` gave."""
+        if self._device().type != "cpu":
+            for stack in self.stacks:
+                x = newton_schulz(stack, coefficients, dtype)
+                norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)  # one pass, where `normalize` makes three
+                torch.mul(x, (norm.square() / prod(x.shape[-2:]) + NORM_EPS).rsqrt(), out=stack)
+            return matrices
+        done = dict(enumerate(matrices))
+        _on_cores(lambda number: done.update({number: normalize(newton_schulz(done[number], coefficients, dtype), (-2, -1))}),
+                  sorted(done, key=lambda k: -self.mine[k].cost))
+        return [done[number] for number in range(len(matrices))]
 
     def finish(self) -> None:
         """The directions now hold the orthogonalised, unit-RMS step: this rank's part of each slice of the bucket."""
@@ -209,6 +232,13 @@ def _on_cores(work: Callable[[int], None], numbers: list[int]) -> None:
             list(pool.map(one, numbers))
     finally:
         torch.set_num_threads(threads)
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second to the first of each pair, in one call: one at a time takes a GPU's host longer than the GPU."""
+    if pairs:
+        to, come = zip(*pairs)
+        torch._foreach_copy_(list(to), list(come))
 
 
 def _inside(x: Tensor, unit: Unit, part: Piece) -> Tensor:

@@ -34,7 +34,7 @@ class GuardedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        bad = torch.stack([nonfinite(grad) for grad in grads]).any() if grads else False
+        bad = nonfinite(grads).any() if grads else False
         if not on_every_rank(not bool(bad)):
             self.skipped_steps += 1
             return None
