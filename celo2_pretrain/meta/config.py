@@ -19,7 +19,7 @@ class MetaConfig:
     """Defaults: the paper's recipe for Celo2 (arXiv 2602.19142, section 4 and appendix)."""
 
     families: str = key("mlp/digits mlp/photos mlp/digits_on_photos mlp/orientation",
-                        "task families, separated by blanks: mlp/SET, conv/SET, residual/SET, transformer, quadratic")
+                        "task families, separated by blanks: mlp/SET, conv/SET, residual/SET, transformer, text, quadratic")
     problems: int = key(8, "inner problems of each family at a time (PES: antithetic pairs)", 1)
     estimator: Literal["pes", "analytic", "evolution"] = key(
         "pes", "outer gradient by persistent evolution strategies or back-propagation; or none: CMA-ES over constructed rules")

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from . import estimators, inner, tasks
 from .config import MetaConfig
 from .estimators import Estimate
+from .graphs import Graphed
 from .inner import Fixed, Harness, Inner
 from .rule import THETA, Variant
 
@@ -31,6 +32,8 @@ class Family:
         self.generator = torch.Generator().manual_seed(seed)
         self.particles = {"pes": 2, "analytic": 1, "evolution": config.population}[config.estimator]  # of each problem
         self.advance = inner.make_advance(self.task, self.harness, shared_theta=config.estimator == "analytic")
+        if torch.device(config.device).type == "cuda" and config.estimator != "analytic":
+            self.advance = Graphed(self.advance)
         # Shortened at first, so that the problems are not all at the same place of their unrolls.
         self.inner = self._start(torch.rand(config.problems, generator=self.generator))
         self.noise = torch.zeros(config.problems, THETA, device=config.device)
@@ -57,8 +60,8 @@ class Family:
         total, counted = 0.0, max(1, round(self.config.truncation * self.config.tail))
         for step in range(self.config.truncation):
             batch = self.task.draw(self.generator, self.config.problems)
-            batch = tuple(x.repeat(self.particles, *[1] * (x.ndim - 1)) for x in batch)
-            self.inner, loss = self.advance(theta, self.inner, tuple(x.to(theta.device) for x in batch))
+            batch = tuple(x.to(theta.device).repeat(self.particles, *[1] * (x.ndim - 1)) for x in batch)
+            self.inner, loss = self.advance(theta, self.inner, batch)
             if step >= self.config.truncation - counted:
                 total = total + loss.clamp_max(self.task.cap)
         return total / counted

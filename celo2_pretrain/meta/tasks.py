@@ -6,6 +6,9 @@ families for our own recipe: none of them is in the evaluation suite, nor is its
 from __future__ import annotations
 
 import math
+import warnings
+from collections import Counter
+from functools import cache
 from typing import Callable, NamedTuple
 
 import torch
@@ -19,6 +22,7 @@ Params = dict[str, Tensor]
 Batch = tuple[Tensor, ...]
 BATCH = 64
 CAP = 1.5 * math.log(images.CLASSES)
+SEQUENCES = BATCH // 4  # in a language model's batch
 
 
 class Task(NamedTuple):
@@ -107,7 +111,7 @@ def _norm(x: Tensor) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def transformer(vocabulary: int = 32, length: int = 24, width: int = 24, layers: int = 2) -> Task:
+def transformer(vocabulary: int = 32, length: int = 24) -> Task:
     """A causal transformer on sequences of a random Markov chain (one, of order 1, with Zipf-like rows).
 
     The second half of every other sequence repeats its first: there are statistics and induction to be learned.
@@ -116,45 +120,78 @@ def transformer(vocabulary: int = 32, length: int = 24, width: int = 24, layers:
     # Rows as a symmetric Dirichlet distribution of concentration 0.1 has them, nearly: a few large entries.
     table = torch.rand(vocabulary, vocabulary, generator=generator).pow(10)
     table = table / table.sum(-1, keepdim=True)
-    batch = BATCH // 4
-
-    def init(generator: torch.Generator) -> Params:
-        p = {"embed": torch.randn(vocabulary, width, generator=generator) * 0.3,
-             "position": torch.randn(length - 1, width, generator=generator) * 0.1,
-             "head": _weights(generator, width, vocabulary, gain=0.1)}
-        for k in range(layers):
-            for name in ("q", "k", "v"):
-                p[f"{name}{k}"] = _weights(generator, width, width)
-            p |= {f"o{k}": _weights(generator, width, width, gain=0.5),
-                  f"up{k}": _weights(generator, width, 4 * width),
-                  f"down{k}": _weights(generator, 4 * width, width, gain=0.5)}
-        return p
 
     def draw(generator: torch.Generator, n: int) -> Batch:
-        token = torch.randint(vocabulary, (n, batch), generator=generator)
+        token = torch.randint(vocabulary, (n, SEQUENCES), generator=generator)
         tokens = [token]
         for _ in range(length - 1):
-            token = torch.multinomial(table[token.flatten()], 1, generator=generator).view(n, batch)
+            token = torch.multinomial(table[token.flatten()], 1, generator=generator).view(n, SEQUENCES)
             tokens.append(token)
         x = torch.stack(tokens, -1)
         half = length // 2
         x[:, ::2, half:] = x[:, ::2, :length - half]
         return (x,)
 
-    mask = torch.full((length - 1, length - 1), -torch.inf).triu(1)
+    return _language_model("transformer/markov", draw, vocabulary, length, width=24)
+
+
+def text(vocabulary: int = 64, length: int = 32) -> Task:
+    """The same on text: the docstrings of the installed torch, in lower case; rare characters are one."""
+    data = _docstrings(vocabulary)
+
+    def draw(generator: torch.Generator, n: int) -> Batch:
+        start = torch.randint(len(data) - length, (n, SEQUENCES, 1), generator=generator)
+        return (data[start + torch.arange(length)],)
+
+    return _language_model("transformer/text", draw, vocabulary, length, width=32)
+
+
+@cache
+def _docstrings(vocabulary: int) -> Tensor:
+    """Numbers of characters, int64: 0 is a rare one, the others go by how often they occur."""
+    found = {}
+    for module in (torch, torch.Tensor, torch.nn, F, torch.optim, torch.linalg, torch.distributions, torch.special, torch.fft):
+        for name in sorted(dir(module)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of names that are to go
+                about = getattr(module, name, None)
+            if callable(about) and isinstance(about.__doc__, str):
+                found[about.__doc__.lower()] = None  # each once, in a fixed order
+    letters = "\n".join(found)
+    common = sorted(Counter(letters).items(), key=lambda item: (-item[1], item[0]))[:vocabulary - 1]
+    number = {letter: k + 1 for k, (letter, _) in enumerate(common)}
+    return torch.tensor([number.get(letter, 0) for letter in letters])
+
+
+def _language_model(name: str, draw: Callable[[torch.Generator, int], Batch], vocabulary: int, length: int, width: int,
+                    layers: int = 2) -> Task:
+    """A causal transformer with two heads on what `draw` gives: numbers (n, SEQUENCES, length)."""
+
+    def init(generator: torch.Generator) -> Params:
+        p = {"embed": torch.randn(vocabulary, width, generator=generator) * 0.3,
+             "position": torch.randn(length - 1, width, generator=generator) * 0.1,
+             "head": _weights(generator, width, vocabulary, gain=0.1)}
+        for k in range(layers):
+            for matrix in ("q", "k", "v"):
+                p[f"{matrix}{k}"] = _weights(generator, width, width)
+            p |= {f"o{k}": _weights(generator, width, width, gain=0.5),
+                  f"up{k}": _weights(generator, width, 4 * width),
+                  f"down{k}": _weights(generator, 4 * width, width, gain=0.5)}
+        return p
 
     def loss(p: Params, batch: Batch) -> Tensor:
         x, y = batch[0][:, :-1], batch[0][:, 1:]
         h = p["embed"][x] + p["position"]
+        mask = torch.full((length - 1, length - 1), -torch.inf, device=h.device).triu(1)
         for k in range(layers):
             z = _norm(h)
-            q, key, v = ((z @ p[f"{name}{k}"]).unflatten(-1, (2, width // 2)).transpose(1, 2) for name in ("q", "k", "v"))
+            q, key, v = ((z @ p[f"{matrix}{k}"]).unflatten(-1, (2, width // 2)).transpose(1, 2) for matrix in ("q", "k", "v"))
             attention = torch.softmax(q @ key.mT / math.sqrt(width // 2) + mask, -1)
             h = h + (attention @ v).transpose(1, 2).flatten(2) @ p[f"o{k}"]
             h = h + F.gelu(_norm(h) @ p[f"up{k}"]) @ p[f"down{k}"]
         return F.cross_entropy((_norm(h) @ p["head"]).flatten(0, 1), y.flatten())
 
-    return Task("transformer/markov", init, draw, loss, 1.5 * math.log(vocabulary), ("embed", "position", "head"))
+    return Task(name, init, draw, loss, 1.5 * math.log(vocabulary), ("embed", "position", "head"))
 
 
 def quadratic(size: int = 24, condition: float = 1e4) -> Task:
@@ -162,6 +199,7 @@ def quadratic(size: int = 24, condition: float = 1e4) -> Task:
     generator = torch.Generator().manual_seed(0)
     spectrum = torch.logspace(0, -0.25 * math.log10(condition), size)
     left, right = (torch.linalg.qr(torch.randn(size, size, generator=generator))[0] * spectrum for _ in range(2))
+    on = {left.device: (left, right)}  # each device that the problems are on
 
     def init(generator: torch.Generator) -> Params:
         return {"w": torch.randn(size, size, generator=generator) * 0.3}
@@ -170,7 +208,11 @@ def quadratic(size: int = 24, condition: float = 1e4) -> Task:
         return (torch.randn(n, size, size, generator=generator) * 0.3,)
 
     def loss(p: Params, batch: Batch) -> Tensor:
-        return (left.mT @ p["w"] @ right + 0.5 * batch[0]).square().mean() * 10
+        device = p["w"].device
+        if device not in on:
+            on[device] = left.to(device), right.to(device)
+        a, b = on[device]
+        return (a.mT @ p["w"] @ b + 0.5 * batch[0]).square().mean() * 10
 
     return Task("quadratic", init, draw, loss, 3.0)
 
@@ -180,7 +222,7 @@ def make(name: str) -> Task:
     kind, _, of = name.partition("/")
     if kind in ("mlp", "conv", "residual"):
         return {"mlp": mlp, "conv": conv, "residual": residual}[kind](of)
-    if name in ("transformer", "quadratic"):
-        return {"transformer": transformer, "quadratic": quadratic}[name]()
+    if name in ("transformer", "text", "quadratic"):
+        return {"transformer": transformer, "text": text, "quadratic": quadratic}[name]()
     raise UserError(f"no task family {name!r}; there are mlp/SET, conv/SET, residual/SET (SET: an image set: "
-                     f"{', '.join((*images.LOCAL, *images.HUB))}), transformer and quadratic")
+                     f"{', '.join((*images.LOCAL, *images.HUB))}), transformer, text and quadratic")

@@ -8,6 +8,7 @@ they hold independent matrices, so the factored axes are looked for among the ot
 """
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -63,7 +64,13 @@ def init_state(p: Tensor, batch: int = 0) -> State:
 
 
 def _decays(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device).view(3, *[1] * like.ndim)
+    return _constant(values, like.device).view(3, *[1] * like.ndim)
+
+
+@functools.cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 on the device; kept, since to copy it there isn't allowed while a CUDA graph is recorded."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def accumulate(g: Tensor, state: State, batch: int = 0) -> State:
