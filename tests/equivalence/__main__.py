@@ -19,6 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     part.add_argument("--few", action="store_true", help="only a cell of each stage and precision")
     parser.add_argument("--backend", default="", choices=("compile", "reference", "triton"),
                         help="what computes the passes; triton in its interpreter, which is slow (default: CELO2_BACKEND)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"),
+                        help="cuda: all ranks on one GPU, by NCCL where there is one rank and by gloo where there are more")
     parser.add_argument("--mutation", default="", help="break the optimizer first (see mutations.py)")
     args = parser.parse_args(argv)
     try:
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'ranks':5}  {'cell':42}  " + "  ".join(f"{kind:8}" for kind in TOLERANCE))
     for world in worlds:
         began = time.monotonic()
-        results = run_cells(world, cells, backend=args.backend, mutation=args.mutation,
+        results = run_cells(world, cells, backend=args.backend, mutation=args.mutation, device=args.device,
                             progress=lambda result: show(world, result))
         everything[world] = results
         bad = sum(bool(result.failures()) for result in results)

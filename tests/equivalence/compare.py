@@ -111,7 +111,7 @@ def digest(tensors: list[Tensor]) -> str:
     """A hash of their bits."""
     whole = hashlib.sha256()
     for x in tensors:
-        whole.update(x.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        whole.update(x.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
 
 
@@ -258,5 +258,5 @@ def _factored(run: DeepSpeedRun | FSDP2Run) -> list[tuple[str, Tensor, list[str]
             for slices in storages.values():
                 state = run.celo2.state[slices[0].storage]
                 names = [by_param[id(held.original.param)] for held in slices]
-                found += [(key, state[key], names) for key in ("v_row", "v_col") if key in state]
+                found += [(key, state[key].cpu(), names) for key in ("v_row", "v_col") if key in state]
     return found

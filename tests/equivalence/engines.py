@@ -1,4 +1,4 @@
-"""The model under one cell's engine, and its *full* parameters, gradients and states, whoever holds them.
+"""The model under one cell's engine, and its *full* parameters, gradients and states, whoever holds them, on the CPU.
 
 Everything here is read through DeepSpeed's or torch's own means (`safe_get_full_*`, `full_tensor`), never through
 Celo2's layouts, which are what the matrix tests. Every rank must ask for the same things in the same order.
@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -51,8 +52,13 @@ def deepspeed_config(cell: Cell) -> dict:
     if cell.precision == "fp16":
         config["fp16"] = {"enabled": True, "loss_scale": LOSS_SCALE}
     if cell.extra == "config":
-        config["optimizer"] = {"type": "Celo2", "params": {"lr": 0.05, "weight_decay": 0.1}}
+        config["optimizer"] = {"type": "Celo2", "params": {"lr": 0.05, "weight_decay": 0.1, "newton_schulz_dtype": "fp32"}}
     return config
+
+
+def own(x: Tensor) -> Tensor:
+    """A copy on the CPU."""
+    return x.detach().to("cpu", copy=True)
 
 
 class DeepSpeedRun:
@@ -84,7 +90,7 @@ class DeepSpeedRun:
         self.scale = LOSS_SCALE if cell.precision == "fp16" else 1.0
 
     def backward(self, x: Tensor, use_sometimes: bool, factor: float, last: bool) -> None:
-        self.engine.backward(self.engine(x, use_sometimes, factor))
+        self.engine.backward(self.engine(x.to(self.engine.device), use_sometimes, factor))
         if not last:
             self.engine.step()  # only counts micro-batches
 
@@ -98,10 +104,10 @@ class DeepSpeedRun:
         """The float32 master, whole."""
         p = self.params[name]
         if self.cell.gradients_from_plain:
-            return p.detach().clone()  # float32 cells: the model's parameter is the master
+            return own(p)  # float32 cells: the model's parameter is the master
         if self.stage:
-            return safe_get_full_fp32_param(p).detach().clone()
-        return self.copies.get(id(p), p).detach().clone()
+            return own(safe_get_full_fp32_param(p))
+        return own(self.copies.get(id(p), p))
 
     def gradient(self, name: str) -> Tensor | None:
         """The averaged gradient that the coming step uses, float32, without loss scale. None: it skips the tensor."""
@@ -109,14 +115,14 @@ class DeepSpeedRun:
         if self.stage == 0:
             if p.grad is None:
                 return torch.zeros(p.shape) if self.copies else None
-            return p.grad.detach().float() / self.scale
-        return safe_get_full_grad(p).detach().float().clone().view(self.shape(name)) / self.scale
+            return own(p.grad).float() / self.scale
+        return own(safe_get_full_grad(p)).float().view(self.shape(name)) / self.scale
 
     def state(self, name: str, key: str) -> Tensor:
         p = self.params[name]
         if self.stage == 0:
-            return self.celo2.state[self.copies.get(id(p), p)][key]
-        return safe_get_full_optimizer_state(p, key).view(self.shape(name))
+            return self.celo2.state[self.copies.get(id(p), p)][key].cpu()
+        return safe_get_full_optimizer_state(p, key).view(self.shape(name)).cpu()
 
     def ready_to_read_states(self) -> None:
         # DeepSpeed links states once, after the first group's first step, when the other groups have none yet.
@@ -131,7 +137,7 @@ class DeepSpeedRun:
         """What the forward pass sees, frozen parameters included, in the model's dtype."""
         params = dict(self.model.named_parameters())
         with deepspeed.zero.GatheredParameters(list(params.values())) if self.stage == 3 else nullcontext():
-            return {name: p.detach().clone() for name, p in params.items()}
+            return {name: own(p) for name, p in params.items()}
 
     def close(self) -> None:
         self.engine.destroy()
@@ -142,8 +148,9 @@ class FSDP2Run:
 
     def __init__(self, cell: Cell) -> None:
         torch.manual_seed(0)
-        model = Awkward()
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        self.device = torch.device(get_accelerator().device_name())
+        model = Awkward().to(self.device)
+        mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
         low = {"fp32": None, "fp16": torch.float16}.get(cell.precision, torch.bfloat16)
         reduce = torch.float32 if cell.precision == "bf16+fp32acc" else low
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=reduce)
@@ -158,7 +165,7 @@ class FSDP2Run:
         self.skipped = False
 
     def backward(self, x: Tensor, use_sometimes: bool, factor: float, last: bool) -> None:
-        (self.model(x, use_sometimes, factor) * (self.scale / self.cell.accumulation)).backward()
+        (self.model(x.to(self.device), use_sometimes, factor) * (self.scale / self.cell.accumulation)).backward()
 
     def step(self) -> None:
         for p in self.params.values():
@@ -173,15 +180,15 @@ class FSDP2Run:
         return self.skipped
 
     def parameter(self, name: str) -> Tensor:
-        return self.params[name].detach().full_tensor().clone()
+        return own(self.params[name].detach().full_tensor())
 
     def gradient(self, name: str) -> Tensor | None:
         grad = self.params[name].grad
-        return None if grad is None else grad.detach().full_tensor().clone() / self.scale
+        return None if grad is None else own(grad.detach().full_tensor()) / self.scale
 
     def state(self, name: str, key: str) -> Tensor:
         x = self.celo2.state[self.params[name]][key]
-        return x.full_tensor() if isinstance(x, DTensor) else x
+        return (x.full_tensor() if isinstance(x, DTensor) else x).cpu()
 
     def ready_to_read_states(self) -> None:
         pass
@@ -190,7 +197,7 @@ class FSDP2Run:
         return tuple(self.params[name].shape)
 
     def model_values(self) -> dict[str, Tensor]:
-        return {name: p.detach().full_tensor().clone() for name, p in self.model.named_parameters()}
+        return {name: own(p.detach().full_tensor()) for name, p in self.model.named_parameters()}
 
     def close(self) -> None:
         pass
@@ -204,9 +211,9 @@ def tagged_by_register(model: nn.Module, params: dict) -> dict[str, dict]:
 
 
 def own_options(cell: Cell) -> dict:
-    """Celo2's own options that an extra cell sets."""
-    return {"buckets": {"bucket_size": 1}, "bf16_products": {"newton_schulz_dtype": "bf16"},
-            "fp8": {"state_dtype": "fp8"}}.get(cell.extra, {})
+    """Celo2's own options: what an extra cell sets, and the reference's float32 products (GPUs have bfloat16 by default)."""
+    return {"newton_schulz_dtype": "fp32"} | {"buckets": {"bucket_size": 1}, "bf16_products": {"newton_schulz_dtype": "bf16"},
+                                              "fp8": {"state_dtype": "fp8"}}.get(cell.extra, {})
 
 
 def start(cell: Cell) -> DeepSpeedRun | FSDP2Run:

@@ -42,22 +42,22 @@ class Result:
                 for kind, (value, where) in self.errors.items() if not value <= allowed(self.cell, kind)]
 
 
-def run_cells(world: int, cells: list[Cell], *, backend: str = "", mutation: str = "", start: float = START,
-              stall: float = STALL, progress: Callable[[Result], None] = lambda result: None) -> list[Result]:
+def run_cells(world: int, cells: list[Cell], *, backend: str = "", mutation: str = "", device: str = "cpu",
+              start: float = START, stall: float = STALL, progress: Callable[[Result], None] = lambda result: None) -> list[Result]:
     """Run `cells` on `world` ranks, each in a process of its own that lives for all of them.
 
     After a crash or a hang the rest goes on in new processes; a hang is nothing for `start` (the first cell) or `stall`
-    seconds. `backend`: CELO2_BACKEND for them, "triton" in Triton's interpreter; "" leaves it as it is. `mutation` breaks
-    the optimizer (`mutations.py`).
+    seconds. `backend`: CELO2_BACKEND for them, on the CPU "triton" in Triton's interpreter; "" leaves it as it is.
+    `mutation` breaks the optimizer (`mutations.py`).
     """
-    if backend == "triton":
+    if backend == "triton" and device == "cpu":
         start, stall = INTERPRETER * start, INTERPRETER * stall
     results: list[Result] = []
     left = list(cells)
     for _ in range(MOST_RESTARTS + 1):
         if not left:
             break
-        ranks = Ranks(world, left, backend, mutation, start, stall)
+        ranks = Ranks(world, left, backend, mutation, device, start, stall)
         try:
             for result in ranks.results():
                 results.append(result)
@@ -75,20 +75,21 @@ def run_cells(world: int, cells: list[Cell], *, backend: str = "", mutation: str
 class Ranks:
     """The processes of one world."""
 
-    def __init__(self, world: int, cells: list[Cell], backend: str, mutation: str, start: float, stall: float) -> None:
+    def __init__(self, world: int, cells: list[Cell], backend: str, mutation: str, device: str, start: float, stall: float
+                 ) -> None:
         self.cells, self.lines, self.start, self.stall = cells, queue.Queue(), start, stall
         order = json.dumps({"cells": [cell.name for cell in cells], "mutation": mutation, "timeout": stall,
-                            "launcher": os.getpid()})
+                            "launcher": os.getpid(), "device": device})
         port = free_port()
         # The children import what this process imports, wherever it was started.
         path = os.pathsep.join([str(TESTS), *(entry for entry in sys.path if entry)])
         self.logs, self.processes = [], []
         for rank in range(world):
-            env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+            env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank if device == "cpu" else 0), "WORLD_SIZE": str(world),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                   "DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
+                   "DS_ACCELERATOR": device, "PYTHONPATH": path}
             env |= {"CELO2_BACKEND": backend} if backend else {}
-            env |= {"TRITON_INTERPRET": "1"} if backend == "triton" else {}
+            env |= {"TRITON_INTERPRET": "1"} if backend == "triton" and device == "cpu" else {}
             self.logs.append(tempfile.TemporaryFile("w+"))
             process = subprocess.Popen([sys.executable, "-m", "equivalence.worker"], env=env, text=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.logs[-1])

@@ -43,8 +43,12 @@ def main() -> None:
     # Without the CPU's own fp16 arithmetic DeepSpeed refuses fp16; torch computes it all the same, only slower.
     get_accelerator().is_fp16_supported = lambda: True
     # A compiled op for all-reduces in inference, which nothing here does: building it takes a compiler and a minute.
-    deepspeed.comm.torch.build_shm_op = lambda: None
-    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=order["timeout"]), verbose=False)
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # `deepspeed.comm.torch` is torch itself
+    on_gpu = order["device"] == "cuda"
+    # NCCL wants a GPU for each rank.
+    library = "nccl" if on_gpu and os.environ["WORLD_SIZE"] == "1" else "gloo"
+    deepspeed.init_distributed(dist_backend=library, timeout=timedelta(seconds=order["timeout"]), verbose=False)
+    torch.backends.cudnn.allow_tf32 = False  # gradients are compared with the CPU's
     if order["mutation"]:
         apply_mutation(order["mutation"])
 
