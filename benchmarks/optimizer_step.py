@@ -7,7 +7,8 @@
 Every optimizer steps every tensor of the model (Celo2 and Muon: hidden matrices; embeddings and 1-D tensors by AdamW;
 Celo2-base: the learned rule on every tensor; so the same work that a user's step would be). Celo2 orthogonalises in float32
 and in bfloat16 (`newton_schulz_dtype`), torch's Muon in bfloat16. The optimizers take turns, round by round; shown are
-the median and the quartiles of the ratio to fused AdamW in the same round.
+the median and the quartiles of the ratio to fused AdamW in the same round. On a GPU also the device's own time (device_ms: a
+step whose launches take longer waits for them), and the memory of the states and of what a step needs beside them.
 """
 from __future__ import annotations
 
@@ -86,15 +87,41 @@ def timed(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
+def on_device(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds that the device itself takes: on a GPU without the launches, which are under way before it begins."""
+    if device.type != "cuda":
+        return timed(run, device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)  # a tenth of a second
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def memory(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """GiB of the GPU that a step leaves allocated, and that it takes beside that while it runs."""
+    if device.type != "cuda":
+        step()
+        return 0.0, 0.0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    after = torch.cuda.memory_allocated()
+    return (after - before) / 2 ** 30, (torch.cuda.max_memory_allocated() - after) / 2 ** 30
+
+
 def compare(name: str, device: torch.device, rounds: int) -> list[dict]:
     model = build(name, device)
     steps = optimizers(model)
     times: dict[str, list[float]] = {key: [] for key in steps}
-    for number in range(rounds + 1):
+    kept = {key: memory(step, device)[0] for key, step in steps.items()}  # the first steps make states and plans
+    beside = {key: memory(step, device)[1] for key, step in steps.items()}
+    for _ in range(rounds):
         for key, step in steps.items():
-            seconds = timed(step, device)
-            if number:  # the first round makes states and plans
-                times[key].append(seconds)
+            times[key].append(timed(step, device))
     rows = []
     for key, seconds in times.items():
         ratios = [a / b for a, b in zip(seconds, times["AdamW (fused)"])]
@@ -103,6 +130,10 @@ def compare(name: str, device: torch.device, rounds: int) -> list[dict]:
                      "parameters": sum(p.numel() for p in model.parameters()), "optimizer": key,
                      "ms": round(1e3 * statistics.median(seconds), 2), "ratio": round(middle, 2),
                      "ratio_q1": round(low, 2), "ratio_q3": round(high, 2), "rounds": rounds})
+        if device.type == "cuda":  # the states of both forms of Celo2 are the first one's
+            rows[-1] |= {"device_ms": round(1e3 * statistics.median(on_device(steps[key], device) for _ in range(3)), 2),
+                         "states_gib": round(kept["Celo2" if key == "Celo2, bf16" else key], 2),
+                         "beside_gib": round(beside[key], 2)}
     return rows
 
 
@@ -116,7 +147,7 @@ def profile(name: str, device: torch.device, rounds: int) -> list[dict]:
     step = LearnedStep(plan, optimizer.state, optimizer._mlp_on(device), group)
     count = sum(p.numel() for p in group["params"])
     x, y = torch.empty(1 << 26, device=device), torch.empty(1 << 26, device=device)
-    copies = [timed(lambda: y.copy_(x), device) for _ in range(rounds + 1)][1:]
+    copies = [on_device(lambda: y.copy_(x), device) for _ in range(rounds + 1)][1:]
     bandwidth = 8 * x.numel() / statistics.median(copies)
     with torch.no_grad():
         step.run()
@@ -130,14 +161,14 @@ def profile(name: str, device: torch.device, rounds: int) -> list[dict]:
                   "apply": lambda: step._apply(directions)}
         rows = []
         for key, run in passes.items():
-            ms = 1e3 * statistics.median([timed(run, device) for _ in range(rounds + 1)][1:])
+            ms = 1e3 * statistics.median([on_device(run, device) for _ in range(rounds + 1)][1:])
             bound = 1e3 * BOUND[key] * count / bandwidth
             rows.append({"pass": key, "ms": round(ms, 2), "bytes bound ms": round(bound, 2),
                          "bandwidth share": round(bound / ms, 3)})
         passes_ms = sum(row["ms"] for row in rows)
         for dtype in ("fp32", "bf16"):
             group["newton_schulz_dtype"] = dtype
-            whole = 1e3 * statistics.median([timed(step.run, device) for _ in range(max(2, rounds // 2))])
+            whole = 1e3 * statistics.median([on_device(step.run, device) for _ in range(max(2, rounds // 2))])
             rows.append({"pass": f"Newton-Schulz in {dtype} and the rest", "ms": round(whole - passes_ms, 2),
                          "bytes bound ms": "", "bandwidth share": ""})
     return [{"device": device_name(device), "model": name, "backend": backend_for(device).name, **row} for row in rows]
@@ -175,7 +206,9 @@ def main() -> None:
     rows = [row for name in args.model for row in compare(name, device, args.rounds)]
     for row in rows:
         print(f"{row['model']:>5}  {row['optimizer']:14s} {row['ms']:10.2f} ms   {row['ratio']:7.2f} x AdamW "
-              f"(quartiles {row['ratio_q1']:.2f} to {row['ratio_q3']:.2f})")
+              f"(quartiles {row['ratio_q1']:.2f} to {row['ratio_q3']:.2f})"
+              + (f"; device {row['device_ms']:.2f} ms, states {row['states_gib']:.2f} GiB, beside {row['beside_gib']:.2f} GiB"
+                 if "device_ms" in row else ""))
     write_csv(args.out / f"optimizer_step_{device.type}.csv", rows)
     plot(args.out / f"optimizer_step_{device.type}.png", rows)
     if args.profile:
