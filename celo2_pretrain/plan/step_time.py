@@ -4,8 +4,10 @@
                activation checkpointing, which computes every forward pass twice
     gradients  what DeepSpeed sends at this ZeRO stage, at LINK_SHARE of the slowest link of the ring; hidden behind the
                backward pass only with overlap_comm
-    optimizer  its passes' memory traffic at MEMORY_SHARE of the bandwidth; then the longer of the busiest owner's
-               Newton–Schulz and the exchange, which overlap
+    optimizer  its passes' memory traffic at PASSES_SHARE (AdamW's at MEMORY_SHARE) of the bandwidth; then the longer of the
+               busiest owner's Newton–Schulz, at MATMUL_SHARE of its dtype's peak, and the exchange, which overlap
+
+The optimizer's shares are those measured on an H200 (docs/gpu.md), of its data sheet's peaks.
 """
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from celo2_pretrain.plan.shards import Group, matmul_parameters, owned_flops, se
 from celo2_pretrain.train.config import Config
 
 MFU = 0.40  # of the dense peak; large models on one node reach 0.35 to 0.5
-MEMORY_SHARE, LINK_SHARE, MATMUL_SHARE = 0.7, 0.75, 0.6
+MEMORY_SHARE, PASSES_SHARE, LINK_SHARE = 0.7, 0.45, 0.75  # of the passes the direction's is bound by arithmetic
+MATMUL_SHARE = {"bf16": 0.4, "fp32": 0.65}
 CELO2_BYTES, ADAMW_BYTES = 80, 28  # memory traffic a parameter of the optimizer's passes, float32 states
 BACKWARD_SHARE = 2 / 3  # of the compute, behind which gradients can travel
 
@@ -37,6 +40,7 @@ class StepTime:
     exchange: float
     flops_per_token: float
     newton_schulz_flops: float  # of the busiest owner
+    newton_schulz_dtype: str
     zero_bytes: float  # that a rank sends for ZeRO
     celo2_bytes: float  # and for the optimizer, the busiest rank
     link: float  # bytes/s that were assumed
@@ -86,20 +90,24 @@ def step_time(model: nn.Module, groups: list[Group], plans: list[Plan | None], c
     overlap = zero.get("overlap_comm")
     hidden = BACKWARD_SHARE * compute if (stage == 3 if overlap is None else overlap) else 0.0
 
-    traffic = torch.zeros(ranks if stage else 1)
+    seconds = torch.zeros(ranks if stage else 1)  # of each rank's passes
     flops = torch.zeros(1 if stage == 0 else ranks, dtype=torch.float64)
     exchanged = 0.0
     for group, plan in zip(groups, plans):
-        traffic += (ADAMW_BYTES if plan is None else CELO2_BYTES) * (group.held[..., 1] - group.held[..., 0]).sum(1)
+        cost = ADAMW_BYTES / MEMORY_SHARE if plan is None else CELO2_BYTES / PASSES_SHARE
+        seconds += cost / device.bandwidth * (group.held[..., 1] - group.held[..., 0]).sum(1)
         if plan is not None:
             flops += torch.tensor(owned_flops(plan), dtype=torch.float64)
             exchanged += busiest_bytes(plan)
+    dtype = config.optimizer.newton_schulz_dtype
+    if dtype == "auto":
+        dtype = "bf16" if device.bf16 > device.fp32 else "fp32"
+    product_peak = MATMUL_SHARE[dtype] * (device.bf16 if dtype == "bf16" else device.fp32)
     return StepTime(
         compute=compute, gradients=max(0.0, sent / link - hidden),
-        passes=float(traffic.max()) / (MEMORY_SHARE * device.bandwidth),
-        # The optimizer orthogonalises in float32.
-        newton_schulz=float(flops.max()) / (MATMUL_SHARE * device.fp32), exchange=exchanged / link,
-        flops_per_token=per_token, newton_schulz_flops=float(flops.max()), zero_bytes=sent, celo2_bytes=exchanged, link=link)
+        passes=float(seconds.max()), newton_schulz=float(flops.max()) / product_peak, exchange=exchanged / link,
+        flops_per_token=per_token, newton_schulz_flops=float(flops.max()), newton_schulz_dtype=dtype, zero_bytes=sent,
+        celo2_bytes=exchanged, link=link)
 
 
 def some_ranks(ranks: int) -> list[int]:
