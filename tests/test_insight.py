@@ -79,6 +79,18 @@ def test_tensorboard_has_the_records(run):
         assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(records, rel=1e-5)
 
 
+@pytest.mark.skipif("tensorboard" not in TRACKED, reason="tensorboard is not installed")
+def test_a_replaced_run_s_curves_stay_until_the_new_run_has_a_record(tmp_path):
+    old = tmp_path / "tensorboard/events.out.tfevents.1.old"
+    old.parent.mkdir()
+    old.touch()
+    tracker = trackers.open_trackers(load_config(None, [f"run_dir={tmp_path}", "track.tensorboard=true"]), 0)[0]
+    assert old.exists()  # loading what the new run goes on from may still fail
+    tracker.log({"step": 1, "loss": 2.0})
+    tracker.close()
+    assert not old.exists() and len(list(old.parent.iterdir())) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("wandb" not in TRACKED, reason="wandb is not installed")
 def test_wandb_offline_writes_its_run(run):

@@ -1,7 +1,6 @@
 """TensorBoard and Weights & Biases: where the records of metrics.jsonl also go, under the same names."""
 import logging
 import secrets
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,12 +37,14 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = Path(config.run_dir, "tensorboard")
-        if start_step == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+        # Of a run that is replaced: they go with the first record, when this one has begun.
+        self.replaced = [] if start_step else list(folder.glob("*"))
         # What was written after the checkpoint is hidden.
         self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
 
     def log(self, record: dict) -> None:
+        while self.replaced:
+            self.replaced.pop().unlink(missing_ok=True)
         for name, value in numbers(record).items():
             self.writer.add_scalar(name, value, record["step"])
 
