@@ -11,6 +11,7 @@ from test_reference import CASES, TOLERANCE, Case, close
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.optimizer.backends import backend_for
+from celo2_pretrain.optimizer.celo2 import nonfinite
 from celo2_pretrain.optimizer.rules import TAG, Tag
 from celo2_pretrain.optimizer.views import MatrixView
 from processes import ROOT, environment
@@ -110,6 +111,17 @@ def test_small_states_are_rounded_like_plain_torch_s(state_dtype, monkeypatch):
 def test_the_same_step_twice_is_the_same_bits():
     one, two = (trajectory("cuda", torch.float32, orthogonalize=True)[0][-1] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bad_gradients_are_found(dtype):
+    tensors = [torch.randn(n, device="cuda").to(dtype) for n in (1, 4096, 100_003, 0, 777)]
+    assert not nonfinite(tensors).any()
+    for bad in (float("nan"), float("inf"), -float("inf"), *([1e30] if dtype != torch.float16 else [])):
+        for place in (0, 70_000, 100_002):
+            some = [x.clone() for x in tensors]
+            some[2][place] = bad
+            assert nonfinite(some).tolist() == [False, False, True, False, False]
 
 
 def test_a_tensor_of_more_than_2_to_the_31_elements():

@@ -425,12 +425,13 @@ def _boxes(number: int, part: Part) -> list[Box]:
 
 def _table(rows: list, device: torch.device) -> Tensor:
     """An int64 table on the device. Kernels only read it: from step to step most addresses are the same, and so is the table."""
-    return _copied(tuple(map(tuple, rows)), device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _copied(tuple(map(tuple, rows)), device, stream)
 
 
 @functools.lru_cache(maxsize=1024)
-def _copied(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """Copied without waiting for what the device is doing."""
+def _copied(rows: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
+    """Copied without waiting for what the device is doing; on the current stream, which is `stream`."""
     table = torch.tensor(rows, dtype=torch.int64)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
