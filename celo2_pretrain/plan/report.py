@@ -17,7 +17,7 @@ def duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.3g} seconds"
+    return f"{seconds:.2g} seconds" if seconds < 1 else f"{seconds:.3g} seconds"
 
 
 def amount(count: float) -> str:
