@@ -90,6 +90,7 @@ class Exchange:
         self.away = [unit for unit in units if unit.numel_of(unit.owner) < unit.numel]  # travels
         self.mine = [unit for unit in units if unit.owner == self.rank]
         self.pending = None
+        self.stacks: list[Tensor] = []  # on a GPU: the matrices that are owned here, by their size
 
     def _plan(self) -> tuple[list[int], list[int]]:
         """Elements that go from here to each owner, and that come here from each rank."""
@@ -176,7 +177,7 @@ class Exchange:
         sizes: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number, unit in enumerate(self.mine):
             sizes[tuple(sorted(unit.shape[-2:]))].append(number)
-        self.stacks, found = [], {}
+        found: dict[int, Tensor] = {}
         for size, numbers in sizes.items():
             counts = [prod(self.mine[number].shape[:-2]) for number in numbers]
             self.stacks.append(torch.empty(sum(counts), *size, dtype=torch.float32, device=self._device()))

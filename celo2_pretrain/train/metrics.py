@@ -96,10 +96,10 @@ class Metrics:
             shown = f"loss {record['loss']:.3f}, lr {record['lr']:.1e}, {record['tokens_per_s']:,.0f} tokens/s"
             self.bar.set_postfix_str(shown if self.val_loss is None else f"{shown}, val {self.val_loss:.3f}")
         else:
-            left = (time.monotonic() - self.started) / max(1, step - self.start_step) * (self.max_steps - step)
+            left = round((time.monotonic() - self.started) / max(1, step - self.start_step) * (self.max_steps - step))
             mfu = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
             tell(f"step {step:>6}/{self.max_steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}"
-                 f"  {record['tokens_per_s']:>7,.0f} tokens/s{mfu}  {left // 60:.0f}m{left % 60:02.0f}s left")
+                 f"  {record['tokens_per_s']:>7,.0f} tokens/s{mfu}  {left // 60}m{left % 60:02}s left")
 
     def event(self, record: dict) -> None:
         """Write a record with "step" and "event" (docs/bad_numbers.md), and say its "why"."""
