@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from celo2_pretrain import Celo2
+from celo2_pretrain.optimizer.orthogonalize import Exchange
+from celo2_pretrain.optimizer.rules import TAG, Tag
+from celo2_pretrain.optimizer.views import MatrixView
 
 
 def model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -325,3 +328,23 @@ def test_a_step_without_any_gradient_is_told_once(caplog):
     p.grad = torch.randn(3, 3)
     optimizer.step()
     assert "gradient" not in caplog.text
+
+
+def test_matrices_in_batches_are_orthogonalised_as_one_by_one(monkeypatch):
+    """What a GPU does, on the CPU: shapes that share a batch lie both ways round, and some are stacked."""
+    def steps() -> list[torch.Tensor]:
+        generator, params = torch.Generator().manual_seed(0), []
+        for k, shape in enumerate([(7, 13), (13, 7), (13, 13), (3, 5, 9), (7, 13), (9, 5), (1, 4), (2, 3, 9, 5)]):
+            params.append(nn.Parameter(torch.randn(shape, generator=generator)))
+            setattr(params[-1], TAG, Tag(f"p{k}", "hidden", "celo2", MatrixView(transpose=k == 4, batch=max(0, len(shape) - 2))))
+        optimizer = Celo2([{"params": params, "rule": "celo2"}], lr=0.1)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    expected = steps()
+    monkeypatch.setattr(Exchange, "_batched", True)
+    for ours, twin in zip(steps(), expected, strict=True):
+        torch.testing.assert_close(ours, twin, rtol=1e-5, atol=1e-5)

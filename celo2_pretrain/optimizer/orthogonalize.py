@@ -90,7 +90,7 @@ class Exchange:
         self.away = [unit for unit in units if unit.numel_of(unit.owner) < unit.numel]  # travels
         self.mine = [unit for unit in units if unit.owner == self.rank]
         self.pending = None
-        self.stacks: list[Tensor] = []  # on a GPU: the matrices that are owned here, by their size
+        self.stacks: list[Tensor] = []  # in batches: the matrices that are owned here, by their size
 
     def _plan(self) -> tuple[list[int], list[int]]:
         """Elements that go from here to each owner, and that come here from each rank."""
@@ -122,6 +122,10 @@ class Exchange:
 
     def _device(self) -> torch.device:
         return self.directions[0].device
+
+    @property
+    def _batched(self) -> bool:
+        return self._device().type != "cpu"  # where nothing is gained by it, and a copy is saved
 
     def _empty(self) -> Tensor:
         return torch.empty(0, dtype=torch.float32, device=self._device())
@@ -171,9 +175,9 @@ class Exchange:
             self._all_to_all(torch.cat(parts) if parts else self._empty(), come, to)
 
     def _memory(self) -> list[Tensor]:
-        """For each unit that is owned here a tensor of its shape. On a GPU those of one size lie together, short side first."""
-        if self._device().type == "cpu":  # nothing is gained by a batch, and a copy is saved
-            return [torch.empty(unit.shape, dtype=torch.float32) for unit in self.mine]
+        """For each unit that is owned here a tensor of its shape. In batches those of one size lie together, short side first."""
+        if not self._batched:
+            return [torch.empty(unit.shape, dtype=torch.float32, device=self._device()) for unit in self.mine]
         sizes: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number, unit in enumerate(self.mine):
             sizes[tuple(sorted(unit.shape[-2:]))].append(number)
@@ -188,7 +192,7 @@ class Exchange:
 
     def _orthogonalize(self, matrices: list[Tensor], coefficients: Sequence[Triple], dtype: torch.dtype) -> list[Tensor]:
         """Newton–Schulz and step 8 of what `_memory` gave."""
-        if self._device().type != "cpu":
+        if self._batched:
             for stack in self.stacks:
                 x = newton_schulz(stack, coefficients, dtype)
                 norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)  # one pass, where `normalize` makes three
