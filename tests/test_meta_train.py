@@ -41,7 +41,7 @@ def test_a_meta_trained_step_is_the_specifications(shape, orthogonalize):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
-@pytest.mark.parametrize("name", ["quadratic", "transformer", "mlp/digits", "conv/photos", "residual/orientation",
+@pytest.mark.parametrize("name", ["quadratic", "transformer", "text", "mlp/digits", "conv/photos", "residual/orientation",
                                   "mlp/digits_on_photos"])
 def test_a_task_is_learned_by_the_bundled_rule(name):
     if "/" in name:
