@@ -72,10 +72,10 @@ def test_weights_gradients_and_states_are_those_of_a_running_engine(ranks, tmp_p
     ("gpt2", "sdpa", torch.float32), ("gpt2", "eager", torch.bfloat16),
     ("llama", "sdpa", torch.bfloat16), ("llama", "eager", torch.float32)])
 def test_saved_activations_are_what_autograd_saves(family, attention, dtype, checkpointing):
-    layers, context = 5, 64
+    layers, context, sequences = 5, 64, 8  # large beside the fixed memory that some CPUs' products in bfloat16 take
     model = build_model(Model(family=family, layers=layers, width=64, heads=4, context=context, vocab_size=300,
                               attention=attention, activation_checkpointing=checkpointing), 300, 0).to(dtype).train()
-    windows = torch.randint(0, 300, (4, context + 1))
+    windows = torch.randint(0, 300, (sequences, context + 1))
     kept = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), windows]}
     sizes, alive = {}, []
 
@@ -94,7 +94,7 @@ def test_saved_activations_are_what_autograd_saves(family, attention, dtype, che
     for hook in hooks:
         hook.remove()
     precision = "fp32" if dtype == torch.float32 else "bf16"
-    planned = activations(model, 4, context, precision, checkpointing)
+    planned = activations(model, sequences, context, precision, checkpointing)
     assert planned.saved == pytest.approx(sum(sizes.values()), rel=0.1)
     # The most at a time is measured by torch's own profiler, operators' inner allocations included. Parameters' gradients
     # are another part of the plan.
@@ -104,8 +104,7 @@ def test_saved_activations_are_what_autograd_saves(family, attention, dtype, che
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         training_loss(model, windows)[0].backward()
-    # Some CPUs' matrix products in bfloat16 take memory of their own, a fixed amount.
-    assert planned.peak == pytest.approx(profiled_peak(profile), rel=0.1, abs=2 ** 18)
+    assert planned.peak == pytest.approx(profiled_peak(profile), rel=0.1)
 
 
 def profiled_peak(profile) -> int:
