@@ -35,6 +35,21 @@ def add_products(y, x, weights):
 
 
 @triton.jit
+def output(h, w1, b2):
+    """Output 0 of the MLP for its first layer's sums; behind w1 lie b1 and the output's weights."""
+    b1, w2 = w1 + HIDDEN * HIDDEN, w1 + HIDDEN * (HIDDEN + 1)
+    y = ()
+    for k in tl.static_range(HIDDEN):
+        y = y + (tl.zeros_like(h[0]) + tl.load(b1 + k),)
+    for j in tl.static_range(HIDDEN):
+        y = add_products(y, tl.maximum(h[j], 0.0, propagate_nan=NAN), w1 + j * HIDDEN)
+    result = tl.zeros_like(h[0]) + b2
+    for k in tl.static_range(HIDDEN):
+        result += tl.maximum(y[k], 0.0, propagate_nan=NAN) * tl.load(w2 + k)
+    return result
+
+
+@triton.jit
 def direction_kernel(tiles, boxes, pointers, theta, G: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
                      ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr):
     part, matrix, first, low, high, columns, col_mask, height, width, at, stride = find_tile(tiles, boxes, ROWS, COLS,
@@ -52,8 +67,7 @@ def direction_kernel(tiles, boxes, pointers, theta, G: tl.constexpr, P: tl.const
     for k in tl.static_range(HIDDEN):
         col_bias = col_bias + (tl.load(col_bias_at + k * width, mask=col_mask, other=0.0),)
     w1 = theta + THETA_SECOND
-    b1, w2 = w1 + HIDDEN * HIDDEN, w1 + HIDDEN * (HIDDEN + 1)
-    b2 = tl.load(w2 + HIDDEN)
+    b2 = tl.load(w1 + HIDDEN * (HIDDEN + 2))
     stop = tl.minimum(high - first, ROWS).to(tl.int32)  # not known at compile time, or some compilers unroll and spill
     for down in range(0, stop, STEP):
         i = down + tl.arange(0, STEP)
@@ -71,14 +85,7 @@ def direction_kernel(tiles, boxes, pointers, theta, G: tl.constexpr, P: tl.const
                      + col_bias[k][None, :],)
         for f in tl.static_range(FEATURES):
             h = add_products(h, x[f], w0 + f * HIDDEN)
-        y = ()
-        for k in tl.static_range(HIDDEN):
-            y = y + (tl.zeros([STEP, COLS], tl.float32) + tl.load(b1 + k),)
-        for j in tl.static_range(HIDDEN):
-            y = add_products(y, tl.maximum(h[j], 0.0, propagate_nan=NAN), w1 + j * HIDDEN)
-        result = tl.zeros([STEP, COLS], tl.float32) + b2
-        for k in tl.static_range(HIDDEN):
-            result += tl.maximum(y[k], 0.0, propagate_nan=NAN) * tl.load(w2 + k)
+        result = output(h, w1, b2)
         tl.store(out + place, result, mask=mask)
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .accumulate import CLAMP, REST_0, REST_1, REST_2
+from .direction import add_products, output
 from .fold import EPS, HIDDEN, THETA_BIAS, THETA_SECOND
 from .tiles import OPTIONS
 
@@ -112,8 +113,7 @@ def direction_1d_kernel(table, theta, G: tl.constexpr, P: tl.constexpr, BLOCK: t
     elements, length, sums = elements_of(table), length_of(table), column(table, 10, tl.float32)
     out = column(table, 9, tl.float32)
     w1 = theta + THETA_SECOND
-    b1, w2 = w1 + HIDDEN * HIDDEN, w1 + HIDDEN * (HIDDEN + 1)
-    b2 = tl.load(w2 + HIDDEN)
+    b2 = tl.load(w1 + HIDDEN * (HIDDEN + 2))
     for start in range(0, elements, BLOCK):
         i = start + tl.arange(0, BLOCK)
         mask = i < elements
@@ -122,24 +122,8 @@ def direction_1d_kernel(table, theta, G: tl.constexpr, P: tl.constexpr, BLOCK: t
         for k in tl.static_range(HIDDEN):
             h = h + (tl.zeros([BLOCK], tl.float32) + tl.load(theta + THETA_BIAS + k),)
         for f in tl.static_range(FEATURES):
-            inverse = tl.rsqrt(tl.load(sums + f) / length + EPS)
-            new = ()
-            for k in tl.static_range(HIDDEN):
-                new = new + (h[k] + x[f] * (tl.load(theta + f * HIDDEN + k) * inverse),)
-            h = new
-        y = ()
-        for k in tl.static_range(HIDDEN):
-            y = y + (tl.zeros([BLOCK], tl.float32) + tl.load(b1 + k),)
-        for j in tl.static_range(HIDDEN):
-            active = tl.maximum(h[j], 0.0, propagate_nan=NAN)
-            new = ()
-            for k in tl.static_range(HIDDEN):
-                new = new + (y[k] + active * tl.load(w1 + j * HIDDEN + k),)
-            y = new
-        result = tl.zeros([BLOCK], tl.float32) + b2
-        for k in tl.static_range(HIDDEN):
-            result += tl.maximum(y[k], 0.0, propagate_nan=NAN) * tl.load(w2 + k)
-        tl.store(out + i, result, mask=mask)
+            h = add_products(h, x[f] * tl.rsqrt(tl.load(sums + f) / length + EPS), theta + f * HIDDEN)
+        tl.store(out + i, output(h, w1, b2), mask=mask)
 
 
 @triton.jit

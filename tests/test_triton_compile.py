@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1",
 LAUNCHES = [("fp32", True, "fp32"), ("fp32", False, "fp32"), ("fp32", True, "bf16"), ("bf16", True, "fp32"),
             ("fp16", False, "bf16"), ("fp32", True, "fp8"), ("bf16", False, "fp8")]
 # Registers of a thread, of 255: with 128 threads a program and 65536 registers, 128 leave room for 4 programs, 168 for 3.
-MOST = {"accumulate": 168, "fold": 168, "direction_1d": 255, "symmetric_product": 255}
+MOST = {"accumulate": 168, "fold": 168, "symmetric_product": 255}
 SHARED = 6.0  # bytes for an element that neighbours share: vectors and weights from the caches, partial sums
 
 
