@@ -21,6 +21,10 @@ class Device:
     network: float  # bytes/s to other nodes, per GPU, one way
     source: str
 
+    def peak(self, precision: str) -> float:
+        """FLOP/s of products in that precision."""
+        return self.fp32 if precision == "fp32" else self.bf16
+
 
 def _gpu(name, gib, bf16, fp32, bandwidth, link, per_node, network, source) -> Device:
     """Units of the data sheets: GiB, TFLOP/s, GB/s; network in Gbit/s per GPU."""

@@ -88,19 +88,18 @@ def memory_table(plan: Estimate) -> list[str]:
 
 def time_table(plan: Estimate, mfu: float) -> list[str]:
     t, device, precision = plan.time, plan.device, plan.config.train.precision
-    peak = device.fp32 if precision == "fp32" else device.bf16
+    peak = device.peak(precision)
     again = ", x 4/3 to recompute" if plan.config.model.activation_checkpointing else ""
     rows = [("forward and backward passes", t.compute,
              f"{t.flops_per_token / 1e9:.3g} GFLOP a token, {mfu:.0%} of {peak / 1e12:.3g} TFLOP/s{again}"),
             ("ZeRO's traffic, not hidden", t.gradients,
              f"{size(t.zero_bytes)} sent by each GPU at {t.link / 1e9:.3g} GB/s")]
     if plan.config.optimizer.name != "adamw":
-        products = device.bf16 if t.newton_schulz_dtype == "bf16" else device.fp32
         rows += [("optimizer: passes", t.passes,
                   f"{step_time.CELO2_BYTES} B a parameter at {step_time.PASSES_SHARE:.0%} of {device.bandwidth / 1e12:.3g} TB/s"),
                  ("optimizer: Newton-Schulz", t.newton_schulz,
                   f"{t.newton_schulz_flops / 1e12:.3g} TFLOP, {t.newton_schulz_dtype} at "
-                  f"{step_time.MATMUL_SHARE[t.newton_schulz_dtype]:.0%} of {products / 1e12:.3g} TFLOP/s"),
+                  f"{step_time.MATMUL_SHARE[t.newton_schulz_dtype]:.0%} of {device.peak(t.newton_schulz_dtype) / 1e12:.3g} TFLOP/s"),
                  ("  exchange, meanwhile", t.exchange, f"{size(t.celo2_bytes)} sent by the busiest GPU")]
     else:
         rows.append(("optimizer", t.passes,

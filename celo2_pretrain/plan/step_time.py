@@ -79,7 +79,7 @@ def step_time(model: nn.Module, groups: list[Group], plans: list[Plan | None], c
               device: Device, ranks: int, mfu: float = MFU) -> StepTime:
     stage, precision = config.train.zero_stage, config.train.precision
     zero = ds_config["zero_optimization"]
-    peak = device.fp32 if precision == "fp32" else device.bf16
+    peak = device.peak(precision)
     per_token = flops_per_token(model, config.model.context)
     tokens = config.train.global_batch_size * config.model.context
     compute = per_token * tokens / ranks / (mfu * peak) * (4 / 3 if config.model.activation_checkpointing else 1)
@@ -102,10 +102,10 @@ def step_time(model: nn.Module, groups: list[Group], plans: list[Plan | None], c
     dtype = config.optimizer.newton_schulz_dtype
     if dtype == "auto":
         dtype = "bf16" if device.bf16 > device.fp32 else "fp32"
-    product_peak = MATMUL_SHARE[dtype] * (device.bf16 if dtype == "bf16" else device.fp32)
     return StepTime(
         compute=compute, gradients=max(0.0, sent / link - hidden),
-        passes=float(seconds.max()), newton_schulz=float(flops.max()) / product_peak, exchange=exchanged / link,
+        passes=float(seconds.max()), newton_schulz=float(flops.max()) / (MATMUL_SHARE[dtype] * device.peak(dtype)),
+        exchange=exchanged / link,
         flops_per_token=per_token, newton_schulz_flops=float(flops.max()), newton_schulz_dtype=dtype, zero_bytes=sent,
         celo2_bytes=exchanged, link=link)
 
