@@ -18,7 +18,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from report import RESULTS, device_name, write_csv
+from report import RESULTS, device_name, quartiles, write_csv
 
 from celo2_pretrain.model.build import build_model
 from celo2_pretrain.train import checkpoint
@@ -80,7 +80,7 @@ def main() -> None:
             "step alone": "step alone", "step beside a copy": "step alone"}
     rows = []
     for name, found in seconds.items():
-        low, middle, high = statistics.quantiles([a / b for a, b in zip(found, seconds[base[name]])], n=4)
+        low, middle, high = quartiles([a / b for a, b in zip(found, seconds[base[name]])])
         rows.append({"device": device_name(engine.device), "parameters": parameters, "checkpoint_mb": round(size / 1e6),
                      "what": name, "seconds": round(statistics.median(found), 3), "ratio": round(middle, 3),
                      "ratio_q1": round(low, 3), "ratio_q3": round(high, 3), "pairs": args.pairs})

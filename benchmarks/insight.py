@@ -15,7 +15,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from report import RESULTS, device_name, write_csv
+from report import RESULTS, device_name, quartiles, write_csv
 
 from celo2_pretrain.model.build import build_model
 from celo2_pretrain.plan.step_time import flops_per_token
@@ -83,7 +83,7 @@ def main() -> None:
                 seconds = {watched: step(watched) for watched in order}
                 ratios.append(seconds[True] / seconds[False])
                 plain.append(seconds[False])
-            low, middle, high = statistics.quantiles(ratios, n=4)
+            low, middle, high = quartiles(ratios)
             rows.append({"device": device_name(engine.device), "parameters": parameters, "stage": args.stage, "watched": what,
                          "plain_ms": round(1e3 * statistics.median(plain), 1), "ratio": round(middle, 3),
                          "ratio_q1": round(low, 3), "ratio_q3": round(high, 3), "pairs": args.pairs})

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from celo2_pretrain.kernels.newton_schulz import BF16_GRAM_ITERATIONS, COEFFICIENTS, _direct, _gram, use_gram
-from report import RESULTS, device_name, write_csv
+from report import RESULTS, device_name, quartiles, write_csv
 
 SHAPES = [(64, 64), (64, 256), (256, 256), (256, 512), (256, 1024), (768, 768), (768, 3072)]
 SPECTRA = ("0", "1", "3", "5", "gauss")
@@ -96,7 +96,7 @@ def main() -> None:
                 row |= dict.fromkeys(("ms", "ratio", "ratio q1", "ratio q3"), "")
                 if seconds and run:
                     ratios = [a / b for a, b in zip(seconds[form], seconds["direct fp32"])]
-                    low, middle, high = statistics.quantiles(ratios, n=4)
+                    low, middle, high = quartiles(ratios)
                     row |= {"ms": round(1e3 * statistics.median(seconds[form]), 2), "ratio": round(middle, 2),
                             "ratio q1": round(low, 2), "ratio q3": round(high, 2)}
                 row["chosen"] = chosen(form, shape, coefficients) if run else ""

@@ -26,7 +26,7 @@ from celo2_pretrain import Celo2, param_groups, register
 from celo2_pretrain.optimizer.backends import backend_for
 from celo2_pretrain.optimizer.learned import LearnedStep
 from celo2_pretrain.optimizer.rules import tag_of
-from report import RESULTS, device_name, write_csv
+from report import RESULTS, device_name, quartiles, write_csv
 
 MODELS = {"124m": (12, 768, 12), "350m": (24, 1024, 16), "1.3b": (24, 2048, 16)}
 # Bytes a parameter that a pass must move at least, float32: A reads g, m, v and writes m, v; B and C read p, g, m, v
@@ -118,14 +118,14 @@ def compare(name: str, device: torch.device, rounds: int) -> list[dict]:
     steps = optimizers(model)
     times: dict[str, list[float]] = {key: [] for key in steps}
     kept = {key: memory(step, device)[0] for key, step in steps.items()}  # the first steps make states and plans
-    beside = {key: memory(step, device)[1] for key, step in steps.items()}
+    beside = {key: memory(step, device)[1] for key, step in steps.items()} if device.type == "cuda" else {}
     for _ in range(rounds):
         for key, step in steps.items():
             times[key].append(timed(step, device))
     rows = []
     for key, seconds in times.items():
         ratios = [a / b for a, b in zip(seconds, times["AdamW (fused)"])]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        low, middle, high = quartiles(ratios)
         rows.append({"device": device_name(device), "threads": torch.get_num_threads(), "model": name,
                      "parameters": sum(p.numel() for p in model.parameters()), "optimizer": key,
                      "ms": round(1e3 * statistics.median(seconds), 2), "ratio": round(middle, 2),

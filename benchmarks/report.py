@@ -1,8 +1,9 @@
-"""What the benchmark scripts share: where results go, how a table is written, and what this machine is called."""
+"""What the benchmark scripts share: where results go, how a table is written, a ratio's spread, what this machine is called."""
 from __future__ import annotations
 
 import csv
 import platform
+import statistics
 from pathlib import Path
 
 import torch
@@ -17,6 +18,11 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     print(f"wrote {path}")
+
+
+def quartiles(ratios: list[float]) -> tuple[float, float, float]:
+    """The lower one, the median, the upper one; of a single ratio three times itself."""
+    return tuple(statistics.quantiles(ratios, n=4)) if len(ratios) > 1 else (ratios[0],) * 3
 
 
 def device_name(device: torch.device) -> str:

@@ -22,14 +22,15 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from celo2_pretrain import Celo2, param_groups, register
 from celo2_pretrain.train.ranks import free_port
-from report import RESULTS, device_name, write_csv
+from optimizer_step import MODELS
+from report import RESULTS, device_name, quartiles, write_csv
 
-MODELS = {"124m": (12, 768, 12, 1024), "350m": (24, 1024, 16, 2048), "1.3b": (24, 2048, 16, 2048)}  # and the context
+CONTEXT = {"124m": 1024, "350m": 2048, "1.3b": 2048}
 VOCABULARY = 50304
 
 
 def engine(name: str, optimizer: str, micro_batch: int, accumulation: int):
-    layers, width, heads, context = MODELS[name]
+    (layers, width, heads), context = MODELS[name], CONTEXT[name]
     torch.manual_seed(0)
     gpu = get_accelerator().device_name() != "cpu"
     with torch.device(get_accelerator().current_device_name()):
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV (default: benchmarks/results)")
     args = parser.parse_args()
     gpu = get_accelerator().device_name() != "cpu"
-    micro_batch, context = args.micro_batch or (8 if gpu else 1), MODELS[args.model][3]
+    micro_batch, context = args.micro_batch or (8 if gpu else 1), CONTEXT[args.model]
     accumulation = max(1, (args.tokens or (524288 if gpu else 0)) // (micro_batch * context))
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", free_port())):
         os.environ.setdefault(name, str(value))
@@ -81,7 +82,7 @@ def main() -> None:
                 times[key].append(seconds)
         gc.collect()
     ratios = [a / b for a, b in zip(times["Celo2"], times["AdamW (fused)"])]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    low, middle, high = quartiles(ratios)
     print(f"{args.model}, {accumulation * micro_batch * context:,} tokens a step on {device_name(device)}: with Celo2 {middle:.4f} x "
           f"AdamW's step (quartiles {low:.4f} to {high:.4f})")
     write_csv(args.out / f"training_step_{device.type}.csv", [

@@ -74,7 +74,6 @@ def check() -> None:
 
 
 def _check_rank(rank: int, port: int) -> None:
-    import os
 
     import torch.distributed as dist
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
