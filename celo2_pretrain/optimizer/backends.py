@@ -13,7 +13,6 @@ import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 import torch

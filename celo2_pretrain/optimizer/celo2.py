@@ -333,15 +333,20 @@ def nonfinite(tensors: Sequence[Tensor]) -> Tensor:
 
     One pass over them; on a GPU a few launches for all.
     """
-    flags = torch.zeros(len(tensors), dtype=torch.bool, device=tensors[0].device)
     held = [k for k, x in enumerate(tensors) if x.numel()]
-    if held and flags.device.type == "cpu":
-        largest = torch.stack([torch.stack(torch.aminmax(tensors[k])).abs().amax() for k in held])
-    elif held:
-        largest = torch.stack([x.float() for x in torch._foreach_norm([tensors[k] for k in held], float("inf"))])
-    if held:
-        flags[torch.tensor(held, device=flags.device) if len(held) < len(tensors) else slice(None)] = ~(largest < LARGEST)
-    return flags  # of NaN too, which isn't smaller than anything
+    flags = torch.zeros(len(tensors), dtype=torch.bool, device=tensors[0].device)
+    if not held:
+        return flags
+    some = [tensors[k] for k in held]
+    if flags.device.type == "cpu":
+        largest = torch.stack([torch.stack(torch.aminmax(x)).abs().amax() for x in some])
+    else:
+        largest = torch.stack(torch._foreach_norm(some, float("inf")))
+    bad = ~(largest < LARGEST)  # NaN isn't smaller than anything
+    if len(held) == len(tensors):
+        return bad
+    flags[held] = bad
+    return flags
 
 
 def _zeros_like(param: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

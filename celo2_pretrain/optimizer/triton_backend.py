@@ -105,7 +105,7 @@ class Triton(Reference):
                    ) -> None:
         rest = [k for k, part in enumerate(parts) if plain(part.shape)]
         super().accumulate(*(_pick(x, rest) for x in (parts, tensors, totals)))
-        for g_dtype, _, table in self._vectors(parts, tensors):
+        for g_dtype, _, table in self._one_dim(parts, tensors):
             accumulate_1d(table, g_dtype)
         for group in self._groups(parts, tensors):
             some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
@@ -160,7 +160,7 @@ class Triton(Reference):
               squares: Sequence[Tensor]) -> None:
         rest = [k for k, part in enumerate(parts) if plain(part.shape)]
         super().norms(_pick(parts, rest), _pick(tensors, rest), [factors[k].plain for k in rest], _pick(squares, rest))
-        for g_dtype, p_dtype, table in self._vectors(parts, tensors, sums=squares):
+        for g_dtype, p_dtype, table in self._one_dim(parts, tensors, sums=squares):
             norms_1d(table, g_dtype, p_dtype)
         self._factors(parts, factors)
         for group in self._groups(parts, tensors):
@@ -180,7 +180,7 @@ class Triton(Reference):
         super().direction(_pick(parts, rest), _pick(tensors, rest), [factors[k].plain for k in rest],
                           [layers[k].plain for k in rest], mlp, _pick(out, rest))
         theta = flat_theta(*mlp)
-        for g_dtype, p_dtype, table in self._vectors(parts, tensors, out, [layer.squares for layer in layers]):
+        for g_dtype, p_dtype, table in self._one_dim(parts, tensors, out, [layer.squares for layer in layers]):
             direction_1d(table, theta, g_dtype, p_dtype)
         numbers = [k for k, part in enumerate(parts) if covered(part.shape)]
         if not numbers:
@@ -205,18 +205,18 @@ class Triton(Reference):
     def output_squares(self, parts: Sequence[Part], out: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
         rest = [k for k, part in enumerate(parts) if plain(part.shape)]
         super().output_squares(*(_pick(x, rest) for x in (parts, out, squares)))
-        for _, _, table in self._vectors(parts, None, out, squares):
+        for _, _, table in self._one_dim(parts, None, out, squares):
             output_squares_1d(table)
         self._outputs(output_squares, parts, out, squares)
 
     def rescale(self, parts: Sequence[Part], out: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
         rest = [k for k, part in enumerate(parts) if plain(part.shape)]
         super().rescale(*(_pick(x, rest) for x in (parts, out, squares)))
-        for _, _, table in self._vectors(parts, None, out, squares):
+        for _, _, table in self._one_dim(parts, None, out, squares):
             rescale_1d(table)
         self._outputs(rescale, parts, out, squares)
 
-    def _vectors(self, parts: Sequence[Part], tensors: Sequence[Tensors] | None, out: Sequence[Tensor] = (),
+    def _one_dim(self, parts: Sequence[Part], tensors: Sequence[Tensors] | None, out: Sequence[Tensor] = (),
                  sums: Sequence[Tensor] = ()) -> Iterator[tuple[tl.dtype, tl.dtype, Tensor]]:
         """Tables of the vectors of which this rank holds something, by their dtypes: (gradient's, parameter's, table).
 
