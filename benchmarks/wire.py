@@ -28,6 +28,7 @@ from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.optimizer.layouts import Layout, Slice
 from celo2_pretrain.optimizer.learned import LearnedStep, make_plan
 from celo2_pretrain.plan.shards import plan_for, ranges, sent_bytes
+from celo2_pretrain.train.ranks import free_port
 from report import RESULTS, write_csv
 
 
@@ -64,17 +65,12 @@ def count(ranks: int, stage: int, bucket_size: int) -> list[dict]:
 
 def check() -> None:
     """Two processes, ZeRO-2 ranges of a small model: planned and really sent elements must be the same."""
-    import socket
-
     import torch.multiprocessing
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     torch.multiprocessing.spawn(_check_rank, args=(port,), nprocs=2)
 
 
 def _check_rank(rank: int, port: int) -> None:
-
     import torch.distributed as dist
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     dist.init_process_group("gloo")
