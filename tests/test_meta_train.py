@@ -352,11 +352,13 @@ def test_a_folder_in_use_is_not_overwritten(tmp_path):
 def test_the_best_theta_is_selected_on_a_language_model(tmp_path):
     pytest.importorskip("sklearn", reason="select shares the evaluation's tasks")
     train.run(config.load_config(None, [*SMALL, "outer_steps=3", "init=random", f"out={tmp_path}"]))
-    assert main(["meta-select", str(tmp_path), "--also", "default", "--steps", "12", "--jobs", "1"]) in (0, None)
+    assert main(["meta-select", str(tmp_path), "--also", "default", "--steps", "12", "--seeds", "3", "--jobs", "1"]) in (0, None)
     scores = (tmp_path / "selection.csv").read_text().splitlines()
-    assert len(scores) == 1 + 2 * 2 * 2  # header; two thetas, two rates, two seeds
+    assert len(scores) == 1 + 2 * 2 * 3  # header; two thetas, two rates, three seeds
     assert main(["meta-select", str(tmp_path / "nowhere")]) == 2
     assert main(["meta-select", str(tmp_path), "--lrs", "1e-3,0"]) == 2
+    for option in ("--every", "--steps", "--seeds", "--jobs"):
+        assert main(["meta-select", str(tmp_path), option, "0"]) == 2
 
 
 def test_an_unroll_of_one_truncation_is_one_truncation_long():

@@ -16,7 +16,7 @@ meta_loss.png and a checkpoint. docs/meta_training.md explains the method and ho
 
 SELECT = """\
 Compare the theta_*.safetensors of a meta-training on a small language model that is neither in meta-training nor in the
-evaluation suite (a byte-level GPT on the descriptions of installed packages; two learning rates, two seeds), and name
+evaluation suite (a byte-level GPT on the descriptions of installed packages; two learning rates, two seeds or more), and name
 the best. About 10 s of one core for each run, so a minute for each theta.
 
   celo2-pretrain meta-select runs/meta/celo2 --every 5 --also default
@@ -40,6 +40,7 @@ def add(commands) -> None:
     p.add_argument("--also", nargs="*", default=[], metavar="WEIGHTS", help="other weights to compare, for example default")
     p.add_argument("--steps", type=int, default=400, help="steps of each run (default: 400)")
     p.add_argument("--lrs", default="2e-3,4e-3", metavar="LR,LR,…", help="learning rates (default: 2e-3,4e-3)")
+    p.add_argument("--seeds", type=int, default=2, help="seeds of each theta and rate (default: 2)")
     p.add_argument("--jobs", type=int, help="runs at the same time (default: a core each)")
     p.set_defaults(run=run_select)
 
@@ -55,8 +56,9 @@ def run_select(args) -> None:
     thetas = sorted(map(str, folder.glob("theta_*.safetensors")))
     if not thetas:
         raise UserError(f"{folder} has no theta_*.safetensors: is it the `out` of a meta-training?")
-    if args.every < 1 or args.steps < 1:
-        raise UserError(f"--every {args.every}, --steps {args.steps}: both must be at least 1")
+    for option in ("every", "steps", "seeds", "jobs"):
+        if (given := getattr(args, option)) is not None and given < 1:
+            raise UserError(f"--{option} {given}: give at least 1")
     thetas = thetas[::-1][::args.every][::-1]
     try:
         lrs = tuple(float(lr) for lr in args.lrs.split(","))
@@ -65,7 +67,8 @@ def run_select(args) -> None:
     if not lrs or not all(0 < lr < float("inf") for lr in lrs):
         raise UserError(f"--lrs {args.lrs!r}: give rates above 0, as in --lrs 2e-3,4e-3")
     kind = "celo2" if config.load_config(str(folder / "config.yaml"), []).orthogonalize else "celo2-base"
-    best = select.select([*thetas, *args.also], kind, folder / "selection.csv", args.jobs or os.cpu_count(), args.steps, lrs)
+    best = select.select([*thetas, *args.also], kind, folder / "selection.csv", args.jobs or os.cpu_count(), args.steps, lrs,
+                         args.seeds)
     print(f"best: {best}; all scores in {folder / 'selection.csv'}")
 
 
