@@ -159,6 +159,12 @@ def test_help_is_the_comment_at_the_top(script):
     assert "set -euo" not in result.stdout and "SBATCH --" not in result.stdout
 
 
+def test_the_package_is_a_command_too():
+    helps = [subprocess.run(command, env=variables(), capture_output=True, text=True, check=True).stdout
+             for command in ([sys.executable, "-m", "celo2_pretrain", "--help"], [sys.executable, "-m", "celo2_pretrain.cli", "--help"])]
+    assert helps[0] == helps[1] and "meta-train" in helps[0]
+
+
 @pytest.mark.parametrize("line, message", [
     ("torchrun --nproc x", "torchrun: error: --nproc x: must be a whole number"),
     ("torchrun --nproc 0", "torchrun: error: --nnodes 1 --nproc 0: must be above 0"),
