@@ -17,6 +17,7 @@ from celo2_pretrain.meta import config, estimators, evolution, images, inner, ru
 from celo2_pretrain.optimizer import reference
 from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.weights import construct, load_weights
+from celo2_pretrain.weights.files import save_weights
 
 EVOLVE = ["families=quadratic", "problems=3", "estimator=evolution", "init=constructed", "sigma=0.15", "truncation=12",
           "length_min=12", "length_max=12", "population=6", "lr_min=1e-2", "lr_max=5e-2", "save_every=3"]
@@ -388,11 +389,14 @@ def test_each_problem_has_one_vote():
     assert evolution.mean_rank(losses).tolist() == [0.5 / 3, (1 + 1 + 0.5) / 3, (2 + 2 + 2.5) / 3, (3 + 3 + 2.5) / 3]
 
 
-def test_evolution_finds_what_its_problems_ask_for(monkeypatch):
+def test_evolution_finds_what_its_problems_ask_for(tmp_path):
     """From the slowest momentum, which ends twelve steps badly, 40 generations on noisy quadratics lead away."""
     pytest.importorskip("cma")
-    monkeypatch.setitem(construct.RECIPES, "constructed", ("m(0.999)", {5: 1.0}))
-    search = evolution.Evolution(config.load_config(None, EVOLVE))
+    slow = tmp_path / "slow.safetensors"
+    save_weights(construct.construct({5: 1.0}), slow, {})
+    with pytest.raises(UserError, match="without a momentum that remembers more than the 12 steps"):
+        evolution.Evolution(config.load_config(None, [*EVOLVE, f"init={slow}"]))
+    search = evolution.Evolution(config.load_config(None, [*EVOLVE, f"init={slow}", "long_momenta=true"]))
     begin, x = search.mlp(), torch.randn(30, 4, 5)
     torch.testing.assert_close(reference.direction(x, begin), 0.5 * x[5])
     for _ in range(40):
@@ -402,6 +406,21 @@ def test_evolution_finds_what_its_problems_ask_for(monkeypatch):
     losses = judge.evaluate(torch.stack([rule.flatten(mlp) for mlp in 3 * [begin, search.mlp()]]))
     differ = (losses[1] / losses[0] - 1).abs() > 0.01  # the others' noise hides what a rule does
     assert differ.float().mean() > 0.3 and (losses[1] < losses[0])[differ].float().mean() > 0.9
+
+
+def test_evolution_looks_at_momenta_that_its_trainings_are_long_enough_for():
+    assert evolution.searched(2000) == construct.ODD
+    assert set(construct.ODD) - set(evolution.searched(999)) == {5, 9, 29}  # 0.999, in the order of reference.features
+    assert set(construct.ODD) - set(evolution.searched(99)) == {4, 5, 8, 9, 28, 29}
+    assert set(construct.ODD) - set(evolution.searched(9)) == {3, 4, 5, 7, 8, 9, 27, 28, 29}
+
+
+def test_evolution_goes_on_from_what_it_has_made(tmp_path):
+    pytest.importorskip("cma")
+    made = train.run(config.load_config(None, [*EVOLVE, "outer_steps=2", f"out={tmp_path}"]))
+    search = evolution.Evolution(config.load_config(None, [*EVOLVE, f"init={made}"]))
+    for a, b in zip(search.mlp(), load_weights(made)):
+        assert torch.equal(a, b)
 
 
 def test_a_resumed_evolution_is_the_uninterrupted_one(tmp_path):
@@ -418,7 +437,8 @@ def test_a_resumed_evolution_is_the_uninterrupted_one(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["init=default"], "begins with one of constructed, constructed-base"),
+    (["init=default"], "begins with a constructed rule .constructed, constructed-base, or what an evolution has made"),
+    (["init=random"], "init=random: evolution begins with a constructed rule"),
     (["length_max=40"], "length_min=12, length_max=40, truncation=12: evolution judges whole trainings"),
     (["population=3"], "population=3"),
 ])

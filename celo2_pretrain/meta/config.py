@@ -24,6 +24,7 @@ class MetaConfig:
     estimator: Literal["pes", "analytic", "evolution"] = key(
         "pes", "outer gradient by persistent evolution strategies or back-propagation; or none: CMA-ES over constructed rules")
     population: int = key(12, "candidates of a generation (evolution)", 4)
+    long_momenta: bool = key(False, "momenta that remember more steps than the trainings have, too (evolution)")
     truncation: int = key(50, "inner steps between two outer steps", 1)
     tail: float = key(1.0, "share of a truncation's steps, the last ones, whose losses count", 0, 1)
     sigma: float = key(0.01, "deviation of PES's perturbations, or of evolution's first candidates", 1e-8)

@@ -2,9 +2,10 @@
 
 No gradient, so nothing is looked at but how inner trainings end: none of the bias of short truncations. In all 347 dimensions
 that would want far more trainings than two cores make. So theta is sought among the rules that `weights.construct` makes: a
-linear combination of the features that change sign with the gradient, of which what is above 1 counts by another slope. Each
-generation's candidates train the same fresh problems, and every problem ranks them: it has one vote, however large its loss
-is. CMA-ES is that of the `cma` package (Hansen et al.).
+linear combination of the features that change sign with the gradient, of which what is above 1 counts by another slope. A
+momentum that remembers more steps than the trainings have is left out (unless long_momenta): it is something else in them
+than in longer ones. Each generation's candidates train the same fresh problems, and every problem ranks them: it has one
+vote, however large its loss is. CMA-ES is that of the `cma` package (Hansen et al.).
 """
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from ..optimizer.reference import MLP
 from ..train.errors import UserError
-from ..weights.construct import ODD, RECIPES, construct
+from ..weights.construct import MOMENTA, ODD, RECIPES, construct
+from ..weights.load import load_weights
 from .config import MetaConfig
 from .family import Family
 from .rule import flatten
@@ -30,8 +32,6 @@ class Evolution:
     """CMA-ES and the families. It has the interface of `train.MetaTraining`; an outer step is a generation."""
 
     def __init__(self, config: MetaConfig) -> None:
-        if config.init not in RECIPES:
-            raise UserError(f"init={config.init}: evolution begins with one of {', '.join(RECIPES)}")
         if not config.length_min == config.length_max == config.truncation:
             raise UserError(f"length_min={config.length_min}, length_max={config.length_max}, truncation={config.truncation}: "
                             "evolution judges whole trainings; give all three the same number of steps")
@@ -40,7 +40,8 @@ class Evolution:
                             "'celo2-pretrain[meta]'")
         self.config, self.step, self.seconds, self.inner_steps = config, 0, 0.0, 0
         self.families = [Family(name, config, config.seed * 1000 + k) for k, name in enumerate(config.family_names)]
-        self.search = _search(config)
+        self.features = ODD if config.long_momenta else searched(config.truncation)
+        self.search = _search(config, self.features)
         self.asked: list[np.ndarray] = []  # each generation's candidates (population, dims): a resumed search is told them again
         self.ranks: list[np.ndarray] = []  # and their values (population,)
 
@@ -48,7 +49,7 @@ class Evolution:
         """One generation: every candidate through the same inner trainings, and the ranks into CMA-ES."""
         began = time.perf_counter()
         candidates = np.stack(self.search.ask())
-        thetas = torch.stack([flatten(constructed(x)) for x in candidates]).to(self.config.device)
+        thetas = torch.stack([flatten(constructed(x, self.features)) for x in candidates]).to(self.config.device)
         losses = [family.evaluate(thetas) for family in self.families]  # each (population, problems)
         value = mean_rank(torch.cat(losses, 1)).cpu().numpy()
         self._tell(candidates, value)
@@ -67,7 +68,7 @@ class Evolution:
 
     def mlp(self) -> MLP:
         """The middle of the candidates' distribution: it has seen every generation."""
-        return constructed(self.search.mean)
+        return constructed(self.search.mean, self.features)
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "inner_steps": self.inner_steps,
@@ -86,21 +87,35 @@ class Evolution:
             family.load_state_dict(kept)
 
 
-def _search(config: MetaConfig):
+def searched(steps: int) -> tuple[int, ...]:
+    """The features of which trainings of so many steps can judge the coefficients."""
+    return tuple(feature for feature in ODD if steps >= round(1 / (1 - MOMENTA.get(feature, 0))))
+
+
+def _search(config: MetaConfig, features: tuple[int, ...]):
     import cma
 
-    coefficients, slope = RECIPES[config.init][1], 1.0
-    x = np.array([*(coefficients.get(feature, 0.0) for feature in ODD), slope])
-    x[:-1] *= BEGIN / np.linalg.norm(x[:-1])
+    x = numbers_of(load_weights(config.init), features) if config.init != "random" else None
+    if x is None:
+        raise UserError(f"init={config.init}: evolution begins with a constructed rule ({', '.join(RECIPES)}, or what an evolution "
+                        f"has made) without a momentum that remembers more than the {config.truncation} steps of its trainings, unless long_momenta=true")
+    if x[-1] == 1:  # then the length means nothing
+        x[:-1] *= BEGIN / np.linalg.norm(x[:-1])
     random = np.random.default_rng(config.seed)  # its own: numpy's is anybody's
     return cma.CMAEvolutionStrategy(x, config.sigma, {
         "popsize": config.population, "seed": float("nan"), "randn": lambda *shape: random.standard_normal(shape),
         "verbose": -9, "verb_log": 0})
 
 
-def constructed(x: np.ndarray) -> MLP:
-    """The rule of coefficients of the ODD features and, last, the slope above 1."""
-    return construct(dict(zip(ODD, map(float, x[:-1]))), slope=float(x[-1]))
+def constructed(x: np.ndarray, features: tuple[int, ...]) -> MLP:
+    """The rule of coefficients of these features and, last, the slope above 1."""
+    return construct(dict(zip(features, map(float, x[:-1]))), slope=float(x[-1]))
+
+
+def numbers_of(mlp: MLP, features: tuple[int, ...]) -> np.ndarray | None:
+    """The x that `constructed(x, features)` makes these weights from; None where there is none."""
+    x = np.array([*mlp.w0[list(features), 0].tolist(), 1 + float(mlp.w2[2, 0])])
+    return x if all(map(torch.equal, constructed(x, features), mlp)) else None
 
 
 def mean_rank(losses: Tensor) -> Tensor:
