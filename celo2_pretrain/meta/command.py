@@ -3,7 +3,7 @@ import argparse
 
 DESCRIPTION = """\
 Meta-train the weights of the learned rule. Without --config this is the paper's recipe for Celo2, from random weights;
-configs/meta/ holds ours, which begins with constructed weights and needs seven minutes of one CPU core.
+configs/meta/ holds ours, which begins with constructed weights and needs an hour of one CPU core.
 
   celo2-pretrain meta-train --config configs/meta/celo2.yaml out=runs/meta/mine
   celo2-pretrain meta-train --resume runs/meta/mine                      goes on after an interruption, bit for bit
