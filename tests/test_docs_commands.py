@@ -20,7 +20,6 @@ RUN = {
     "celo2-pretrain plan --config configs/gpt3_xl_1.3b.yaml --gpus 8": "test_plan.py",
     "celo2-pretrain meta-eval --quick --theta mine=runs/meta/celo2/theta_000020.safetensors": "test_meta_eval.py",
     "celo2-pretrain meta-select runs/meta/celo2 --steps 1500": "test_meta_train.py",
-    "celo2-pretrain meta-select runs/meta/celo2 --every 5": "test_meta_train.py",
     **{f"DS_ACCELERATOR=cpu deepspeed --num_gpus {ranks} examples/{name}.py":
        "test_examples.py::test_the_swapped_example_trains_with_celo2_and_ends_below_adamw"
        for name, ranks in (("hf_trainer", 1), ("accelerate_loop", 1), ("deepspeed_loop", 2))},
