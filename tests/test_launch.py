@@ -161,7 +161,7 @@ def test_help_is_the_comment_at_the_top(script):
 
 def test_the_package_is_a_command_too():
     helps = [subprocess.run(command, env=variables(), capture_output=True, text=True, check=True).stdout
-             for command in ([sys.executable, "-m", "celo2_pretrain", "--help"], [sys.executable, "-m", "celo2_pretrain.cli", "--help"])]
+             for command in ([sys.executable, "-m", module, "--help"] for module in ("celo2_pretrain", "celo2_pretrain.cli"))]
     assert helps[0] == helps[1] and "meta-train" in helps[0]
 
 

@@ -439,6 +439,7 @@ def test_a_resumed_evolution_is_the_uninterrupted_one(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["init=default"], "begins with a constructed rule .constructed, constructed-base, or what an evolution has made"),
     (["init=random"], "init=random: evolution begins with a constructed rule"),
+    (["init=nowhere.safetensors"], "init=nowhere.safetensors: no weights file"),
     (["length_max=40"], "length_min=12, length_max=40, truncation=12: evolution judges whole trainings"),
     (["population=3"], "population=3"),
 ])

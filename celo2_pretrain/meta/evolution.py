@@ -20,10 +20,10 @@ from torch import Tensor
 from ..optimizer.reference import MLP
 from ..train.errors import UserError
 from ..weights.construct import MOMENTA, ODD, RECIPES, construct
-from ..weights.load import load_weights
 from .config import MetaConfig
 from .family import Family
-from .rule import flatten
+from .initial import initial_theta
+from .rule import flatten, unflatten
 
 BEGIN = 0.5  # the length of the first combination: features have a root mean square of 1, so few elements are above 1
 
@@ -95,10 +95,11 @@ def searched(steps: int) -> tuple[int, ...]:
 def _search(config: MetaConfig, features: tuple[int, ...]):
     import cma
 
-    x = numbers_of(load_weights(config.init), features) if config.init != "random" else None
+    x = numbers_of(unflatten(initial_theta(config)), features)
     if x is None:
         raise UserError(f"init={config.init}: evolution begins with a constructed rule ({', '.join(RECIPES)}, or what an evolution "
-                        f"has made) without a momentum that remembers more than the {config.truncation} steps of its trainings, unless long_momenta=true")
+                        f"has made) without a momentum that remembers more than the {config.truncation} steps of its "
+                        "trainings, unless long_momenta=true")
     if x[-1] == 1:  # then the length means nothing
         x[:-1] *= BEGIN / np.linalg.norm(x[:-1])
     random = np.random.default_rng(config.seed)  # its own: numpy's is anybody's

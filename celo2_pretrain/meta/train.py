@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ..optimizer.reference import MLP
 from ..train.errors import UserError
-from ..weights import load_weights, save_weights
+from ..weights import save_weights
 from . import config as configs
 from .config import MetaConfig
 from .evolution import Evolution
 from .family import Family
-from .rule import flatten, random_theta, unflatten
+from .initial import initial_theta
+from .rule import unflatten
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 
@@ -69,27 +69,6 @@ class MetaTraining:
         self.outer.load_state_dict(state["outer"])
         for family, kept in zip(self.families, state["families"]):
             family.load_state_dict(kept)
-
-
-def initial_theta(config: MetaConfig) -> Tensor:
-    """(347,): random, or given weights whose dead hidden units are made ready to learn.
-
-    A dead unit (no weights in or out) has no gradient. It gets noise in its first layer and the unit matrix's weight in
-    the second; its way out stays zero, so that the rule is at first what it was.
-    """
-    generator = torch.Generator().manual_seed(config.seed)
-    if config.init == "random":
-        return random_theta(generator)
-    try:
-        mlp = load_weights(config.init)
-    except (ValueError, OSError) as error:
-        raise UserError(f"init={config.init}: {error}") from None
-    if config.live_units:
-        dead = (mlp.w0.abs().sum(0) + mlp.b0.abs() == 0) & (mlp.w2.abs().sum(1) == 0)
-        noise = torch.randn(mlp.w0.shape, generator=generator) * config.live_units
-        mlp = mlp._replace(w0=torch.where(dead, noise, mlp.w0),
-                           w1=torch.where(dead[:, None] & dead, torch.eye(len(dead)), mlp.w1))
-    return flatten(mlp)
 
 
 def run(config: MetaConfig, resume: bool = False, overwrite: bool = False) -> Path:
