@@ -22,8 +22,8 @@ def _panels(found: Entries, title: str):
     optimizers = list(dict.fromkeys(optimizer for _, optimizer in found))
     columns = min(4, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1 + 4 * columns, 0.8 + 3.1 * rows), layout="constrained",
-                                squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(1 + 4 * max(2, columns), 0.8 + 3.1 * rows),
+                                layout="constrained", squeeze=False)  # one panel alone is too narrow for the title and the legend
     for axis in axes.flat[len(tasks):]:
         axis.set_visible(False)
     panels = dict(zip(tasks, axes.flat))
