@@ -37,8 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     everything: dict[int, list[Result]] = {}
     print(f"{'ranks':5}  {'cell':42}  " + "  ".join(f"{kind:8}" for kind in TOLERANCE))
     for world in worlds:
-        began = time.monotonic()
-        results = run_cells(world, cells, backend=args.backend, mutation=args.mutation, device=args.device,
+        began, tried = time.monotonic(), cells
+        if args.device == "cuda" and world > 1:  # over gloo
+            tried = [cell for cell in cells if cell.stage != "fsdp2"]
+            if tried != cells:
+                print(f"{world:5}  fsdp2: not tried, torch's fully_shard over gloo ends with a segmentation fault on CUDA tensors")
+        results = run_cells(world, tried, backend=args.backend, mutation=args.mutation, device=args.device,
                             progress=lambda result: show(world, result))
         everything[world] = results
         bad = sum(bool(result.failures()) for result in results)
