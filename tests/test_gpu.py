@@ -147,6 +147,22 @@ def test_meta_training_s_graph_is_the_step_on_the_cpu(family):
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
 
 
+def test_families_side_by_side_end_as_one_after_the_other():
+    from celo2_pretrain.meta.config import MetaConfig
+    from celo2_pretrain.meta.evolution import Evolution
+    from celo2_pretrain.meta.rule import flatten
+    from celo2_pretrain.weights import load_weights
+
+    config = MetaConfig(families="quadratic transformer text", problems=3, population=4, estimator="evolution", truncation=20,
+                        length_min=20, length_max=20, init="constructed", device="cuda", scale_min=1.0, scale_max=1.0, tail=0.2)
+    thetas = flatten(load_weights("constructed")).repeat(4, 1).cuda()
+    one, other = Evolution(config), Evolution(config)
+    for search in (one, other):
+        search.advance()  # records the graphs
+    for aside, alone in zip(one._evaluate(thetas), [family.evaluate(thetas) for family in other.families]):
+        torch.testing.assert_close(aside, alone, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("world", [1, 2])
