@@ -44,7 +44,8 @@ def _save(figure, path: Path, legend: bool = True) -> Path:
         for axis in figure.axes:
             handles, labels = axis.get_legend_handles_labels()
             labelled.update(zip(labels, handles))
-        figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=min(8, len(labelled) or 1))
+        columns = max(1, min(len(labelled), int(figure.get_figwidth() / 2.2)))  # "celo2-base[constructed]" is 2.2 inches wide
+        figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=columns)
     temporary = path.with_name(f".{path.stem}.unfinished{path.suffix}")
     figure.savefig(temporary, dpi=110)
     plt.close(figure)
