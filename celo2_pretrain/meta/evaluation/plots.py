@@ -77,14 +77,17 @@ def curves(found: Entries, path: Path) -> Path:
 
 def rates(found: Entries, path: Path) -> Path:
     """The measure at the end over the learning rate, with the range of the seeds; diverged rates at the upper edge."""
+    from matplotlib.ticker import LogLocator
+
     figure, panels, colours = _panels(found, "Sensitivity to the rate: mean and range of the seeds; ×: diverged")
     tops = {}
     for task in panels:
         finite = sorted(value for (t, _), entry in found.items() if t == task
                         for value in map(entry.mean, entry.lrs) if math.isfinite(value))
-        if finite:  # far outliers would squeeze the rest
+        if finite:  # far outliers would squeeze the rest; but every optimizer's best is shown
             low, middle = finite[0], finite[len(finite) // 2]
-            height = min(finite[-1] - low, 3 * (middle - low)) or 1.0
+            bests = max(entry.best for (t, _), entry in found.items() if t == task and math.isfinite(entry.best))
+            height = max(min(finite[-1] - low, 3 * (middle - low)), bests - low) or 1.0
             tops[task] = low + 1.08 * height
             panels[task].set_ylim(low - 0.06 * height, tops[task])
     for (task, optimizer), entry in found.items():
@@ -99,6 +102,7 @@ def rates(found: Entries, path: Path) -> Path:
         if bad and task in tops:
             axis.plot(bad, [tops[task]] * len(bad), "x", color=colour, clip_on=False)
         axis.set_xscale("log")
+        axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # within a decade they are labelled, and nine overlap
         axis.set_xlabel("learning rate of hidden matrices", fontsize=8)
     return _save(figure, path)
 
