@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
                             progress=lambda result: show(world, result))
         everything[world] = results
         bad = sum(bool(result.failures()) for result in results)
-        failed += bad
+        failed += bad + (not results)  # a world in which nothing was tried has shown nothing
         print(f"{world} ranks: {len(results) - bad} of {len(results)} cells hold ({time.monotonic() - began:.0f} s)",
               flush=True)
     print("\n" + summary(everything))
