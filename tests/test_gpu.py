@@ -11,10 +11,15 @@ from equivalence.model import theta
 from test_reference import CASES, Case, close, repeat
 
 from celo2_pretrain import Celo2
+from celo2_pretrain.meta.config import MetaConfig
+from celo2_pretrain.meta.evolution import Evolution
+from celo2_pretrain.meta.family import Family
+from celo2_pretrain.meta.rule import flatten
 from celo2_pretrain.optimizer.backends import backend_for
 from celo2_pretrain.optimizer.celo2 import nonfinite
 from celo2_pretrain.optimizer.rules import TAG, Tag
 from celo2_pretrain.optimizer.views import MatrixView
+from celo2_pretrain.weights import load_weights
 from processes import ROOT, environment
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -129,33 +134,26 @@ def test_the_adamw_rule_is_torch_adamw():
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
+def evolution_on(device: str, **more) -> tuple[MetaConfig, torch.Tensor]:
+    """A small evolution's configuration, and four candidates (4, 347)."""
+    config = MetaConfig(problems=3, population=4, estimator="evolution", device=device, scale_min=1.0, scale_max=1.0, tail=0.2, **more)
+    return config, flatten(load_weights("constructed")).repeat(4, 1).to(device)
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("family", ["transformer", "quadratic", "conv/photos"])
 def test_meta_training_s_graph_is_the_step_on_the_cpu(family):
-    from celo2_pretrain.meta.config import MetaConfig
-    from celo2_pretrain.meta.family import Family
-    from celo2_pretrain.meta.rule import flatten
-    from celo2_pretrain.weights import load_weights
-
     losses = []
     for device in ("cpu", "cuda"):
-        config = MetaConfig(problems=3, population=4, estimator="evolution", truncation=5, device=device, scale_min=1.0,
-                            scale_max=1.0, tail=0.2)
-        thetas = flatten(load_weights("constructed")).repeat(4, 1).to(device)
+        config, thetas = evolution_on(device, truncation=5)
         losses.append(Family(family, config, 0).evaluate(thetas).cpu())
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
 
 
 def test_families_side_by_side_end_as_one_after_the_other():
-    from celo2_pretrain.meta.config import MetaConfig
-    from celo2_pretrain.meta.evolution import Evolution
-    from celo2_pretrain.meta.rule import flatten
-    from celo2_pretrain.weights import load_weights
-
-    config = MetaConfig(families="quadratic transformer text", problems=3, population=4, estimator="evolution", truncation=20,
-                        length_min=20, length_max=20, init="constructed", device="cuda", scale_min=1.0, scale_max=1.0, tail=0.2)
-    thetas = flatten(load_weights("constructed")).repeat(4, 1).cuda()
+    config, thetas = evolution_on("cuda", families="quadratic transformer text", init="constructed", truncation=20, length_min=20,
+                                  length_max=20)
     one, other = Evolution(config), Evolution(config)
     for search in (one, other):
         search.advance()  # records the graphs
