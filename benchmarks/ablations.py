@@ -33,7 +33,7 @@ VARIANTS = {
     "no orthogonalisation": {"orthogonalize": False},
     "RMS decay 0.999": {"rms_decay": 0.999},
 }
-RULES = {  # not meta-trained: what both have in common is the second moment under their root
+RULES = {  # the constructed weights of Celo2-base, not meta-trained, with either decay
     "constructed-base": {"orthogonalize": False},
     "constructed-base, 0.999": {"orthogonalize": False, "rms_decay": 0.999},
 }
