@@ -348,3 +348,49 @@ def test_matrices_in_batches_are_orthogonalised_as_one_by_one(monkeypatch):
     monkeypatch.setattr(Exchange, "_batched", True)
     for ours, twin in zip(steps(), expected, strict=True):
         torch.testing.assert_close(ours, twin, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_inside_torch_compile_is_the_plain_step():
+    p, q = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(7))
+    twins = [nn.Parameter(x.detach().clone()) for x in (p, q)]
+    ours, theirs = Celo2([p, q], lr=0.1), Celo2(twins, lr=0.1)
+    step = torch.compile(lambda: ours.step(), backend="eager")
+    for _ in range(2):
+        for x, twin in zip((p, q), twins):
+            x.grad = torch.randn_like(x)
+            twin.grad = x.grad.clone()
+        step()
+        theirs.step()
+    assert same([p, q], twins)
+
+
+def test_hooks_around_loading_run_as_torchs_do():
+    net = model()
+    optimizer = Celo2(net.parameters())
+    train(net, optimizer, range(1))
+    saved = optimizer.state_dict()
+    seen, other = [], Celo2(net.parameters())
+
+    def rename(opt, state):  # a hook may give another state dict
+        seen.append(("before", len(state["state"]), len(opt.state), "theta" in state))
+        return {**state, "param_groups": [{**group, "lr": 0.25} for group in state["param_groups"]]}
+
+    other.register_load_state_dict_pre_hook(rename)
+    other.register_load_state_dict_post_hook(lambda opt: seen.append(("after", len(opt.state), opt.param_groups[0]["lr"])))
+    other.load_state_dict(saved)
+    assert seen == [("before", 6, 0, True), ("after", 6, 0.25)]
+    assert all(torch.equal(other.state[p]["rms"], optimizer.state[p]["rms"]) for p in net.parameters() if p.ndim == 2)
+    other.load_state_dict(saved)
+    assert len(seen) == 4  # once a load
+    assert saved["param_groups"][0]["lr"] != 0.25
+
+
+def test_an_optimizer_can_be_made_before_there_is_data():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for where in (torch.device("meta"), FakeTensorMode()):
+        with where:
+            net = nn.Sequential(nn.Linear(6, 11), nn.LayerNorm(11))
+            inside = Celo2(net.parameters())
+        assert [g["rule"] for g in Celo2(net.parameters()).param_groups] == [g["rule"] for g in inside.param_groups]
+        assert type(inside.mlp.w0) is torch.Tensor and inside.mlp.w0.device.type == "cpu"

@@ -123,7 +123,7 @@ def test_a_tensor_of_more_than_2_to_the_31_elements():
 def test_the_adamw_rule_is_torch_adamw():
     params = [torch.nn.Parameter(torch.randn(n, device="cuda")) for n in (1, 5, 4096, 100_003)]
     twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    ours = Celo2([{"params": params, "rule": "adamw"}], lr=1e-3, weight_decay=0.1, adamw_lr_multiplier=4.0)
+    ours = Celo2([{"params": params, "rule": "adamw", "weight_decay": 0.1}], lr=1e-3, adamw_lr_multiplier=4.0)
     theirs = torch.optim.AdamW(twins, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1)
     for _ in range(5):
         for p, q in zip(params, twins):

@@ -1,5 +1,7 @@
 """Layouts that a plain process can show: what is recognised, and what is refused."""
+import gc
 import os
+import weakref
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from celo2_pretrain import Celo2
+from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.optimizer.layouts import LayoutError
 from celo2_pretrain.train.ranks import free_port
 
@@ -178,3 +180,116 @@ def test_states_of_the_other_dtype_are_converted(saved, now):
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     assert second.state[p]["rms"].dtype == dtypes[now] and ("step" in second.state[p]) == (now == "bf16")
     second.step()
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x)
+
+
+def _fsdp1(rank: int, port: int, world: int, folder: str) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    _join(rank, port, world)
+    messages = {}
+    for use_orig_params in (False, True):
+        for made_before in (False, True):
+            for strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.NO_SHARD):
+                net = nn.Sequential(nn.Embedding(13, 12), _Block(), _Block(), nn.Linear(12, 13))
+                try:
+                    optimizer = Celo2(param_groups(net)) if made_before else None
+                    net = FullyShardedDataParallel(net, use_orig_params=use_orig_params, sharding_strategy=strategy,
+                                                   auto_wrap_policy=ModuleWrapPolicy({_Block}), device_id=torch.device("cpu"))
+                    optimizer = optimizer or Celo2(param_groups(net))
+                    net(torch.arange(12)).sum().backward()
+                    optimizer.step()
+                    message = "stepped"
+                except LayoutError as error:
+                    message = str(error)
+                messages[f"use_orig_params={use_orig_params} made_before={made_before} {strategy.name}"] = message
+    torch.save(messages, f"{folder}/{rank}.pt")
+    _leave()
+
+
+@pytest.mark.multiprocess
+def test_fsdp1_is_refused_by_name_in_every_form(tmp_path):
+    _spawn(_fsdp1, 2, tmp_path)
+    for rank in range(2):
+        messages = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert len(messages) == 8
+        assert all("FSDP1" in message and "fully_shard" in message for message in messages.values()), messages
+
+
+@pytest.mark.parametrize("kind", ["ShardedTensor", "FlatParameter", "ColoParameter"])
+def test_a_tensor_that_stands_for_others_is_refused_when_it_is_given(kind):
+    p = nn.Parameter(torch.randn(4, 5))
+    p.__class__ = type(kind, (nn.Parameter,), {})
+    with pytest.raises(LayoutError, match="'layer.weight'"):
+        Celo2([("layer.weight", p)])
+
+
+class _Unused(nn.Module):
+    """A layer that gets no gradient, like an expert that no token is routed to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.unused, self.b = nn.Linear(7, 11), nn.Linear(11, 11), nn.Linear(11, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+
+def _swapped_unused(rank: int, port: int, world: int, folder: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+    _join(rank, port, world)
+    net = _Unused()
+    optimizer = Celo2(param_groups(net), lr=1e-2)
+    order = {id(p): name for name, p in net.named_parameters()}
+    names = [[order[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    unsharded = [weakref.ref(p) for p in net.parameters()]
+    fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (world,)))
+    sharded = dict(net.named_parameters())
+    for group, some in zip(optimizer.param_groups, names):
+        group["params"] = [sharded[name] for name in some]
+    gc.collect()
+    alive = sum(reference() is not None for reference in unsharded)
+    for step in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(4, 7, generator=torch.Generator().manual_seed(step))
+        net(x).square().sum().backward()
+        optimizer.step()
+    net.double().float()  # as one moves a sharded model away and back while an optimizer knows it
+    full = {name: p.full_tensor().detach() for name, p in net.named_parameters()}
+    if rank == 0:
+        torch.save({"full": full, "alive": alive}, f"{folder}/full.pt")
+    _leave()
+
+
+@pytest.mark.multiprocess
+def test_swapped_parameters_may_lack_a_gradient_and_the_unsharded_model_is_freed(tmp_path):
+    _spawn(_swapped_unused, 2, tmp_path)
+    torch.manual_seed(0)
+    net = _Unused()
+    optimizer = Celo2(param_groups(net), lr=1e-2)
+    for step in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(4, 7, generator=torch.Generator().manual_seed(step))
+        net(x).square().sum().backward()
+        optimizer.step()
+    found = torch.load(tmp_path / "full.pt", weights_only=True)
+    assert found["alive"] == 0
+    for name, p in found["full"].items():
+        torch.testing.assert_close(p, net.get_parameter(name).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_group_whose_tensors_were_exchanged_for_others_is_refused():
+    optimizer = Celo2([("w", nn.Parameter(torch.randn(4, 5))), ("v", nn.Parameter(torch.randn(3, 3)))])
+    new = nn.Parameter(torch.randn(6, 6))
+    optimizer.param_groups[0]["params"] = [new]
+    new.grad = torch.randn(6, 6)
+    with pytest.raises(LayoutError, match="'w' of shape"):
+        optimizer.step()

@@ -52,7 +52,7 @@ def repeat(case: Case, device: torch.device, relative: float = 2e-6) -> None:
     """Every parameter after each of the optimizer's steps there, and the accumulators at the end, are the trajectory's."""
     params = [torch.nn.Parameter(case.tensor(f"t{i}/p0").to(device)) for i in range(case.tensors)]
     optimizer = Celo2([{"params": params, "rule": "celo2"}], lr=case.lr, weights=case.theta, newton_schulz_dtype="fp32",
-                      weight_decay=case.weight_decay, orthogonalize=case.orthogonalize)
+                      weight_decay=case.weight_decay, adamw_weight_decay=None, orthogonalize=case.orthogonalize)
     for k in range(1, case.steps + 1):
         for i, p in enumerate(params):
             p.grad = case.tensor(f"t{i}/g{k}").to(device)
@@ -98,7 +98,7 @@ def test_one_to_five_dims_and_the_optimizer_agrees_with_the_reference(shape, ort
              zip(reference.MLP._fields, [(30, 8), (8,), (8, 8), (8,), (8, 3), (3,)])}
     p = torch.nn.Parameter(torch.randn(shape))
     optimizer = Celo2([{"params": [p], "rule": "celo2"}], lr=1e-2, weights=theta, weight_decay=0.1,
-                      orthogonalize=orthogonalize)
+                      adamw_weight_decay=None, orthogonalize=orthogonalize)
     state, mlp = reference.init_state(p.detach()), reference.MLP(**theta)
     for _ in range(4):
         p.grad = torch.randn(shape)

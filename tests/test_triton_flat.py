@@ -75,7 +75,7 @@ def test_the_optimizers_adamw_needs_no_copy_of_low_precision_parameters(dtype, m
         monkeypatch.setenv("CELO2_BACKEND", backend)
         torch.manual_seed(3)
         params = [torch.nn.Parameter(draw(n, dtype)) for n in (9, 16, 100)]
-        optimizer = Celo2([{"params": params, "rule": "adamw"}], lr=1e-3, weight_decay=0.1)
+        optimizer = Celo2([{"params": params, "rule": "adamw", "weight_decay": 0.1}], lr=1e-3)
         for _ in range(3):
             for p in params:
                 p.grad = draw(p.numel(), dtype)

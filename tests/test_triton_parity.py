@@ -20,7 +20,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         environment.pop("PYTEST_ADDOPTS", None)
         done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
-                               __file__.replace("parity", "flat")],
+                               __file__.replace("parity", "flat"),
+                               __file__.replace("triton_parity", "strides")],
                               env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         assert " passed" in done.stdout and "failed" not in done.stdout
@@ -183,7 +184,7 @@ else:
         case = Case(golden, name)
         params = [torch.nn.Parameter(case.tensor(f"t{i}/p0")) for i in tensors]
         optimizer = Celo2([{"params": params, "rule": "celo2"}], lr=case.lr, weights=case.theta,
-                          weight_decay=case.weight_decay, orthogonalize=case.orthogonalize)
+                          weight_decay=case.weight_decay, adamw_weight_decay=None, orthogonalize=case.orthogonalize)
         for k in range(1, min(case.steps, 4) + 1):
             for i, p in zip(tensors, params):
                 p.grad = case.tensor(f"t{i}/g{k}")

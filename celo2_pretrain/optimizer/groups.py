@@ -173,20 +173,24 @@ def _names(tensors: Sequence[Sorted], most: int = 4) -> str:
 
 
 def refuse_other_length(user_groups: Sequence[Sequence[int]], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Called where `param_groups` is read. Raises ValueError if a scheduler does so to compare a list of another length
-    with the groups, some of which Celo2 split: torch's own error can't say how.
+    """Called where `param_groups` is read. Raises ValueError if a scheduler (or ZeroRedundancyOptimizer) does so to compare
+    a list of another length with the groups, some of which Celo2 split: torch's own error can't say how.
 
     Args: user_groups: for each group of the user's, the numbers of the `groups` that it became.
     """
     frame = sys._getframe(2)
-    if frame.f_globals.get("__name__") not in SCHEDULERS:
+    reader = frame.f_globals.get("__name__")
+    if reader in SCHEDULERS:
+        values = next((x for name in LISTS if isinstance(x := frame.f_locals.get(name), (list, tuple))), None)
+    elif reader == "torch.distributed.optim.zero_redundancy_optimizer":  # it keeps the user's groups beside ours
+        values = getattr(frame.f_locals.get("self"), "param_groups", None)
+    else:
         return
-    values = next((x for name in LISTS if isinstance(x := frame.f_locals.get(name), (list, tuple))), None)
     if values is None or len(values) == len(groups):
         return
     split = "; ".join(f"group {number} into {len(parts)} ({', '.join(_describe(groups[part]) for part in parts)})"
                       for number, parts in enumerate(user_groups) if len(parts) != 1)
-    raise ValueError(f"{len(values)} values for {len(groups)} param groups: Celo2 splits groups by rule, {split}. Give one value "
+    raise ValueError(f"{len(values)} entries for {len(groups)} param groups: Celo2 splits groups by rule, {split}. Give one entry "
                      "for each of optimizer.param_groups (optimizer.user_groups lists them by the group they came from), or "
                      "make groups of one rule: param_groups(model) does")
 

@@ -34,8 +34,8 @@ class LayoutError(RuntimeError):
 class Original:
     """A parameter as the user gave it: what the optimizer remembers for when a wrapper replaces it.
 
-    The tensor itself is held weakly: a wrapper that needs it (DeepSpeed) keeps it alive, and one that doesn't (FSDP2) can
-    free the unsharded model.
+    A plain tensor is held weakly: a wrapper that needs it (DeepSpeed) keeps it alive, and one that doesn't (FSDP2) can free
+    the unsharded model. A DTensor stays in the group, and `module.to` can't move one that has weak references.
     """
 
     def __init__(self, param: Tensor, name: str, view: MatrixView, hidden: bool = True) -> None:
@@ -52,7 +52,7 @@ class Original:
 
     @param.setter
     def param(self, param: Tensor | None) -> None:
-        self._param = TensorWeakRef(param) if param is not None else lambda: None
+        self._param = (lambda: param) if param is None or isinstance(param, DTensor) else TensorWeakRef(param)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle, which keep one tensor one tensor: the groups have it, too."""

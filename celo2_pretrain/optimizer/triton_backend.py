@@ -243,11 +243,9 @@ class Triton(Reference):
                       float(weight_decay), DTYPES[dtype], aligned)
 
     def adamw(self, group: Mapping[str, Any], params: Sequence[Tensor], grads: Sequence[Tensor],
-              states: Sequence[Mapping[str, Any]]) -> bool:
-        """One AdamW step of whole tensors in place; False (and nothing done) where some don't lie contiguously."""
+              states: Sequence[Mapping[str, Any]]) -> None:
+        """One AdamW step of whole, contiguous tensors in place."""
         rows = [(p, g, local(s["exp_avg"]), local(s["exp_avg_sq"])) for p, g, s in zip(params, grads, states)]
-        if not all(x.is_contiguous() for row in rows for x in row):
-            return False
         steps = [s["step"] for s in states]
         torch._foreach_add_(steps, 1)
         found: dict[tuple, list[int]] = {}
@@ -261,7 +259,6 @@ class Triton(Reference):
                 adamw(_chunks(tuple(rows[k][0].numel() for k in some), device), table, torch.stack(_pick(steps, some)),
                       float(group["lr"] * group["adamw_lr_multiplier"]), group["adamw_betas"], group["adamw_eps"],
                       decay_of(group, hidden=False), DTYPES[g_dtype], DTYPES[p_dtype], aligned)
-        return True
 
     def _factors(self, parts: Sequence[Part], found: Sequence[Vectors]) -> None:
         """Row and column factors of all blocks that the kernels cover, in one buffer."""
