@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..weights import load_weights
 from .adamw import adamw_step
-from .groups import Sorted, check_keys, check_options, named_tensors, refuse_other_length, report
+from .groups import Sorted, check_keys, check_options, named_in_config, named_tensors, refuse_other_length, report
 from .layouts import (Layout, LayoutError, Original, called_to_initialize, flattened_by_fsdp1, local, locate, refuse_unknown)
 from .learned import LearnedStep, Plan, factored_sizes, init_state, make_plan, reduce
 from .reference import MLP
@@ -119,7 +119,7 @@ class Celo2(torch.optim.Optimizer):
             newton_schulz=newton_schulz, newton_schulz_dtype=newton_schulz_dtype, adamw_betas=tuple(adamw_betas),
             adamw_eps=adamw_eps))
         self._made = True
-        self._told_untagged = report(self._sorted)
+        self._told_untagged = report(self._sorted, aloud=named_in_config())
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps nothing but groups and states."""

@@ -121,6 +121,11 @@ class Sorted:
     explicit: bool  # the user's group names the rule
 
 
+def named_in_config() -> bool:
+    """Whether DeepSpeed is making the optimizer that its configuration names: nobody sees the object or its log."""
+    return sys._getframe(2).f_globals.get("__name__") == "deepspeed.runtime.engine"
+
+
 def first_rank() -> bool:
     """Whether this process is the one that speaks; also before torch.distributed is set up."""
     if dist.is_available() and dist.is_initialized():
@@ -128,11 +133,11 @@ def first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def report(tensors: Sequence[Sorted]) -> bool:
-    """Log on the first rank what is stepped by what; returns whether that was a warning.
+def report(tensors: Sequence[Sorted], aloud: bool = False) -> bool:
+    """Log on the first rank what is stepped by what; returns whether that was a warning. `aloud`: or else print it.
 
-    It is one where matrices have neither a tag nor a group that names their rule: embeddings and heads can't be told
-    from hidden matrices then. It is one, too, where no tensor has two dims, since a wrapper may have flattened them.
+    It is a warning where matrices have neither a tag nor a group that names their rule: embeddings and heads can't be told
+    from hidden matrices then. So it is where no tensor has two dims, since a wrapper may have flattened them.
     """
     if not tensors or not first_rank():
         return False
@@ -156,10 +161,9 @@ def report(tensors: Sequence[Sorted]) -> bool:
         logger.warning("%s. No tensor has two dims (the largest: %s): if a wrapper flattened them, make the optimizer before "
                        "it does, or use FSDP2 or ZeRO", summary, _names([largest]))
         return True
+    if aloud:
+        print(summary, flush=True)
     logger.info(summary)
-    deepspeed = sys.modules.get("deepspeed.utils.logging")
-    if deepspeed is not None:  # an optimizer that a DeepSpeed config names is seen in DeepSpeed's log only
-        deepspeed.logger.info(summary)
     return False
 
 
