@@ -15,7 +15,9 @@ from ..weights import load_weights
 from .adamw import adamw_step
 from .layouts import Layout, Original, called_to_initialize, local, locate
 from .learned import LearnedStep, Plan, init_state, make_plan, reduce
+from .names import canonical_names
 from .reference import MLP
+from .register import enroll
 from .replicas import check_replicas
 from .rules import tag_of
 from .state_dtypes import STATE_DTYPES, WORD, dtype_of, set_state_dtype
@@ -105,6 +107,7 @@ class Celo2(torch.optim.Optimizer):
             lr=lr, weight_decay=weight_decay, orthogonalize=orthogonalize, adamw_lr_multiplier=adamw_lr_multiplier,
             newton_schulz=newton_schulz, newton_schulz_dtype=newton_schulz_dtype, adamw_betas=tuple(adamw_betas),
             adamw_eps=adamw_eps))
+        enroll(type(self))
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps nothing but groups and states."""
@@ -306,7 +309,8 @@ def _named(params: Any, offset: int) -> list[tuple[str, Tensor]]:
         if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} has dtype {param.dtype}; Celo2 optimizes tensors of float32, bfloat16 or float16")
         named.append((name, param))
-    return named
+    names = canonical_names(name for name, _ in named)
+    return [(names[name], param) for name, param in named]
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

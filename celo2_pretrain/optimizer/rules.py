@@ -1,4 +1,4 @@
-"""Which tensor gets which rule, and as which matrices: `param_groups`, `register`, and the table that shows it.
+"""Which tensor gets which rule, and as which matrices: `param_groups`, and the table that shows it.
 
 What is decided for a parameter is recorded on the parameter itself (a `Tag`), since that is all that survives
 the way through a DeepSpeed config, `zero.Init` and its flat partitions to the optimizer.
@@ -11,9 +11,9 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any, Iterable
 
-import torch
 from torch import Tensor, nn
 
+from .names import canonical, canonical_names
 from .views import MatrixView
 
 TAG = "_celo2"
@@ -48,23 +48,27 @@ def tag_model(model: nn.Module, *, per_head: bool = False, celo2: Iterable[str] 
     Raises ValueError where a pattern matches no parameter, or a name matches patterns of both rules.
     """
     kinds = _kinds(model)
+    names = canonical_names(name for name, _ in model.named_parameters())
     patterns = {"celo2": tuple(celo2), "adamw": tuple(adamw)}
-    owners = {f"{prefix}.{leaf}" if prefix else leaf: (prefix.rsplit(".", 1)[-1], module)
-              for prefix, module in model.named_modules() for leaf, _ in module.named_parameters(recurse=False)}
+    owners: dict[int, tuple[str, nn.Module]] = {}  # of each parameter: the module's own name, and the module
+    for prefix, module in model.named_modules():
+        for param in module.parameters(recurse=False):
+            owners.setdefault(id(param), (canonical(prefix).rsplit(".", 1)[-1], module))
     parameters, used = {}, set()
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        matched = {(rule, pattern) for rule in patterns for pattern in patterns[rule] if fnmatchcase(name, pattern)}
+        matched = {(rule, pattern) for rule in patterns for pattern in patterns[rule]
+                   if fnmatchcase(name, pattern) or fnmatchcase(names[name], pattern)}
         used |= matched
         rules = {rule for rule, _ in matched}
         if len(rules) > 1:
             raise ValueError(f"{name!r} matches patterns of both rules: {sorted(p for _, p in matched)}")
         kind = kinds.get(id(param)) or ("hidden" if len(_shape(param)) >= 2 else "vector")
         rule = rules.pop() if rules else ("celo2" if kind == "hidden" else "adamw")
-        leaf, module = owners[name]
+        leaf, module = owners[id(param)]
         view = _view(leaf, module, name, param, _heads(model), per_head)
-        setattr(param, TAG, Tag(name, kind, rule, view))
+        setattr(param, TAG, Tag(names[name], kind, rule, view))
         parameters[name] = param
     unused = sorted({(r, p) for r in patterns for p in patterns[r]} - used)
     if unused:
@@ -94,24 +98,6 @@ def param_groups(model: nn.Module, *, per_head: bool = False, celo2: Iterable[st
         tag = tag_of(param)
         groups.setdefault((tag.rule, tag.kind == "vector"), []).append(param)
     return [{"params": params, "rule": rule, **options} for (rule, _), params in groups.items() if params]
-
-
-def register(model: nn.Module | None = None, **options: Any) -> None:
-    """Make `"optimizer": {"type": "Celo2", "params": {…}}` valid in any DeepSpeed config.
-
-    Call it before `deepspeed.initialize`. Given the model, its embeddings, heads, 1-D tensors and matrix views are
-    tagged as by `param_groups(model, **options)`; without it, every tensor of 2 or more dims gets the learned rule as
-    it lies, embeddings included.
-    """
-    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-
-    from .celo2 import Celo2
-
-    torch.optim.Celo2 = Celo2  # where DeepSpeed looks a type up that it doesn't know
-    if Celo2 not in ZERO_SUPPORTED_OPTIMIZERS:  # else configs would need zero_allow_untested_optimizer
-        ZERO_SUPPORTED_OPTIMIZERS.append(Celo2)
-    if model is not None:
-        tag_model(model, **options)
 
 
 def table(model: nn.Module) -> str:
@@ -159,7 +145,7 @@ def _kinds(model: nn.Module) -> dict[int, str]:
     for name, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             kinds[id(module.weight)] = "embedding"
-        elif name.rsplit(".", 1)[-1] in HEAD_NAMES and isinstance(getattr(module, "weight", None), Tensor):
+        elif canonical(name).rsplit(".", 1)[-1] in HEAD_NAMES and isinstance(getattr(module, "weight", None), Tensor):
             kinds.setdefault(id(module.weight), "head")
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is not None and isinstance(getattr(output, "weight", None), Tensor):
