@@ -135,6 +135,7 @@ def _targets(optimizer: Any) -> tuple[Celo2, dict[str, tuple[Original, str]]]:
 
 
 def _compare(source: AdamWCheckpoint | SavedAdamW, targets: dict[str, tuple[Original, str]]) -> None:
+    source.rename(targets)
     where = str(source.folder)
     for few, many, words in ((source.shapes, targets, "the checkpoint has no"),
                              (targets, source.shapes, "Celo2 was not given the")):
