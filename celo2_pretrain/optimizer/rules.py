@@ -86,7 +86,7 @@ def param_groups(model: nn.Module, *, per_head: bool = False, celo2: Iterable[st
             Tied parameters are counted once, as embedding or head. Frozen ones are left out.
         per_head: every attention head's Q, K and V is a matrix of its own, instead of each of Q, K, V.
         celo2, adamw: name patterns (as `fnmatch`: "*.router.weight") for which this rule is taken in any case.
-        options: set in every group (lr, weight_decay, …).
+        options: set in every group (lr, adamw_weight_decay, …), but `weight_decay` in those of the learned rule only.
     Returns up to three param groups with `rule` set. The matrix views are recorded on the parameters.
     Raises ValueError for a model without trainable parameters, or a pattern that matches nothing.
     """
@@ -97,7 +97,9 @@ def param_groups(model: nn.Module, *, per_head: bool = False, celo2: Iterable[st
     for param in parameters.values():
         tag = tag_of(param)
         groups.setdefault((tag.rule, tag.kind == "vector"), []).append(param)
-    return [{"params": params, "rule": rule, **options} for (rule, _), params in groups.items() if params]
+    others = {key: value for key, value in options.items() if key != "weight_decay"}
+    return [{"params": params, "rule": rule, **(options if rule == "celo2" else others)}
+            for (rule, _), params in groups.items() if params]
 
 
 def table(model: nn.Module) -> str:

@@ -390,8 +390,11 @@ def _restore_steps(held: list[Held], reader: StateReader) -> None:
 def _restore_options(reader: StateReader, held: list[Held]) -> None:
     options = {name: group["options"] for group in reader.groups for name in group["names"]}
     for h in held:
-        for key, value in options.get(h.name, {}).items():
-            if isinstance(h.group.get(key), Tensor):
+        saved = options.get(h.name, {})
+        if "weight_decay" in saved and "adamw_weight_decay" in h.group:
+            saved = {"adamw_weight_decay": None, **saved}  # earlier versions had one decay for all tensors of a group
+        for key, value in saved.items():
+            if value is not None and isinstance(h.group.get(key), Tensor):
                 h.group[key].fill_(value)
             elif key in h.group or key == "initial_lr":
                 h.group[key] = tuple(value) if isinstance(value, list) else value

@@ -50,6 +50,9 @@ def check_index(index: dict) -> None:
         raise ValueError(f"loss_scale is {short(scale)}")
 
 
+OPTIONAL = {"adamw_weight_decay"}  # options that are a number or None
+
+
 def fits(saved: Any, now: Any) -> bool:
     """Can a group's option be `saved` that is `now`? Numbers for numbers, as many in a list, else the same kind."""
     if isinstance(now, (list, tuple)):
@@ -64,5 +67,7 @@ def check_options(groups: list[dict[str, Any]], now: dict[str, dict[str, Any]]) 
     for group in groups:
         for name in group["names"]:
             for key, value in group["options"].items():
-                if key in now.get(name, {}) and not fits(value, now[name][key]):
+                if key not in now.get(name, {}) or (key in OPTIONAL and (value is None or number(value))):
+                    continue
+                if not fits(value, now[name][key]):
                     raise ValueError(f"option {key} of {short(name)} is {short(value)}")
