@@ -62,7 +62,7 @@ def test_default_rules_by_dimension():
 def test_the_adamw_rule_is_torch_adamw(dtype):
     ours, theirs = model(dtype=dtype), model()
     theirs.load_state_dict({k: v.float() for k, v in ours.state_dict().items()})
-    a = Celo2([{"params": ours.parameters(), "rule": "adamw"}], lr=1e-3, weight_decay=0.1, adamw_lr_multiplier=4.0)
+    a = Celo2([{"params": ours.parameters(), "rule": "adamw", "weight_decay": 0.1}], lr=1e-3, adamw_lr_multiplier=4.0)
     b = torch.optim.AdamW(theirs.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1)
     for k in range(5):
         backward(ours, k)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from .backends import backend_for
+from .groups import decay_of
 from .layouts import local
 
 
@@ -18,21 +19,22 @@ def adamw_step(group: dict[str, Any], params: list[Tensor], state: dict[Tensor, 
     """One bias-corrected, decoupled AdamW step at `adamw_lr_multiplier` × lr, states in float32.
 
     Parameters of lower precision are stepped as a float32 copy and rounded back, or by a kernel that needs no copy.
+    torch's fused kernel reads memory from the first element on: tensors that don't lie contiguously are copied, too.
     """
     whole = [local(p).detach() for p in params]
     backend = backend_for(whole[0].device)
     if backend.name == "triton" and any(p.dtype != torch.float32 for p in whole) and backend.adamw(
             group, whole, [local(p.grad) for p in params], [state[p] for p in params]):
         return
-    masters = [p if p.dtype == torch.float32 else p.float() for p in whole]
-    grads = [local(p.grad).to(torch.float32) for p in params]
+    masters = [p.to(torch.float32).contiguous() for p in whole]  # p itself where it is that already
+    grads = [local(p.grad).to(torch.float32).contiguous() for p in params]
     states = [state[p] for p in params]
     beta1, beta2 = group["adamw_betas"]
     fused = all(p.device.type in ("cpu", "cuda") for p in masters)
     adamw(masters, grads, [local(s["exp_avg"]) for s in states], [local(s["exp_avg_sq"]) for s in states], [],
           [s["step"] for s in states], fused=fused, foreach=False if fused else None, amsgrad=False,
           beta1=beta1, beta2=beta2, lr=group["lr"] * group["adamw_lr_multiplier"],
-          weight_decay=group["weight_decay"], eps=group["adamw_eps"], maximize=False)
+          weight_decay=decay_of(group, hidden=False), eps=group["adamw_eps"], maximize=False)
     for p, master in zip(whole, masters):
         if p is not master:
             p.copy_(master)

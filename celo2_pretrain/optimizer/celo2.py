@@ -10,23 +10,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..kernels.newton_schulz import COEFFICIENTS, DTYPES
 from ..weights import load_weights
 from .adamw import adamw_step
-from .layouts import Layout, Original, called_to_initialize, local, locate
-from .learned import LearnedStep, Plan, init_state, make_plan, reduce
+from .groups import Sorted, check_keys, check_options, named_tensors, refuse_short_list, report
+from .layouts import (Layout, LayoutError, Original, called_to_initialize, flattened_by_fsdp1, local, locate, refuse_unknown)
+from .learned import LearnedStep, Plan, factored_sizes, init_state, make_plan, reduce
 from .names import canonical_names
 from .reference import MLP
 from .register import enroll
 from .replicas import check_replicas
 from .rules import tag_of
+from .sizes import check_state, check_step
 from .state_dtypes import STATE_DTYPES, WORD, dtype_of, set_state_dtype
-from .views import MatrixView
+from .views import MatrixView, whole
 
 logger = logging.getLogger(__name__)
 
-RULES = ("celo2", "adamw")
 NONFINITE = ("error", "skip", "ignore")
+MULTIPLIER = 20.0  # of AdamW's rate, the paper's
 FAST_ADAMW = 0.02  # the paper's highest rate of AdamW's tensors, 20 x 1e-3; above it runs end worse (docs/stability.md)
 LARGEST = torch.finfo(torch.float32).max ** 0.5  # gradients from here on have no square, and their norm is infinite
 PLANS = 16  # kept for each group: where other tensors lack a gradient in each step (routed experts), they would pile up
@@ -44,13 +45,16 @@ class Celo2(torch.optim.Optimizer):
             marked (group), and `rule`: `"celo2"` or `"adamw"`. Without a rule, what `param_groups` or `register`
             recorded on a parameter counts; else tensors of 2 or more dims get `"celo2"` and 1-D ones `"adamw"`
             (with `orthogonalize=False` every tensor gets `"celo2"`). A group of mixed tensors is split in up to
-            three (matrices, vectors under the learned rule, AdamW), in this order.
+            three (matrices, vectors under the learned rule, AdamW), in this order; `user_groups` says how.
         lr: learning rate (group). The learned step has root mean square 1 per matrix.
         weights: theta. `"default"`, a path, a hub repo id, or a dict of arrays; see `load_weights`.
-        weight_decay: decoupled (group): `p ← p − lr · (step + weight_decay · p)`.
+        weight_decay: of the hidden matrices (group), decoupled: `p ← p − lr · (step + weight_decay · p)`. Which they are
+            is what `param_groups` or `register` recorded; without that, all tensors of 2 or more dims under the learned rule.
+        adamw_weight_decay: the same for all other tensors (group): AdamW's, and under Celo2-base embeddings, heads and
+            vectors. None: as `weight_decay`, which is also what a group means that sets `rule="adamw"` and `weight_decay`.
         orthogonalize: Newton–Schulz on the direction of matrices (group); False is Celo2-base.
-        adamw_lr_multiplier: AdamW tensors are stepped at this multiple of lr (group). Where that is above 0.02, a warning
-            says so once (docs/stability.md).
+        adamw_lr_multiplier: AdamW tensors are stepped at this multiple of lr (group); None is the rule's own, 20. Where
+            the rate is above 0.02, a warning says so once (docs/stability.md).
         newton_schulz: coefficients of the orthogonalisation (group): `"celo2"`, the paper's, or `"polar_express"`
             (arXiv 2505.16932), which comes closer to the polar factor and is another optimizer.
         newton_schulz_dtype: of the orthogonalisation's products (group): `"fp32"`, `"bf16"`, or `"auto"`: bf16 on GPUs
@@ -73,12 +77,14 @@ class Celo2(torch.optim.Optimizer):
             own part (4 bytes an element) and what it received as an owner, some 1/world of each.
 
     Raises:
-        ValueError: an argument out of range, an unknown rule, weights of a wrong shape.
-        LayoutError: at `step`, for parameters sharded in a way that Celo2 can't place exactly.
+        ValueError: an argument out of range, an unknown rule, weights of a wrong shape, an option of another optimizer
+            in a group. At `step` and `load_state_dict`: a parameter, gradient or state of another shape.
+        LayoutError: here or at `step`, for parameters sharded in a way that Celo2 can't place exactly.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weights: Any = "default", weight_decay: float = 0.0,
-                 orthogonalize: bool = True, adamw_lr_multiplier: float = 20.0, *,
+                 adamw_weight_decay: float | None = 0.0, orthogonalize: bool = True,
+                 adamw_lr_multiplier: float | None = None, *,
                  newton_schulz: str = "celo2", newton_schulz_dtype: str = "auto",
                  adamw_betas: tuple[float, float] = (0.9, 0.95), adamw_eps: float = 1e-8, nonfinite: str = "error",
                  check_replicas_every: int = 0, state_dtype: str = "fp32",
@@ -100,52 +106,98 @@ class Celo2(torch.optim.Optimizer):
         self._originals: dict[int, list[Original]] = {}
         self._plans: OrderedDict[tuple, tuple[list[Tensor], list[Plan]]] = OrderedDict()
         self._mlps: dict[torch.device, MLP] = {}
-        self._stepped = self._warned = self._told_idle = False
+        self._user_groups: list[list[int]] = []  # numbers of the groups that each of the user's became
+        self._accepted_keys: set[str] = set()  # of groups
+        self._sorted: list[Sorted] = []
+        self._made = self._stepped = self._warned = self._told_idle = self._told_untagged = False
         if isinstance(params, (set, frozenset)):
             raise TypeError("parameters need an order that is the same in every run: pass a list, not a set")
         super().__init__(params, dict(
-            lr=lr, weight_decay=weight_decay, orthogonalize=orthogonalize, adamw_lr_multiplier=adamw_lr_multiplier,
+            lr=lr, weight_decay=weight_decay, adamw_weight_decay=adamw_weight_decay, orthogonalize=orthogonalize,
+            adamw_lr_multiplier=MULTIPLIER if adamw_lr_multiplier is None else adamw_lr_multiplier,
             newton_schulz=newton_schulz, newton_schulz_dtype=newton_schulz_dtype, adamw_betas=tuple(adamw_betas),
             adamw_eps=adamw_eps))
+        self._made = True
+        self._told_untagged = report(self._sorted)
         enroll(type(self))
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps nothing but groups and states."""
         kept = ("mlp", "nonfinite", "state_dtype", "check_replicas_every", "bucket_size", "skipped_steps", "_steps",
-                "_originals", "_stepped", "_warned", "_told_idle")
+                "_originals", "_user_groups", "_accepted_keys", "_sorted", "_made", "_stepped", "_warned", "_told_idle",
+                "_told_untagged")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in kept}, "_plans": OrderedDict(), "_mlps": {}}
 
     # ---- parameter groups -------------------------------------------------------------------------------------
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups that are stepped, each of one rule (torch's attribute)."""
+        groups = self.__dict__["param_groups"]
+        if len(self._user_groups) != len(groups):
+            refuse_short_list(self._user_groups, groups)
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.__dict__["param_groups"] = groups
+
+    @property
+    def user_groups(self) -> list[list[dict[str, Any]]]:
+        """For each group that the user gave, in order, the param groups that it was split into by rule."""
+        groups = self.__dict__["param_groups"]
+        return [[groups[number] for number in numbers] for numbers in self._user_groups]
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters (also later, in training), split by rule as the class says."""
-        options = {**self.defaults, **{key: value for key, value in param_group.items() if key != "params"}}
-        _check_options(options)
-        named = _named(param_group["params"], offset=sum(len(known) for known in self._originals.values()))
-        if not named:
-            self._add_group(options, options.get("rule") or "adamw", [])
-            return
-        split: dict[tuple[str, bool], list[Original]] = {}
+        given = {key: value for key, value in param_group.items() if key != "params"}
+        check_keys(given)
+        if given.get("adamw_lr_multiplier", 0.0) is None:
+            del given["adamw_lr_multiplier"]
+        options = {**self.defaults, **given}
+        if given.get("rule") == "adamw" and "weight_decay" in given and "adamw_weight_decay" not in given:
+            options["adamw_weight_decay"] = None  # the group means its own
+        check_options(options)
+        named, by_user = named_tensors(param_group["params"], offset=sum(len(known) for known in self._originals.values()))
+        forms = canonical_names(name for name, _ in named)
+        later = len(self._sorted)
+        split: dict[tuple[str, bool], list[tuple[str, Original, Tensor]]] = {}
         for name, param in named:
             tag = tag_of(param)
-            dims = len(getattr(param, "ds_shape", param.shape))
+            known_as = tag.name if tag and tag.name else forms[name]
+            refuse_unknown(known_as, param)
+            shape = tuple(getattr(param, "ds_shape", param.shape))
             rule = options.get("rule") or (tag.rule if tag and options["orthogonalize"] else None) or (
-                "celo2" if dims >= 2 or not options["orthogonalize"] else "adamw")
-            original = Original(param, (tag.name if tag and tag.name else name), tag.view if tag else MatrixView())
+                "celo2" if len(shape) >= 2 or not options["orthogonalize"] else "adamw")
+            hidden = tag.kind == "hidden" if tag else len(shape) >= 2
+            original = Original(param, known_as, tag.view if tag else MatrixView(), hidden)
             if rule == "celo2":
                 original.view.blocks(original.shape)  # a view that doesn't fit is refused here
-            split.setdefault((rule, rule == "celo2" and dims < 2), []).append(original)
-        for rule, vectors in (("celo2", False), ("celo2", True), ("adamw", False)):
-            originals = split.get((rule, vectors))
-            if originals:
-                self._add_group(options, rule, originals)
+            split.setdefault((rule, rule == "celo2" and len(shape) < 2), []).append((name, original, param))
+            self._sorted.append(Sorted(original.name, shape, rule, tag is not None, "rule" in given))
+        self._user_groups.append([])
+        for rule, vectors in [(rule, vectors) for rule, vectors in (("celo2", False), ("celo2", True), ("adamw", False))
+                              if (rule, vectors) in split] or [(options.get("rule") or "adamw", False)]:
+            members = split.get((rule, vectors), [])
+            self._add_group({**options, "rule": rule} | (
+                {"param_names": [name for name, _, _ in members]} if by_user else {}), members)
+        if self._made and not self._told_untagged:
+            self._told_untagged = report(self._sorted[later:])
 
-    def _add_group(self, options: dict[str, Any], rule: str, originals: list[Original]) -> None:
-        number = len(self.param_groups)  # what finds the originals again, whatever a wrapper does to the group
-        super().add_param_group({**options, "rule": rule, "params": [o.param for o in originals], "group": number})
-        self._originals[number] = originals
-        if originals:
-            self._warn_of_fast_adamw(self.param_groups[number])
+    def _add_group(self, options: dict[str, Any], members: list[tuple[str, Original, Tensor]]) -> None:
+        groups = self.__dict__["param_groups"]
+        number = len(groups)  # what finds the originals again, whatever a wrapper does to the group
+        names = options.pop("param_names", None)
+        if groups and "param_names" in groups[0]:  # torch wants names in all groups, or in none
+            names = names or [name for name, _, _ in members]
+        elif groups:
+            names = None
+        tensors = [param for _, _, param in members]
+        super().add_param_group({**options, "group": number, "params": list(zip(names, tensors)) if names else tensors})
+        self._user_groups[-1].append(number)
+        self._originals[number] = [original for _, original, _ in members]
+        if members:
+            self._warn_of_fast_adamw(groups[number])
 
     def _warn_of_fast_adamw(self, group: dict[str, Any]) -> None:
         """Say once, on the first rank, that AdamW's tensors move faster than is known to be good."""
@@ -173,7 +225,10 @@ class Celo2(torch.optim.Optimizer):
         self._stepped = True
         ready = []
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            if not group.keys() <= self._accepted_keys:
+                check_keys(group)
+                self._accepted_keys |= group.keys()
+            params = [p for p in group["params"] if p.grad is not None and p.numel()]
             if params:
                 for param in params:
                     if param.grad.is_sparse:
@@ -181,6 +236,10 @@ class Celo2(torch.optim.Optimizer):
                 ready.append((group, params, self._plan(group, params)))
         if not ready and not self._told_idle:
             self._told_idle = True
+            if flattened_by_fsdp1():
+                raise LayoutError("no tensor of this optimizer has a gradient, and FSDP1 (FullyShardedDataParallel) is in use, "
+                                  "which replaces a model's parameters by flat ones: use FSDP2 "
+                                  "(torch.distributed.fsdp.fully_shard), and make the optimizer after it")
             logger.warning("no tensor of this optimizer has a gradient: the step changes nothing. Groups that were made before "
                            "fully_shard hold other tensors than the model does: make them after it")
         if self.nonfinite != "ignore" and self._found_nonfinite(ready):
@@ -188,6 +247,8 @@ class Celo2(torch.optim.Optimizer):
         for group, params, plans in ready:
             for param in params:
                 self._init_state(group, param, plans)
+            check_step(plans, group["rule"], self.state)
+        for group, params, plans in ready:
             if group["rule"] == "adamw":
                 self._warn_of_fast_adamw(group)  # a schedule may have raised the rate since
                 adamw_step(group, params, self.state)
@@ -228,6 +289,8 @@ class Celo2(torch.optim.Optimizer):
         state, dtype = self.state[param], STATE_DTYPES[self.state_dtype]
         if state:
             if "v_row" in state and dtype_of(state) != dtype:  # restored from another form
+                plan, name = next((plan, held.name) for plan in plans for held in plan.layout.slices if held.storage is param)
+                check_state(name, state, param, group["rule"], plan.factored[id(param)])
                 set_state_dtype(state, dtype, param, plans, _zeros_like)
             return
         if group["rule"] == "adamw":
@@ -243,34 +306,78 @@ class Celo2(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore states bit for bit (torch's own would cast float32 states to a bf16 parameter's dtype).
 
-        States that were saved in another `state_dtype` are converted. Raises ValueError where the groups differ from those
-        that were saved.
+        States that were saved in another `state_dtype` are converted; hooks run as torch's do. Raises ValueError, before
+        anything is changed, where groups differ from those that were saved, or a state is not of its tensor's shape.
         """
-        saved = state_dict["param_groups"]
-        if len(saved) != len(self.param_groups) or any(
-                len(a["params"]) != len(b["params"]) for a, b in zip(saved, self.param_groups)):
+        taken: dict[str, Any] = {}
+
+        def take(_: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
+            """What the user's own hooks gave, less the states, which torch would cast."""
+            taken.update(saved, states=self._check_saved(saved))
+            # A group of an earlier version has one decay for all of its tensors.
+            groups = [{"adamw_weight_decay": None, **group, "group": number}
+                      for number, group in enumerate(saved["param_groups"])]
+            return {"state": {}, "param_groups": groups}
+
+        def put(_: Any) -> None:
+            for param, entry in taken["states"]:
+                self._restore(param, entry)
+            if "theta" in taken:
+                self._restore_theta(taken["theta"])
+            self._stepped = True
+
+        hooks = self.register_load_state_dict_pre_hook(take), self.register_load_state_dict_post_hook(put, prepend=True)
+        try:
+            super().load_state_dict(dict(state_dict))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check_saved(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """(parameter, its state) of a state that fits. Raises ValueError for one that doesn't."""
+        saved, groups = state_dict["param_groups"], self.__dict__["param_groups"]
+        if len(saved) != len(groups) or any(len(a["params"]) != len(b["params"]) for a, b in zip(saved, groups)):
             raise ValueError(f"the state has {len(saved)} param groups of {[len(g['params']) for g in saved]} tensors, "
-                             f"the optimizer {len(self.param_groups)} of {[len(g['params']) for g in self.param_groups]}; "
+                             f"the optimizer {len(groups)} of {[len(g['params']) for g in groups]}; "
                              "construct it as when the state was saved")
-        params = {number: param for a, b in zip(saved, self.param_groups)
-                  for number, param in zip(a["params"], b["params"])}
-        state = {number: entry for number, entry in state_dict["state"].items()}
-        super().load_state_dict({"state": {}, "param_groups": saved})
+        states = dict(state_dict["state"])
+        found = []
+        for theirs, ours in zip(saved, groups):
+            if theirs.get("rule") != ours["rule"]:
+                raise ValueError(f"param group {ours['group']} of the state has rule {theirs.get('rule')!r}, of the optimizer "
+                                 f"{ours['rule']!r}: it is another optimizer's state, or its groups were made otherwise")
+            check_keys(theirs)
+            check_options({**self.defaults, **theirs})
+            originals = self._originals[ours["group"]]
+            for place, (number, param) in enumerate(zip(theirs["params"], ours["params"])):
+                entry = states.pop(number, None)
+                if not entry:
+                    continue
+                mine = originals[place] if len(originals) == len(ours["params"]) else None
+                known = mine is not None and whole(tuple(param.shape)) == mine.shape  # else a flat partition of several
+                entry = {key: _moved(value, param) for key, value in entry.items()}
+                check_state(mine.name if known else f"tensor {place} of param group {ours['group']}", entry, param, ours["rule"],
+                            factored_sizes(mine) if known else None)
+                found.append((param, entry))
+        if states:
+            raise ValueError(f"the state has entries {sorted(map(str, states))[:4]} that none of its param groups lists: it is "
+                             "damaged")
+        return found
+
+    def _restore(self, param: Tensor, entry: dict[str, Any]) -> None:
+        self.state[param] = entry
         dtype = STATE_DTYPES[self.state_dtype]
-        for number, entry in state.items():
-            param = params[number]
-            self.state[param] = {key: _moved(value, param) for key, value in entry.items()}
-            if "v_row" in entry and WORD not in (dtype, dtype_of(entry)):  # others at the next step, which has a plan
-                set_state_dtype(self.state[param], dtype, param, [], _zeros_like)
-            if "step" in self.state[param] and "v_row" in entry:  # read in every step: it must not lie on a GPU
-                self.state[param]["step"] = self.state[param]["step"].cpu()
-        if "theta" in state_dict:
-            theta = load_weights(state_dict["theta"])
-            if any(not torch.equal(a, b) for a, b in zip(theta, self.mlp)):
-                logger.warning("the restored state was made with other weights (theta) than the optimizer was given; "
-                               "going on with the restored ones")
-            self.mlp, self._mlps = theta, {}
-        self._stepped = True
+        if "v_row" in entry and WORD not in (dtype, dtype_of(entry)):  # others at the next step, which has a plan
+            set_state_dtype(entry, dtype, param, [], _zeros_like)
+        if "step" in entry and "v_row" in entry:  # read in every step: it must not lie on a GPU
+            entry["step"] = entry["step"].cpu()
+
+    def _restore_theta(self, saved: Mapping[str, Tensor]) -> None:
+        theta = load_weights(saved)
+        if any(not torch.equal(a, b) for a, b in zip(theta, self.mlp)):
+            logger.warning("the restored state was made with other weights (theta) than the optimizer was given; "
+                           "going on with the restored ones")
+        self.mlp, self._mlps = theta, {}
 
     # ---- plans ------------------------------------------------------------------------------------------------
 
@@ -279,8 +386,8 @@ class Celo2(torch.optim.Optimizer):
         if key in self._plans:
             self._plans.move_to_end(key)
         else:
-            layouts = locate(self._originals[group["group"]], params)
-            # With the tensors themselves, so that no other tensor can get an id of the key.
+            layouts = locate(self._originals[group["group"]], group["params"], params)
+            # Keep the tensors alive so that their ids cannot be reused.
             self._plans[key] = params, [self._make_plan(group, layout) for layout in layouts]
             while len(self._plans) > PLANS * len(self.param_groups):
                 self._plans.popitem(last=False)
@@ -295,41 +402,6 @@ class Celo2(torch.optim.Optimizer):
         if device not in self._mlps:
             self._mlps[device] = MLP(*(x.to(device) for x in self.mlp))
         return self._mlps[device]
-
-
-def _named(params: Any, offset: int) -> list[tuple[str, Tensor]]:
-    """(name, tensor) of whatever form `params` has."""
-    if isinstance(params, Tensor):
-        params = [params]
-    named = []
-    for number, item in enumerate(params):
-        name, param = item if isinstance(item, tuple) else (f"param {offset + number}", item)
-        if not isinstance(param, Tensor):
-            raise TypeError(f"Celo2 takes tensors, got {type(param).__name__}")
-        if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{name} has dtype {param.dtype}; Celo2 optimizes tensors of float32, bfloat16 or float16")
-        named.append((name, param))
-    names = canonical_names(name for name, _ in named)
-    return [(names[name], param) for name, param in named]
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    rule = options.get("rule")
-    if rule is not None and rule not in RULES:
-        raise ValueError(f"a param group's rule must be one of {RULES}, got {rule!r}")
-    for key in ("lr", "weight_decay", "adamw_lr_multiplier", "adamw_eps"):
-        value = options[key]
-        if isinstance(value, Tensor):
-            value = value.item()
-        if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-            raise ValueError(f"{key} must be a finite number of at least 0, got {options[key]!r}")
-    if options["newton_schulz"] not in COEFFICIENTS:
-        raise ValueError(f"newton_schulz must be one of {tuple(COEFFICIENTS)}, got {options['newton_schulz']!r}")
-    if options["newton_schulz_dtype"] not in DTYPES:
-        raise ValueError(f"newton_schulz_dtype must be one of {DTYPES}, got {options['newton_schulz_dtype']!r}")
-    betas = options["adamw_betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"adamw_betas must be two numbers in [0, 1), got {betas!r}")
 
 
 def nonfinite(tensors: Sequence[Tensor]) -> Tensor:
@@ -362,5 +434,6 @@ def _zeros_like(param: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def _moved(value: Any, param: Tensor) -> Any:
     """A state's own copy (the optimizer that it was taken from may go on) where the parameter is."""
     if isinstance(value, DTensor):
-        return value.clone()
-    return value.to(local(param).device, copy=True) if isinstance(value, Tensor) else value
+        return value.clone(memory_format=torch.contiguous_format)
+    return (value.to(local(param).device, copy=True, memory_format=torch.contiguous_format)
+            if isinstance(value, Tensor) else value)

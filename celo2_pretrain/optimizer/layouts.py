@@ -12,8 +12,9 @@ checked once over all ranks: the slices of every tensor must cover it exactly on
 """
 from __future__ import annotations
 
+import gc
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Sequence
 
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils.weak import TensorWeakRef
 
 from .views import MatrixView, whole
 
@@ -29,22 +31,41 @@ class LayoutError(RuntimeError):
     """The optimizer was handed parameters in a form that it can't place exactly."""
 
 
-@dataclass
 class Original:
-    """A parameter as the user gave it: what the optimizer remembers for when a wrapper replaces it."""
+    """A parameter as the user gave it: what the optimizer remembers for when a wrapper replaces it.
 
-    param: Tensor
-    name: str
-    view: MatrixView
-    shape: tuple[int, ...] = field(init=False)
+    The tensor itself is held weakly: a wrapper that needs it (DeepSpeed) keeps it alive, and one that doesn't (FSDP2) can
+    free the unsharded model.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, param: Tensor, name: str, view: MatrixView, hidden: bool = True) -> None:
+        """`hidden`: whether it is a hidden matrix, as far as weight decay goes."""
+        self.name, self.view, self.hidden = name, view, hidden
+        self.param = param
         # ZeRO-3 parameters are empty between uses; ds_shape is what they stand for.
-        self.shape = whole(tuple(getattr(self.param, "ds_shape", self.param.shape)))
+        self.shape = whole(tuple(getattr(param, "ds_shape", param.shape)))
+
+    @property
+    def param(self) -> Tensor | None:
+        """None once everyone else has let go of it."""
+        return self._param()
+
+    @param.setter
+    def param(self, param: Tensor | None) -> None:
+        self._param = TensorWeakRef(param) if param is not None else lambda: None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle, which keep one tensor one tensor: the groups have it, too."""
+        return {"param": self.param, **{key: x for key, x in self.__dict__.items() if key != "_param"}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for key, value in state.items():
+            setattr(self, key, value)
 
     @property
     def trainable(self) -> bool:
-        return self.param.requires_grad and prod(self.shape) > 0
+        param = self.param
+        return (param is None or param.requires_grad) and prod(self.shape) > 0
 
 
 @dataclass
@@ -80,6 +101,7 @@ class Layout:
     rank: int = 0  # in the process group
     world: int = 1
     ranges: Tensor | None = None  # (ranks, tensors, 2) int64: start and stop of everyone's slices
+    replicas: tuple[Any, ...] = ()  # groups of ranks that hold the same slices (hybrid sharding)
 
     def __post_init__(self) -> None:
         if self.process_group is not None:
@@ -91,24 +113,37 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def locate(originals: Sequence[Original], params: Sequence[Tensor]) -> list[Layout]:
-    """Recognise how `params` (what a group holds now) store `originals` (what the user gave for that group).
+def locate(originals: Sequence[Original], held: Sequence[Tensor], params: Sequence[Tensor]) -> list[Layout]:
+    """Recognise how `params` store `originals` (what the user gave for a group).
+
+    Args:
+        held: all that the group holds now.
+        params: those of them that are stepped now (that have a gradient).
 
     Returns one layout for each set of ranks involved. Raises LayoutError for a form it doesn't know.
     """
+    adopt(originals, held)
     by_id = {id(original.param): original for original in originals}
-    trainable = [original for original in originals if original.trainable]
     if all(id(param) in by_id for param in params):
         layouts = _given([by_id[id(param)] for param in params])
-    elif len(params) == len(trainable) and any(isinstance(param, DTensor) for param in params) and all(
-            whole(tuple(param.shape)) == original.shape for param, original in zip(params, trainable)):
-        # accelerate puts FSDP2's parameters in the place of those that the optimizer was constructed with.
-        layouts = _given([Original(param, o.name, o.view) for param, o in zip(params, trainable)])
     else:
-        layouts = [_replaced(trainable, params)]
+        layouts = [_replaced([original for original in originals if original.trainable], held, params)]
     for layout in layouts:
         _check_cover(layout)
     return layouts
+
+
+def adopt(originals: Sequence[Original], held: Sequence[Tensor]) -> None:
+    """Take what stands in the group for the original in its place, where a wrapper exchanged the tensors one for one.
+
+    Accelerate exchanges them for FSDP2's DTensors. DeepSpeed's replacements are no originals: it keeps those alive.
+    """
+    if len(held) != len(originals):
+        return
+    for original, param in zip(originals, held):
+        known = original.param
+        if known is not param and (known is None or isinstance(param, DTensor)) and whole(tuple(param.shape)) == original.shape:
+            original.param = param
 
 
 def _given(originals: list[Original]) -> list[Layout]:
@@ -117,29 +152,54 @@ def _given(originals: list[Original]) -> list[Layout]:
     sharded: dict[Any, list[Slice]] = {}
     for original in originals:
         param = original.param
-        _refuse_unknown(original)
+        refuse_unknown(original.name, param)
+        if hasattr(param, "ds_id"):
+            raise LayoutError(f"{original.name!r} is a ZeRO-3 parameter, but DeepSpeed's ZeRO-3 optimizer does not drive "
+                              "this step; pass the optimizer to deepspeed.initialize and call engine.step()")
         if isinstance(param, DTensor):
             group, start, stop = _dtensor_rows(original)
             if group is not None:
-                sharded.setdefault(group, []).append(Slice(original, start, stop, 0, param))
+                sharded.setdefault((group, _replicas(param)), []).append(Slice(original, start, stop, 0, param))
                 continue
         plain.setdefault(param.device, []).append(Slice(original, 0, prod(original.shape), 0, param))
     return [*(Layout("whole", slices) for slices in plain.values()),
-            *(Layout("DTensor", slices, group) for group, slices in sharded.items())]
+            *(Layout("DTensor", slices, group, replicas=replicas) for (group, replicas), slices in sharded.items())]
 
 
-def _refuse_unknown(original: Original) -> None:
-    param = original.param
-    if hasattr(param, "ds_id"):
-        raise LayoutError(f"{original.name!r} is a ZeRO-3 parameter, but DeepSpeed's ZeRO-3 optimizer does not drive "
-                          "this step; pass the optimizer to deepspeed.initialize and call engine.step()")
-    if type(param).__name__ == "FlatParameter" or getattr(param, "_is_flat_param", False):
-        raise LayoutError(f"{original.name!r} is a flat parameter of FSDP1, which hides the tensors' shapes; "
-                          "use FSDP2 (torch.distributed.fsdp.fully_shard) instead")
+def refuse_unknown(name: str, param: Tensor) -> None:
+    """Raise LayoutError for a tensor that stands for others, or for a part of one, and doesn't say which."""
+    kind = type(param).__name__
+    if kind == "FlatParameter" or getattr(param, "_is_flat_param", False):
+        raise LayoutError(f"{name!r} is a flat parameter of FSDP1, which hides the tensors' shapes; use FSDP2 "
+                          "(torch.distributed.fsdp.fully_shard) instead")
+    if getattr(param, "_fsdp_flattened", False):
+        raise LayoutError(f"{name!r} was flattened by FSDP1 (FullyShardedDataParallel), also with use_orig_params=True: on "
+                          f"this rank it has shape {tuple(param.shape)}, whatever the matrix's; use FSDP2 "
+                          "(torch.distributed.fsdp.fully_shard) instead")
+    if kind in ("ShardedTensor", "ShardedParameter", "ColoParameter", "ColoTensor"):
+        raise LayoutError(f"{name!r} is a {kind}, of which Celo2 can't tell which part of a tensor it is; it supports "
+                          "FSDP2's DTensors and DeepSpeed's ZeRO 0-3")
     for mark in ("tensor_model_parallel", "model_parallel", "ds_is_replaced_module"):
         if getattr(param, mark, False):
-            raise LayoutError(f"{original.name!r} is split by tensor parallelism ({mark}); Celo2 supports data-parallel "
+            raise LayoutError(f"{name!r} is split by tensor parallelism ({mark}); Celo2 supports data-parallel "
                               "sharding (ZeRO 0-3, FSDP2) only")
+
+
+def flattened_by_fsdp1() -> bool:
+    """Whether some model of this process is wrapped by FSDP1, which leaves no mark on the tensors that it replaced.
+
+    It looks at every object of the process: for a step that finds no gradient at all.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return False
+    return any(type(x).__name__ == "FullyShardedDataParallel" for x in gc.get_objects())
+
+
+def _replicas(param: DTensor) -> tuple[Any, ...]:
+    """The groups of ranks over which a DTensor is replicated, one for each such axis of its mesh."""
+    mesh = param.device_mesh
+    return tuple(mesh.get_group(axis) for axis, placement in enumerate(param.placements)
+                 if isinstance(placement, Replicate) and mesh.size(axis) > 1)
 
 
 def _dtensor_rows(original: Original) -> tuple[Any, int, int]:
@@ -165,24 +225,28 @@ def _dtensor_rows(original: Original) -> tuple[Any, int, int]:
     return mesh.get_group(axis), first * inner, last * inner
 
 
-def _replaced(originals: list[Original], params: Sequence[Tensor]) -> Layout:
+def _replaced(originals: list[Original], held: Sequence[Tensor], params: Sequence[Tensor]) -> Layout:
     """Parameters that a DeepSpeed wrapper put in the place of the user's."""
     if not originals:
         raise LayoutError("the group holds parameters that the optimizer was not constructed with")
     first = originals[0].param
+    if first is None:
+        raise LayoutError(f"{originals[0].name!r} of shape {originals[0].shape} is gone, and the group holds other tensors, "
+                          f"of shapes {[tuple(p.shape) for p in held[:4]]}: make the optimizer from the model's present "
+                          "parameters")
     zero3 = getattr(first, "_z3_optimizer", None)
     if zero3 is not None:
         return _zero3(originals, params, zero3)
     if hasattr(first, "_hp_mapping"):
         return _zero12(originals, params)
-    if len(params) == len(originals) and all(
-            whole(tuple(param.shape)) == original.shape for param, original in zip(params, originals)):
+    if len(held) == len(originals) and all(
+            whole(tuple(param.shape)) == original.shape for param, original in zip(held, originals)):
         if first.dtype == torch.float16:
             raise LayoutError("fp16 without ZeRO: DeepSpeed 0.19 divides the gradients by a loss scale that the loss was "
                               "never multiplied by; set \"zero_optimization\": {\"stage\": 1}, or use bf16")
-        return Layout("whole", [Slice(original, 0, prod(original.shape), 0, param)
-                                for original, param in zip(originals, params)])
-    raise LayoutError(f"the group holds {len(params)} tensors of shapes {[tuple(p.shape) for p in params[:4]]} instead "
+        place = {id(param): original for original, param in zip(originals, held)}
+        return Layout("whole", [Slice(place[id(param)], 0, prod(place[id(param)].shape), 0, param) for param in params])
+    raise LayoutError(f"the group holds {len(held)} tensors of shapes {[tuple(p.shape) for p in held[:4]]} instead "
                       f"of the {len(originals)} parameters it was constructed with, put there by a wrapper that Celo2 "
                       "doesn't know; supported: DeepSpeed ZeRO 0-3 (with or without offload), DDP, FSDP2")
 

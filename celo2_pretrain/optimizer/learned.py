@@ -17,7 +17,8 @@ from ..kernels.newton_schulz import COEFFICIENTS, dtype_for
 from ..kernels.packed import WORD, turn_of
 from ..kernels.rounding import key_of
 from .backends import backend_for
-from .layouts import Layout, Slice, collective_device, local
+from .groups import decay_of
+from .layouts import Layout, Original, Slice, collective_device, local
 from .orthogonalize import Exchange, Unit, choose_owners, units_of
 from .passes import Scale, Shape, Tensors
 from .reference import MLP
@@ -46,6 +47,7 @@ class Plan:
     parts: list[Part]
     buckets: list[list[int]]  # slices whose directions exist at the same time
     units: list[list[Unit]]  # of each bucket; empty without orthogonalisation
+    factored: dict[int, tuple[int, int]] = field(default_factory=dict)  # columns of v_row, v_col by the storage's id; 0 for vectors
     memory: dict[int, Tensor] = field(default_factory=dict)  # on the CPU: for directions, kept from step to step
 
     def parts_of(self, bucket: list[int]) -> list[int]:
@@ -78,6 +80,7 @@ def make_plan(layout: Layout, orthogonalize: bool, bucket_size: int) -> Plan:
                                    rows.get(storage, 0), cols.get(storage, 0)))
             rows[storage] = rows.get(storage, 0) + prod(shape.row)
             cols[storage] = cols.get(storage, 0) + prod(shape.col)
+    plan.factored = {storage: (rows[storage], cols[storage]) for storage in rows}
     size = 0
     for number, held in enumerate(layout.slices):
         if plan.buckets[-1] and size + prod(held.shape) > bucket_size:
@@ -91,6 +94,12 @@ def make_plan(layout: Layout, orthogonalize: bool, bucket_size: int) -> Plan:
                                for unit in units_of(bucket.index(part.held), part.shape, part.held, layout)])
         choose_owners(plan.units, layout.world)
     return plan
+
+
+def factored_sizes(original: Original) -> tuple[int, int]:
+    """Columns of v_row and of v_col of a whole tensor under the learned rule; 0 for a vector."""
+    shapes = [Shape(block) for block in original.view.blocks(original.shape)]
+    return sum(prod(shape.row) for shape in shapes), sum(prod(shape.col) for shape in shapes)
 
 
 def init_state(param: Tensor, parts: list[Part], zeros_like: Any, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -118,7 +127,7 @@ class LearnedStep:
     """The step of one plan, with its tensors at hand. Call `run` once."""
 
     def __init__(self, plan: Plan, state: Mapping[Tensor, dict[str, Any]], mlp: MLP, group: Mapping[str, Any]) -> None:
-        """`group`: the param group's options lr, weight_decay, newton_schulz, newton_schulz_dtype."""
+        """`group`: the param group's options lr, weight_decay, adamw_weight_decay, newton_schulz, newton_schulz_dtype."""
         self.plan, self.state, self.mlp, self.group = plan, state, mlp, group
         self.layout = plan.layout
         self.device = local(self.layout.slices[0].storage).device
@@ -234,8 +243,12 @@ class LearnedStep:
 
     def _apply(self, out: dict[int, Tensor]) -> None:
         """`p ← p − lr · (step + weight_decay · p)` (step 9) for the slices of a bucket; `out` is used up."""
-        self.backend.apply([(self.tensors[held].p, step) for held, step in out.items()], self.group["lr"],
-                           self.group["weight_decay"])
+        slices: dict[float, list[tuple[Tensor, Tensor]]] = {}
+        for held, step in out.items():
+            decay = decay_of(self.group, hidden=self.layout.slices[held].original.hidden)
+            slices.setdefault(decay, []).append((self.tensors[held].p, step))
+        for decay, some in slices.items():
+            self.backend.apply(some, self.group["lr"], decay)
         for held in out:
             storage = local(self.layout.slices[held].storage).detach()
             if not storage.is_contiguous():  # p is a copy then
@@ -257,11 +270,12 @@ def row_col(part: Part, v_row: Tensor, v_col: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tensors(held: Slice, state: Mapping[str, Tensor], step: int | None) -> Tensors:
-    """A slice's flat tensors: views, but for a parameter or gradient that is not contiguous.
+    """A slice's flat tensors, contiguous: views, but copies of a parameter or gradient that is not contiguous.
 
     `step`: the storage's step count where its accumulators are rounded stochastically.
     """
-    flat = lambda x: held.of(local(x).detach().reshape(-1))  # noqa: E731
+    # `contiguous` first: `reshape` alone gives a view with gaps where all strides allow it.
+    flat = lambda x: held.of(local(x).detach().contiguous().view(-1))  # noqa: E731
     several = lambda key: [flat(state[f"{key}_{k}"]) for k in range(3)] if f"{key}_0" in state else []  # noqa: E731
     packed = "packed" in state
     keys: tuple[int, ...] = ()

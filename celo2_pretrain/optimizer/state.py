@@ -253,7 +253,7 @@ def _of_adamw(optimizer: torch.optim.Optimizer, wrapper: Any, engine: Any) -> It
             params = [param for param in group["params"] if param.requires_grad]
             found.append((group, kept[number] if kept else params, params))
     for group, originals, params in found:
-        for layout in locate([Original(param, names[param], MatrixView()) for param in originals], params):
+        for layout in locate([Original(param, names[param], MatrixView()) for param in originals], params, params):
             for piece in layout.slices:
                 storage, state = piece.storage, optimizer.state[piece.storage]
                 if "exp_avg" not in state:

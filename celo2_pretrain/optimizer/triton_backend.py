@@ -32,6 +32,7 @@ from ..kernels.repack import repack
 from ..kernels.rescale import output_squares, rescale
 from ..kernels.tiles import Size, Tiles, make_tiles
 from .backends import Reference
+from .groups import decay_of
 from .layouts import local
 from .passes import Scale, Shape, Tensors
 from .reference import MLP
@@ -259,7 +260,7 @@ class Triton(Reference):
             with on_device(device):
                 adamw(_chunks(tuple(rows[k][0].numel() for k in some), device), table, torch.stack(_pick(steps, some)),
                       float(group["lr"] * group["adamw_lr_multiplier"]), group["adamw_betas"], group["adamw_eps"],
-                      float(group["weight_decay"]), DTYPES[g_dtype], DTYPES[p_dtype], aligned)
+                      decay_of(group, hidden=False), DTYPES[g_dtype], DTYPES[p_dtype], aligned)
         return True
 
     def _factors(self, parts: Sequence[Part], found: Sequence[Vectors]) -> None:

@@ -63,7 +63,8 @@ def ranges(shapes: list[tuple[int, ...]], ranks: int, stage: int) -> torch.Tenso
 
 
 def plan_for(originals: list[Original], held: torch.Tensor, rank: int, bucket_size: int, orthogonalize: bool = True) -> Plan:
-    slices = [Slice(original, *held[rank, k].tolist(), 0, original.param) for k, original in enumerate(originals)]
+    # No storage is read in a plan; each slice has one of its own.
+    slices = [Slice(original, *held[rank, k].tolist(), 0, torch.empty(0)) for k, original in enumerate(originals)]
     return make_plan(Layout("planned", slices, None, rank, held.shape[0], held), orthogonalize, bucket_size)
 
 

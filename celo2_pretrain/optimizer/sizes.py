@@ -1,0 +1,85 @@
+"""Is every tensor of a step as large as the others say? Compiled passes and kernels get addresses, and trust the answer.
+
+`check_step` looks before every step, whatever happened to the tensors since the last one; `check_state` also at a state
+that is loaded.
+"""
+from __future__ import annotations
+
+from typing import Any, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.packed import WORD
+from .layouts import local
+from .learned import ACCUMULATORS, Plan
+from .views import whole
+
+ADAMW = ("exp_avg", "exp_avg_sq")
+V_FULL = ("v_full_0", "v_full_1", "v_full_2")
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+def check_step(plans: Sequence[Plan], rule: str, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Compare the sizes of parameters, gradients and states of these plans. Raises ValueError before anything is changed."""
+    for plan in plans:
+        checked: set[int] = set()
+        for held in plan.layout.slices:
+            storage, there = held.storage, local(held.storage)
+            if plan.layout.kind in ("whole", "DTensor") and whole(tuple(storage.shape)) != held.shape:
+                raise ValueError(f"{held.name!r} has shape {tuple(storage.shape)} now, but the optimizer was made for "
+                                 f"{held.shape}: make a new optimizer when a parameter changes its shape")
+            if held.start < held.stop and held.offset + held.stop - held.start > there.numel():
+                raise ValueError(f"{held.name!r}: its elements end at {held.offset + held.stop - held.start} of a tensor that has "
+                                 f"only {there.numel()} now: make a new optimizer when a parameter changes its shape")
+            if id(storage) not in checked:
+                checked.add(id(storage))
+                grad = local(storage.grad)
+                if grad.shape != there.shape or grad.device != there.device:
+                    raise ValueError(f"{held.name!r} has a gradient of shape {tuple(grad.shape)} on {grad.device}, but is of "
+                                     f"shape {tuple(there.shape)} on {there.device}")
+                check_state(held.name, state[storage], storage, rule, plan.factored.get(id(storage)))
+
+
+def check_state(name: str, state: Mapping[str, Any], param: Tensor, rule: str, factored: tuple[int, int] | None) -> None:
+    """Raises ValueError naming the tensor, the state and both shapes where a state isn't one of this parameter.
+
+    Args:
+        param: what the optimizer steps: a tensor, or a flat partition of several.
+        factored: columns of v_row and of v_col under the learned rule, (0, 0) for vectors; None where that isn't known.
+    """
+    shape = local(param).shape
+    vector = rule == "celo2" and (not any(factored) if factored else "v_row" not in state)
+    if rule == "adamw":
+        keys: tuple[str, ...] = ADAMW
+    else:
+        keys = ("packed",) if "packed" in state else (*ACCUMULATORS, *(V_FULL if vector else ()))
+    for key in keys:
+        _expect(name, key, state, shape)
+    if rule == "adamw" and not (isinstance(state.get("step"), Tensor) and state["step"].numel() == 1):
+        raise ValueError(f"the state of {name!r} has step={state.get('step')!r}, which must be a tensor of one element: load a "
+                         "state that Celo2 saved")
+    dtypes = {local(state[key]).dtype for key in keys}
+    if len(dtypes) > 1 or not dtypes <= {WORD if keys == ("packed",) else torch.float32,
+                                         *(FLOATS if rule == "celo2" and keys != ("packed",) else ())}:
+        raise ValueError(f"the states {', '.join(keys)} of {name!r} have dtypes {sorted(map(str, dtypes))}, which Celo2 does "
+                         "not write: load a state that Celo2 saved")
+    if rule == "celo2" and not vector:
+        for key, columns in zip(("v_row", "v_col"), factored or (None, None)):
+            there = state.get(key)
+            _expect(name, key, state, (3, columns if columns is not None else getattr(there, "shape", (0, 0))[-1]))
+
+
+def _expect(name: str, key: str, state: Mapping[str, Any], shape: Sequence[int]) -> None:
+    value = state.get(key)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the state of {name!r} has no {key!r}, but {sorted(map(str, state))}: it is another optimizer's, or "
+                         "was saved under another rule; load a state of the same groups (celo2_pretrain.optimizer.takeover "
+                         "converts AdamW's)")
+    value = local(value)
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"the state {key!r} of {name!r} has shape {tuple(value.shape)}, but the tensor needs "
+                         f"{tuple(shape)}: load a state of the same model, made with the same param groups")
+    if not value.is_contiguous():
+        raise ValueError(f"the state {key!r} of {name!r} does not lie contiguously (strides {value.stride()}): make it "
+                         "contiguous")
