@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..weights import load_weights
 from .adamw import adamw_step
-from .groups import Sorted, check_keys, check_options, named_tensors, refuse_short_list, report
+from .groups import Sorted, check_keys, check_options, named_tensors, refuse_other_length, report
 from .layouts import (Layout, LayoutError, Original, called_to_initialize, flattened_by_fsdp1, local, locate, refuse_unknown)
 from .learned import LearnedStep, Plan, factored_sizes, init_state, make_plan, reduce
 from .names import canonical_names
@@ -98,7 +99,9 @@ class Celo2(torch.optim.Optimizer):
         self.state_dtype = state_dtype
         if weights == "default" and not orthogonalize:
             weights = "default-base"
-        self.mlp: MLP = load_weights(weights)
+        # Real weights on the CPU, also while a model without data is made (meta device, FakeTensorMode).
+        with torch.device("cpu"), _disable_current_modes():
+            self.mlp: MLP = load_weights(weights)
         self.nonfinite, self.bucket_size = nonfinite, bucket_size
         self.check_replicas_every = int(check_replicas_every)
         self.skipped_steps = 0
@@ -135,7 +138,7 @@ class Celo2(torch.optim.Optimizer):
         """The groups that are stepped, each of one rule (torch's attribute)."""
         groups = self.__dict__["param_groups"]
         if len(self._user_groups) != len(groups):
-            refuse_short_list(self._user_groups, groups)
+            refuse_other_length(self._user_groups, groups)
         return groups
 
     @param_groups.setter
@@ -213,6 +216,7 @@ class Celo2(torch.optim.Optimizer):
 
     # ---- the step ---------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # as torch's own optimizers: a graph would have to be broken at every collective
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; returns what `closure` (if any) returned."""

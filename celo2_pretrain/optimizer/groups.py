@@ -27,7 +27,7 @@ OTHERS = {"betas": "adamw_betas (AdamW's tensors)", "eps": "adamw_eps (AdamW's t
     ("momentum", "nesterov", "amsgrad", "maximize", "use_muon", "fused", "foreach", "capturable", "differentiable", "ns_steps",
      "dampening", "alpha", "rho", "momentum_decay", "decoupled_weight_decay", "trust_coefficient"), "")
 OUR_PREFIXES = ("adamw_", "newton_")
-ALIASES = {"learning_rate": "'lr'", "wd": "'weight_decay'"}
+ALIASES = {"learning_rate": "lr", "wd": "weight_decay"}
 # Where torch and DeepSpeed compare a list with the groups, and what they call it there.
 SCHEDULERS = ("torch.optim.lr_scheduler", "torch.optim.swa_utils", "deepspeed.runtime.lr_schedules")
 LISTS = ("lr_lambda", "param", "min_lr", "swa_lrs", "param_value", "lr_range_test_min_lr")
@@ -172,9 +172,9 @@ def _names(tensors: Sequence[Sorted], most: int = 4) -> str:
     return some + (f" and {len(tensors) - most} more" if len(tensors) > most else "")
 
 
-def refuse_short_list(user_groups: Sequence[Sequence[int]], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Called where `param_groups` is read. Raises ValueError if a scheduler does so to compare a list that has one value
-    for each of the user's groups, which Celo2 split: torch's own error can't say how.
+def refuse_other_length(user_groups: Sequence[Sequence[int]], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Called where `param_groups` is read. Raises ValueError if a scheduler does so to compare a list of another length
+    with the groups, some of which Celo2 split: torch's own error can't say how.
 
     Args: user_groups: for each group of the user's, the numbers of the `groups` that it became.
     """
@@ -182,7 +182,7 @@ def refuse_short_list(user_groups: Sequence[Sequence[int]], groups: Sequence[Map
     if frame.f_globals.get("__name__") not in SCHEDULERS:
         return
     values = next((x for name in LISTS if isinstance(x := frame.f_locals.get(name), (list, tuple))), None)
-    if values is None or len(values) != len(user_groups):
+    if values is None or len(values) == len(groups):
         return
     split = "; ".join(f"group {number} into {len(parts)} ({', '.join(_describe(groups[part]) for part in parts)})"
                       for number, parts in enumerate(user_groups) if len(parts) != 1)
