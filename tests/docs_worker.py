@@ -15,7 +15,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from celo2_pretrain.train.ranks import free_port
 
-PAGE = Path(sys.argv[1])
 DEEPSPEED = {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}
 ADAMW = {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True}}
 
@@ -60,16 +59,15 @@ def trains_with_celo2(engine) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(before, engine.module.parameters()))
 
 
-def readme(names: dict) -> dict:
+def readme(text: str) -> dict:
     """The page changes a script that reads ds_config.json, and that file."""
-    [config] = [new_side(body) for language, body in blocks(PAGE.read_text(encoding="utf-8"))
-                if language == "diff" and '"optimizer"' in body]
+    [config] = [new_side(body) for language, body in blocks(text) if language == "diff" and '"optimizer"' in body]
     Path("ds_config.json").write_text(json.dumps(DEEPSPEED | json.loads("{" + config + "}")))
     import deepspeed
     return {"deepspeed": deepspeed, "AutoModelForCausalLM": Downloads}
 
 
-def checkpoints(names: dict) -> dict:
+def checkpoints(text: str) -> dict:
     """A DeepSpeed engine with Celo2, one with AdamW, and what each has saved."""
     from celo2_pretrain import Celo2, param_groups, save_state
     adamw_engine = engine_of(tiny_model(), config=DEEPSPEED | {"optimizer": ADAMW})
@@ -82,7 +80,7 @@ def checkpoints(names: dict) -> dict:
     return {"engine": engine, "adamw_engine": adamw_engine, "config": DEEPSPEED}
 
 
-def evaluation(names: dict) -> dict:
+def evaluation(text: str) -> dict:
     """An exported model."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -105,19 +103,25 @@ BEFORE = {"README.md": readme, "checkpoints.md": checkpoints, "evaluation.md": e
 AFTER = {"README.md": after_readme, "swap.md": after_swap, "checkpoints.md": lambda names: trains_with_celo2(names["engine"])}
 
 
-def main() -> None:
+def run(text: str, names: dict) -> None:
+    """Execute the blocks of Python, and what diffs of Python make, one after the other."""
+    for language, body in blocks(text):
+        code = body if language == "python" else new_side(body) if language == "diff" and '"optimizer"' not in body else ""
+        exec(compile(code, repr(code.strip()[:60]), "exec"), names)
+
+
+def main(page: Path) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    text = page.read_text(encoding="utf-8")
     names = {"__name__": "__main__", "model": tiny_model(), "config": dict(DEEPSPEED)}
-    names |= BEFORE.get(PAGE.name, lambda _: {})(names)
-    for language, body in blocks(PAGE.read_text(encoding="utf-8")):
-        code = body if language == "python" else new_side(body) if language == "diff" and '"optimizer"' not in body else ""
-        exec(compile(code, f"{PAGE.name}: {code.strip()[:60]!r}", "exec"), names)
-    AFTER.get(PAGE.name, lambda _: None)(names)
+    names |= BEFORE.get(page.name, lambda _: {})(text)
+    run(text, names)
+    AFTER.get(page.name, lambda _: None)(names)
     sys.stdout.flush()
     os._exit(0)  # gloo's threads now and then abort the interpreter's exit
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))
