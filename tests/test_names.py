@@ -163,5 +163,6 @@ def test_names_that_would_become_one_are_kept_apart(tmp_path):
 def test_ambiguous_names_are_never_matched():
     assert canonical_names(["module.a", "a", "module.b"]) == {"module.a": "module.a", "a": "a", "module.b": "b"}
     assert match(["module.module.a", "module.a"], ["module.a", "a"]) == {}
+    assert match(["module.a", "a"], ["a"]) == {} == match(["a"], ["module.a", "a"])
     assert match(["module.a", "a"], ["a", "module.a"]) == {"a": "a", "module.a": "module.a"}
     assert match(["a", "module.b"], ["module.a", "b", "c"]) == {"a": "module.a", "module.b": "b"}

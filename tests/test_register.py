@@ -3,6 +3,7 @@ import importlib
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -89,6 +90,9 @@ def test_a_celo2_made_while_another_thread_imports_deepspeed_is_accepted(package
     first.start()
     assert began.wait(30)
     second.start()
+    while finder not in sys.meta_path:
+        time.sleep(0.01)
+    time.sleep(0.2)  # the optimizer is being made, and waits for the import
     go_on.set()
     first.join(30)
     second.join(30)
