@@ -70,6 +70,8 @@ class MatrixView:
         return blocks
 
     def _check(self, shape: tuple[int, ...]) -> None:
+        if min(self.head_dim, self.batch) < 0 or min((self.repeats, *self.split)) < 1:
+            raise ValueError(f"{self} has a negative number, or 0 as repeats or in split")
         dims = self.batch + 2
         if len(shape) < dims or (len(shape) > dims and not self.flatten):
             raise ValueError(f"{self} describes a tensor of {dims}{' or more' if self.flatten else ''} dims (batch axes + "
@@ -78,10 +80,8 @@ class MatrixView:
         if self.head_dim and (total % self.head_dim or any(size % self.head_dim for size in self.split)):
             raise ValueError(f"head_dim {self.head_dim} does not divide the output axis of shape {tuple(shape)}"
                              + (f", or one of its parts {self.split}" if self.split else ""))
-        if self.repeats != 1 and not (self.repeats > 1 and self.split):
-            raise ValueError(f"repeats {self.repeats} needs a split that is repeated, and at least 1")
-        if any(size < 1 for size in self.split):
-            raise ValueError(f"split sizes {self.split} must be positive")
+        if self.repeats > 1 and not self.split:
+            raise ValueError(f"repeats {self.repeats} says how often split is repeated, but there is no split; give one")
         if self.split and self.repeats * sum(self.split) != total:
             times = f" × {self.repeats} repeats" if self.repeats > 1 else ""
             raise ValueError(f"split sizes {self.split} add up to {sum(self.split)}{times}, but the output axis of shape "
@@ -250,7 +250,10 @@ def pieces(block: Block, start: int, stop: int, most: int = 1 << 20) -> list[Pie
 
 
 def _cut(box: Box, most: int, deep: bool) -> Iterator[Box]:
-    """Cut a box along its outermost axis into parts of at most `most` elements, or of one index; `deep`: those, too."""
+    """Cut a box along its outermost axis into parts of at most `most` elements, but at least one index.
+
+    With `deep` an index that has more elements is cut along the next axis, and so on.
+    """
     outer = next((axis for axis, (a, b) in enumerate(box) if b - a > 1), 0)
     a, b = box[outer]
     inner = prod(y - x for x, y in box) // (b - a)
