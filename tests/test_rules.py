@@ -66,11 +66,14 @@ def test_per_head_views():
     assert tags(model)["model.layers.0.self_attn.o_proj.weight"][2] == MatrixView(transpose=True)
 
 
-def test_interleaved_qkv_is_read_head_by_head():
+def test_interleaved_qkv_is_three_matrices_and_with_per_head_one_for_each_head():
     model = AutoModelForCausalLM.from_config(GPTNeoXConfig(
         vocab_size=50, hidden_size=12, num_hidden_layers=1, num_attention_heads=3, intermediate_size=24))
     param_groups(model)
-    assert tags(model)["gpt_neox.layers.0.attention.query_key_value.weight"][2] == MatrixView(True, head_dim=4)
+    name = "gpt_neox.layers.0.attention.query_key_value.weight"
+    assert tags(model)[name][2] == MatrixView(transpose=True, split=(4, 4, 4), repeats=3)
+    param_groups(model, per_head=True)
+    assert tags(model)[name][2] == MatrixView(transpose=True, head_dim=4)
 
 
 def test_a_plain_module():
@@ -82,7 +85,7 @@ def test_a_plain_module():
     assert found["3.weight"] is None
     assert found["0.weight"].kind == "embedding" and found["head.weight"].kind == "head"
     assert found["1.in_proj_weight"].view == MatrixView(transpose=True, split=(6, 6, 6))
-    assert found["2.weight"].view == MatrixView() and found["2.weight"].rule == "celo2"
+    assert found["2.weight"].view == MatrixView(transpose=True, flatten=True) and found["2.weight"].rule == "celo2"
 
 
 def test_patterns_override_and_must_match():
