@@ -4,10 +4,11 @@ import torch
 from architectures.cuts import check_reading, check_step
 from architectures.decoders import DECODERS
 from architectures.encoders import ENCODERS
+from architectures.modules import MODULES
 
 from celo2_pretrain import param_groups
 
-ARCHITECTURES = DECODERS | ENCODERS
+ARCHITECTURES = DECODERS | ENCODERS | MODULES
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

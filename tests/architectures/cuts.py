@@ -1,8 +1,8 @@
 """How tests/test_architectures.py states which matrices a tensor consists of, and checks it.
 
 An architecture's expectation maps a tensor's name to "embedding", "head" or "vector" (AdamW), or to a cut: a function from
-the stored tensor to the weights, (out, in), of the `nn.Linear`s that could stand in its place. Layer numbers are * in names,
-"{q,k}_proj" stands for both. One-dimensional tensors are vectors and aren't listed.
+the stored tensor to the weights, (out, in), of the `nn.Linear`s that could stand in its place. A * in a name is any number,
+unless the number is listed, too; "{q,k}_proj" stands for both. One-dimensional tensors are vectors and aren't listed.
 """
 import re
 from itertools import product
@@ -63,8 +63,9 @@ def by_name(expected: Expected) -> Expected:
     return found
 
 
-def pattern(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+def listed(name: str, expected: Expected) -> str:
+    """Under which name a tensor is listed: its own, or with * for numbers."""
+    return name if name in expected else ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def matrices(view: MatrixView, w: Tensor) -> list[Tensor]:
@@ -80,8 +81,9 @@ def check_reading(model: nn.Module, expected: Expected) -> None:
     """Every tensor of the model has the rule that is expected, and is read as the matrices that are."""
     expected, seen, wrong = by_name(expected), set(), []
     for name, param in model.named_parameters():
-        tag, want = tag_of(param), expected.get(pattern(name), "vector" if param.ndim < 2 else "(not stated)")
-        seen.add(pattern(name))
+        key = listed(name, expected)
+        tag, want = tag_of(param), expected.get(key, "vector" if param.ndim < 2 else "(not stated)")
+        seen.add(key)
         if not param.requires_grad:
             got, want = tag, None
         elif isinstance(want, str) or tag.rule == "adamw":
@@ -99,7 +101,7 @@ def check_reading(model: nn.Module, expected: Expected) -> None:
 def check_step(model: nn.Module, expected: Expected) -> None:
     """Three steps on the model's matrices are those on separate `nn.Linear`s that the cuts make of them."""
     expected = by_name(expected)
-    tensors = {pattern(name): param for name, param in model.named_parameters() if tag_of(param) is not None
+    tensors = {listed(name, expected): param for name, param in model.named_parameters() if tag_of(param) is not None
                and tag_of(param).rule == "celo2"}  # one of each kind
     cuts = {name: expected[name] for name in tensors}
     start = {name: param.detach().clone() for name, param in tensors.items()}
