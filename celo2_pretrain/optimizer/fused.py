@@ -17,6 +17,8 @@ from .places import Place, matrix_sizes, shape_of
 from .views import MatrixView
 
 UNKNOWN_PARTS = "one matrix; if fused, its parts are unknown"
+UNKNOWN_AXES = "as it lies; which axes are in and out is unknown"
+TRANSPOSED = "the transpose of what the model uses"
 PER_HEAD = {"q_proj", "k_proj", "v_proj", "query", "key", "value", "to_q", "to_k", "to_v", "q_b_proj",
             "q_proj_weight", "k_proj_weight", "v_proj_weight"}
 LOOKS_FUSED = re.compile(r".*(qkv|query_key|kv_proj|gate_up|c_attn).*", re.IGNORECASE)
@@ -191,11 +193,11 @@ FUSED = (
     Fact("*", "to_kv", _halves),
 )
 
-# Bare parameters of three axes: how the forward multiplies by them.
+# Bare parameters of more axes than a matrix has: how the forward multiplies by them.
 STACKED = (
-    ("ZambaMambaMixer", "x_proj_weight|dt_proj_weight", MatrixView(transpose=True, batch=1)),  # weight[head] @ x
-    ("XLNetRelativeAttention", "o", MatrixView(transpose=True, flatten=True)),  # (out, heads, head_dim)
-    ("XLNetRelativeAttention", "q|k|v|r", MatrixView(transpose=True, flatten=True)),  # (in, heads, head_dim)
+    ("ZambaMambaMixer", "x_proj_weight|dt_proj_weight", MatrixView(transpose=True, batch=1), ""),  # weight[head] @ x
+    ("XLNetRelativeAttention", "o", MatrixView(transpose=True, flatten=True), ""),  # (out, heads, head_dim)
+    ("XLNetRelativeAttention", "q|k|v|r", MatrixView(transpose=True, flatten=True), TRANSPOSED),  # (in, heads, head_dim)
 )
 
 
@@ -208,7 +210,7 @@ def read(place: Place, per_head: bool = False) -> tuple[MatrixView, str]:
         return view, note
     parts = parts_of(place)
     if parts is not None:
-        if per_head and parts.head_dim:
+        if per_head and parts.head_dim and not any(size % parts.head_dim for size in parts.sizes):
             return replace(view, head_dim=parts.head_dim), ""
         return replace(view, split=parts.sizes, repeats=parts.repeats), ""
     if LOOKS_FUSED.fullmatch(place.projection) or _holds_more_than_the_query(place):
@@ -223,29 +225,33 @@ def orientation(place: Place) -> tuple[MatrixView, str]:
     """How a tensor lies, before its output axis is cut; with a note where this is not known."""
     shape, module = place.shape, place.module
     if isinstance(module, nn.modules.conv._ConvNd) and len(shape) > 2:
-        if shape[:2] == (module.out_channels, module.in_channels // module.groups) and not module.transposed:  # (out, in / groups, kernel …)
-            return MatrixView(True, split=(shape[0] // module.groups,) * module.groups if module.groups > 1 else (),
-                              flatten=True), ""
-        if module.transposed:  # (in, out / groups, kernel …)
-            return MatrixView(flatten=True), "one matrix, though of several groups" if module.groups > 1 else ""
-        return MatrixView(), ""  # the lengths of a weight norm
-    if len(shape) == 3:
-        for owner, names, view in STACKED:
-            if place.owned_by(owner) and place.leaf in names.split("|"):
-                return view, ""
-        if _is_experts(place):
-            return MatrixView(_experts_store_out_in(place), batch=1), ""
-        return MatrixView(), "as it lies; its axes are unknown"
+        return _convolution(module, shape)
+    for owner, names, view, note in STACKED:
+        if place.owned_by(owner) and place.leaf in names.split("|"):
+            return view, note
+    if len(shape) == 3 and _is_experts(place):
+        transpose = _experts_store_out_in(place)
+        return MatrixView(bool(transpose), batch=1), UNKNOWN_AXES if transpose is None else ""
     if len(shape) != 2:
-        return MatrixView(), "as it lies; its axes are unknown" if len(shape) > 3 else ""
+        return MatrixView(), UNKNOWN_AXES if len(shape) > 2 else ""
     if isinstance(module, (nn.Linear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)):
         return MatrixView(True), ""
     sizes = matrix_sizes(module)
     if place.bare and place.leaf == "weight" and re.search("Router|Gate", type(module).__name__):
         return MatrixView(True), ""
-    if place.owned_by("DbrxExpertGLU"):  # w2 is (experts · in, out): read as its transpose, or the experts were one matrix
+    if place.owned_by("DbrxExpertGLU"):  # w2 is (experts · in, out), whose experts can't be cut apart as it lies
         return MatrixView(True), ""
     return MatrixView(sizes is not None and shape == sizes[::-1] and not hasattr(module, "nf")), ""
+
+
+def _convolution(module: nn.modules.conv._ConvNd, shape: tuple[int, ...]) -> tuple[MatrixView, str]:
+    groups = module.groups
+    if module.transposed:  # (in, out / groups, kernel …)
+        return MatrixView(flatten=True), "one matrix, though of several groups" if groups > 1 else ""
+    if shape[:2] != (module.out_channels, module.in_channels // groups):  # the lengths of a weight norm
+        return MatrixView(), ""
+    cut = groups > 1 and min(module.in_channels, module.out_channels) > groups  # not depthwise
+    return MatrixView(True, split=(shape[0] // groups,) * groups if cut else (), flatten=True), ""
 
 
 def parts_of(place: Place) -> Parts | None:
@@ -284,8 +290,8 @@ def _is_experts(place: Place) -> bool:
         "Experts" in type(place.module).__name__)
 
 
-def _experts_store_out_in(place: Place) -> bool:
-    """Whether stacked experts are (experts, out, in), as `nn.Linear`, and not (experts, in, out)."""
+def _experts_store_out_in(place: Place) -> bool | None:
+    """Whether stacked experts are (experts, out, in), as `nn.Linear`, or (experts, in, out); None: nothing tells."""
     declared = getattr(place.owner, "is_transposed", None)  # transformers 5
     if isinstance(declared, bool):
         return not declared
@@ -296,8 +302,10 @@ def _experts_store_out_in(place: Place) -> bool:
     if up is not None and down is not None:
         return shape_of(up)[1] == 2 * shape_of(down)[2]
     hidden = place.size("hidden_size", "hidden_dim", "d_model", "dim", "n_embd")
-    axis = 1 if re.match("down|w2|output|fc2|c_proj", place.leaf) else 2
-    return place.shape[axis] == hidden != place.shape[3 - axis]
+    axes = [axis for axis in (1, 2) if place.shape[axis] == hidden]
+    if len(axes) != 1:
+        return None
+    return axes == ([1] if re.match("down|w2|output|fc2|c_proj", place.leaf) else [2])
 
 
 def _output_axis(place: Place, view: MatrixView) -> int:

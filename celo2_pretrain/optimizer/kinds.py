@@ -13,10 +13,11 @@ from .places import Place, is_layer_list, matrix_sizes, places, shape_of
 HEAD = re.compile(r"(?!pre_)(.*_)?(lm_heads?|heads?|classifier|score|logits?)|embed_out|output_layer|unembed(ding)?|"
                   r"qa_outputs|seq_relationship")
 # Bare parameters (held by no nn.Embedding, nn.Linear, …) that are looked up or added, and multiply nothing.
-EMBEDDING = re.compile(r".*(embed|emb$|pos_|position|token|cls|latents?$|probe|prompt|codevectors|codebook|table|rel_pos).*|"
+EMBEDDING = re.compile(r".*(embed|emb$|pos_|position|token|cls|latents?$|probe|prompt|codevectors|codebook|table).*|"
                        r"query|queries")
 # Bare parameters that act elementwise: biases, gains, and the decay and skip of state space models.
-ELEMENTWISE = re.compile(r".*(bias|scale|gamma|beta|sink|lambda|temperature).*|A_logs?|A|Ds?|time_(mix|decay|first).*|rpb|alpha.*")
+ELEMENTWISE = re.compile(r".*(bias|scale|gamma|beta|sink|lambda|temperature|alpha).*|A_logs?|A|Ds?|rpb|"
+                         r"time_(mix|decay|first).*")
 
 
 def kinds(model: nn.Module) -> dict[int, str]:
