@@ -101,6 +101,13 @@ def test_a_fused_projection_of_an_unknown_class_is_one_matrix_and_the_table_says
     assert "which axes are in and out is unknown" in lines["kernels"]
 
 
+def test_experts_are_read_as_their_class_declares():
+    """transformers 5 sets these attributes on experts, whatever their class is called."""
+    experts = tree("NewExperts", is_transposed=True, is_concatenated=False, gate_up_proj=bare(3, 16, 24))
+    param_groups(experts)
+    assert tags(experts)["gate_up_proj"][2] == MatrixView(batch=1, split=(1, 1), repeats=12)
+
+
 def test_experts_of_an_unknown_class_lie_as_their_sizes_say():
     experts = tree("MyExperts", hidden_size=16, up=bare(3, 24, 16), down_proj=bare(3, 16, 24), square=bare(3, 16, 16))
     model = tree("MyModel", layers=nn.ModuleList([tree("MoE", experts=experts)]))
