@@ -26,6 +26,7 @@ from .learned import ACCUMULATORS
 from .names import canonical_names
 from .state_dtypes import pack_range, unpack_range
 from .state_files import SHARED, StateError, StateReader, element_keys, tensor_entry
+from .state_index import view_of
 from .views import MatrixView
 
 logger = logging.getLogger(__name__)
@@ -335,7 +336,8 @@ def _compare(reader: StateReader, held: list[Held]) -> None:
     for h in held:
         ours, theirs = h.describe(), saved[h.name]
         for key in ("shape", "rule", "vector", "view"):
-            if (key == "view" and h.rule == "adamw") or ours[key] == theirs[key]:
+            if ours[key] == theirs[key] or key == "view" and (
+                    h.rule == "adamw" or h.slice.original.view == view_of(theirs[key])):
                 continue
             raise StateError(f"{where!r} has {h.name!r} with {key} {short(theirs[key])}, the optimizer with {ours[key]!r}: "
                              "construct model and param groups as when it was saved" + (

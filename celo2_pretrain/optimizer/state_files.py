@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .names import match
-from .state_index import check_index, check_options
+from .state_index import check_index, check_options, view_entry
 from .views import MatrixView
 
 FORMAT, VERSION = "celo2-optimizer-state", 1
@@ -49,7 +48,7 @@ def element_keys(rule: str, vector: bool) -> tuple[str, ...]:
 def tensor_entry(shape: Iterable[int], rule: str, view: MatrixView) -> dict[str, Any]:
     """What the index says of a tensor."""
     vector = rule == "celo2" and len(view.blocks(tuple(shape))[0].shape) < 2
-    return {"shape": list(shape), "rule": rule, "vector": vector, "view": json.loads(json.dumps(asdict(view)))}
+    return {"shape": list(shape), "rule": rule, "vector": vector, "view": view_entry(view)}
 
 
 def building(folder: Path) -> Path:
