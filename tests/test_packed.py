@@ -121,7 +121,9 @@ def test_the_error_of_an_average_does_not_pile_up(form, decay, most):
 CASES = [((1, 1), MatrixView()), ((1, 9), MatrixView()), ((7, 13), MatrixView()), ((16, 16), MatrixView()),
          ((37, 31), MatrixView(transpose=True)), ((5, 100), MatrixView()), ((11, 23), MatrixView(split=(16, 4, 3))),
          ((24, 10), MatrixView(transpose=True, head_dim=4)), ((3, 17, 19), MatrixView(batch=1)),
-         ((6, 5, 3, 3), MatrixView())]
+         ((6, 5, 3, 3), MatrixView()), ((18, 10), MatrixView(transpose=True, split=(3, 3, 3), repeats=2)),
+         ((9, 40), MatrixView(split=(6, 2, 2), repeats=4)), ((2, 5, 14), MatrixView(split=(1, 1), repeats=7, batch=1)),
+         ((6, 5, 3, 3), MatrixView(transpose=True, flatten=True)), ((6, 5, 3, 3), MatrixView(flatten=True))]
 
 
 @pytest.mark.parametrize("shape,view", CASES)

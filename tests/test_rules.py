@@ -73,6 +73,7 @@ def test_interleaved_qkv_is_three_matrices_and_with_per_head_one_for_each_head()
     param_groups(model)
     name = "gpt_neox.layers.0.attention.query_key_value.weight"
     assert tags(model)[name][2] == MatrixView(transpose=True, split=(4, 4, 4), repeats=3)
+    assert "(out, in), 3 parts of 4, 3 times in turn" in table(model)
     param_groups(model, per_head=True)
     assert tags(model)[name][2] == MatrixView(transpose=True, head_dim=4)
 
@@ -156,6 +157,23 @@ def test_the_last_linear_of_a_model_is_its_head_but_not_that_of_a_part():
         assert {kind for kind, _, _ in tags(part).values()} == {"hidden", "vector"}
 
 
+@pytest.mark.parametrize("name, kind", [
+    ("pos_embed", "embedding"), ("positional_embedding", "embedding"), ("type_embeddings", "embedding"),
+    ("query_tokens", "embedding"), ("rel_pos_h", "embedding"), ("relative_position_bias_table", "embedding"),
+    ("expert_bias", "vector"), ("layer_scale", "vector"), ("A_log", "vector"), ("sinks", "vector"),
+    ("composition", "hidden"), ("token_proj", "hidden"), ("upscale_weight", "hidden"), ("w1", "hidden")])
+def test_bare_parameters_are_what_their_names_say(name, kind):
+    model = tree("Model", **{name: bare(6, 4)})
+    param_groups(model)
+    assert tags(model)[name][:2] == (kind, "celo2" if kind == "hidden" else "adamw")
+
+
+def test_the_weight_of_an_embedding_of_another_library_is_an_embedding():
+    model = tree("Model", tokens=tree("VocabParallelEmbedding", weight=bare(50, 8)))
+    param_groups(model)
+    assert tags(model)["tokens.weight"][:2] == ("embedding", "adamw")
+
+
 def test_a_matrix_as_large_as_the_vocabulary_is_a_head():
     model = tree("LM", tokens=nn.Embedding(50, 8), to_words=nn.Linear(8, 50), mix=nn.Linear(8, 8), norm=nn.LayerNorm(8))
     param_groups(model)
@@ -172,6 +190,7 @@ def test_a_plain_module():
     assert found["0.weight"].kind == "embedding" and found["head.weight"].kind == "head"
     assert found["1.in_proj_weight"].view == MatrixView(transpose=True, split=(6, 6, 6))
     assert found["2.weight"].view == MatrixView(transpose=True, flatten=True) and found["2.weight"].rule == "celo2"
+    assert "(out, in), further axes are input" in table(model)
 
 
 def test_patterns_override_and_must_match():

@@ -17,7 +17,7 @@ from .places import Place, matrix_sizes, shape_of
 from .views import MatrixView
 
 UNKNOWN_PARTS = "one matrix; if fused, its parts are unknown"
-UNKNOWN_AXES = "as it lies; which axes are in and out is unknown"
+UNKNOWN_AXES = "which axes are in and out is unknown"
 TRANSPOSED = "the transpose of what the model uses"
 PER_HEAD = {"q_proj", "k_proj", "v_proj", "query", "key", "value", "to_q", "to_k", "to_v", "q_b_proj",
             "q_proj_weight", "k_proj_weight", "v_proj_weight"}
@@ -198,6 +198,8 @@ STACKED = (
     ("ZambaMambaMixer", "x_proj_weight|dt_proj_weight", MatrixView(transpose=True, batch=1), ""),  # weight[head] @ x
     ("XLNetRelativeAttention", "o", MatrixView(transpose=True, flatten=True), ""),  # (out, heads, head_dim)
     ("XLNetRelativeAttention", "q|k|v|r", MatrixView(transpose=True, flatten=True), TRANSPOSED),  # (in, heads, head_dim)
+    ("FunnelRelMultiheadAttention", "r_kernel", MatrixView(transpose=True, flatten=True), TRANSPOSED),
+    ("RecurrentGemmaRglru", "input_gate_weight|recurrent_gate_weight", MatrixView(batch=1), ""),  # x @ weight[head]
 )
 
 

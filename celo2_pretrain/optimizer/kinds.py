@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import re
-from fnmatch import fnmatchcase
 from math import prod
 
 from torch import Tensor, nn
@@ -13,11 +12,11 @@ from .places import Place, is_layer_list, matrix_sizes, places, shape_of
 HEAD = re.compile(r"(?!pre_)(.*_)?(lm_heads?|heads?|classifier|score|logits?)|embed_out|output_layer|unembed(ding)?|"
                   r"qa_outputs|seq_relationship")
 # Bare parameters (held by no nn.Embedding, nn.Linear, …) that are looked up or added, and multiply nothing.
-EMBEDDING = re.compile(r".*(embed|emb$|pos_|position|token|cls|latents?$|probe|prompt|codevectors|codebook|table).*|"
-                       r"query|queries")
+EMBEDDING = re.compile(r"(?!.*(proj|kernel|weight)$)(.*_)?(embed|emb$|pos_|rel_pos|position|token|cls|latents?$|probe|prompt|"
+                       r"codevectors|codebook).*|.*(embed(ding)?s?|emb|table)|query|queries")
 # Bare parameters that act elementwise: biases, gains, and the decay and skip of state space models.
-ELEMENTWISE = re.compile(r".*(bias|scale|gamma|beta|sink|lambda|temperature|alpha).*|A_logs?|A|Ds?|rpb|"
-                         r"time_(mix|decay|first).*")
+ELEMENTWISE = re.compile(r"(?!.*(proj|kernel|weight)$).*(bias|scale|gamma|beta|sink|lambda|temperature|alpha).*|"
+                         r"A_logs?|A|Ds?|rpb|time_(mix|decay|first).*")
 
 
 def kinds(model: nn.Module) -> dict[int, str]:
@@ -36,6 +35,8 @@ def _kind(place: Place, heads: set[int]) -> str:
     if id(place.param) in heads:
         return "head"
     if place.bare and not isinstance(module, (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)):
+        if place.leaf == "weight" and "Embedding" in type(module).__name__:  # as Megatron's VocabParallelEmbedding
+            return "embedding"
         if EMBEDDING.fullmatch(place.leaf) or (len(shape) > 2 and shape[0] == 1):  # the same for the whole batch
             return "embedding"
         if ELEMENTWISE.fullmatch(place.leaf) or "Norm" in type(module).__name__:
@@ -85,7 +86,7 @@ def _task_heads(module: nn.Module) -> list[nn.Module]:
     config = getattr(module, "config", None)
     labels = getattr(config, "num_labels", 0) or 0
     widths = {getattr(config, "vocab_size", None), labels, labels + 1} - {None, 0, 1}
-    task = any(fnmatchcase(type(module).__name__, f"*For*{word}*") for word in ("Classification", "Answering", "Choice"))
+    task = re.search("For.*(Classification|Answering|Choice|Prediction|Regression)", type(module).__name__)
     outside = [(name, child) for name, child in module.named_children() if child is not base]
     linears = [(name, sub) for name, child in outside for sub in child.modules() if isinstance(sub, nn.Linear)]
     heads = [linear for name, linear in linears if linear.out_features in widths]

@@ -84,7 +84,7 @@ class Place:
 
 
 def is_layer_list(module: nn.Module) -> bool:
-    return isinstance(module, (nn.ModuleList, nn.ModuleDict)) or type(module).__name__ == "PipelineModule"
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
 def matrix_sizes(module: nn.Module) -> tuple[int, int] | None:

@@ -76,10 +76,10 @@ def param_groups(model: nn.Module, *, per_head: bool = False, celo2: Iterable[st
     """Sort a model's trainable parameters for `Celo2`: hidden matrices, embeddings and heads, 1-D tensors.
 
     Args:
-        model: GPT-2 (`Conv1D`, fused QKV), Llama-like (`nn.Linear`) and other transformers models, or any module.
-            Tied parameters are counted once, as embedding or head. Frozen ones are left out.
+        model: a transformers model or any other module. Tied parameters are counted once, as embedding or head.
+            Frozen ones are left out.
         per_head: every attention head's Q, K and V is a matrix of its own, instead of each of Q, K, V.
-        celo2, adamw: name patterns (as `fnmatch`: "*.router.weight") for which this rule is taken in any case.
+        celo2, adamw: name patterns (as `fnmatch`: "*.value_head.weight") for which this rule is taken in any case.
         options: set in every group (lr, adamw_weight_decay, …), but `weight_decay` in those of the learned rule only.
     Returns up to three param groups with `rule` set. The matrix views are recorded on the parameters.
     Raises ValueError for a model without trainable parameters, or a pattern that matches nothing.

@@ -126,6 +126,12 @@ ENCODERS = {
         "swin.embeddings.position_embeddings": "embedding", "swin.embeddings.patch_embeddings.projection.weight": kernel,
         "swin.encoder.layers.*.blocks.*.attention.relative_position_bias.relative_position_bias_table": "embedding",
         "classifier.weight": "head"}),
+    "patchtst, prediction": (lambda: tf.PatchTSTForPrediction(tf.PatchTSTConfig(
+        num_input_channels=2, d_model=32, num_hidden_layers=1, num_attention_heads=4, ffn_dim=48, context_length=32,
+        patch_length=4, patch_stride=4, prediction_length=6)), {
+        "model.encoder.embedder.input_embedding.weight": linear,
+        "model.encoder.layers.*.self_attn.{q,k,v,out}_proj.weight": linear, "model.encoder.layers.*.ff.*.weight": linear,
+        "head.projection.weight": "head"}),
     "clip": (lambda: tf.CLIPModel(tf.CLIPConfig(text_config=BERT, vision_config=VISION, projection_dim=24)), under(
         "{text,vision}_model", CLIP_TOWER) | {
         "text_model.embeddings.{token,position}_embedding.weight": "embedding",
@@ -201,6 +207,13 @@ ENCODERS = {
         "model.layers.*.mamba.x_proj_weight": each(rows(3, 4, 4)), "model.layers.*.mamba.dt_proj_weight": each(linear),
         "model.layers.*.mamba.{A_log,D,dt_proj_bias,conv1d.weight}": "vector",
         "model.layers.*.mamba.out_proj.weight": linear}),
+    # The gates are baddbmm(bias, x of each head, weight)
+    "recurrent-gemma": (lm(lambda: tf.RecurrentGemmaConfig(**GROUPED, lru_width=32, block_types=["recurrent"])), EMBEDDED | {
+        "model.layers.*.temporal_block.conv_1d.weight": "vector",
+        "model.layers.*.temporal_block.{linear_x,linear_y,linear_out}.weight": linear,
+        "model.layers.*.temporal_block.rg_lru.{input,recurrent}_gate_weight": each(lambda w: [w.T]),
+        "model.layers.*.temporal_block.rg_lru.{input,recurrent}_gate_bias": "vector",
+        "model.layers.*.mlp_block.{gate,up,down}_proj.weight": linear}),
     "lfm2": (lm(lambda: tf.Lfm2Config(**GROUPED | {"num_hidden_layers": 2}, layer_types=["conv", "full_attention"],
                                       block_auto_adjust_ff_dim=False)), EMBEDDED | {
         "model.layers.*.conv.conv.weight": "vector", "model.layers.*.conv.in_proj.weight": rows(32, 32, 32),  # B, C, x

@@ -28,7 +28,8 @@ SAME_OUTPUT = {
     "openai-gpt": qkv(f"{GPT2}c_attn.weight", f"{GPT2}c_proj.weight"),
     "gpt-bigcode": qkv(f"{GPT2}c_attn.weight", f"{GPT2}c_proj.weight"),
     "gpt-bigcode, multi-query": qkv(f"{GPT2}c_attn.weight", f"{GPT2}c_proj.weight"),
-    "codegen": [{f"{GPT2}qkv_proj.weight": (2, 1, 0.5)}, {f"{GPT2}qkv_proj.weight": (1, 2, 1), f"{GPT2}out_proj.weight": HALF}],
+    "codegen": [{f"{GPT2}qkv_proj.weight": (2, 1, 0.5)},  # query, value, key
+                {f"{GPT2}qkv_proj.weight": (1, 2, 1), f"{GPT2}out_proj.weight": HALF}],
     "gpt-neox": qkv(f"{NEOX}query_key_value.weight", f"{NEOX}dense.weight"),
     "bloom": qkv(f"{FALCON}query_key_value.weight", f"{FALCON}dense.weight"),
     "falcon": qkv(f"{FALCON}query_key_value.weight", f"{FALCON}dense.weight"),
