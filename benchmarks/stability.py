@@ -47,11 +47,9 @@ def run(setting: dict, steps: int) -> list[float]:
     torch.manual_seed(setting["seed"])
     problem = language_model(GPT(256, 32, 2, CONTEXT), corpus(pieces=False), batch=8, seed=setting["seed"])
     if setting["optimizer"] == "celo2":
-        groups = param_groups(problem.model)
-        for group in groups:
-            decays = group["rule"] == "celo2" or setting["decay_all"]
-            group["weight_decay"] = setting["weight_decay"] if decays else 0.0
-        optimizer = Celo2(groups, lr=setting["lr"], adamw_lr_multiplier=setting["multiplier"])
+        optimizer = Celo2(param_groups(problem.model), lr=setting["lr"], adamw_lr_multiplier=setting["multiplier"],
+                          weight_decay=setting["weight_decay"],
+                          adamw_weight_decay=setting["weight_decay"] if setting["decay_all"] else 0.0)
     else:
         optimizer = torch.optim.AdamW(problem.model.parameters(), lr=setting["lr"], betas=(0.9, 0.95),
                                       weight_decay=setting["weight_decay"])

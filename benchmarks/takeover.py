@@ -91,8 +91,7 @@ def adamw(model) -> torch.optim.AdamW:
 
 
 def engine_of(model, optimizer):
-    config = {"train_batch_size": BATCH, "gradient_clipping": 1.0, "steps_per_print": 10**9,
-              "zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 2}}
+    config = {"train_batch_size": BATCH, "gradient_clipping": 1.0, "steps_per_print": 10**9, "zero_optimization": {"stage": 2}}
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 

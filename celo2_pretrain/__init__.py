@@ -1,8 +1,32 @@
 """Pretrain GPT-style models with Celo2, a learned optimizer, under DeepSpeed.
 
     from celo2_pretrain import Celo2, param_groups, register
-"""
-from .optimizer.celo2 import Celo2
-from .optimizer.rules import param_groups, register
 
-__all__ = ["Celo2", "param_groups", "register"]
+Names are imported when they are first used, so that `import celo2_pretrain` is quick and does not import torch.
+"""
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .optimizer.celo2 import Celo2
+    from .optimizer.register import register
+    from .optimizer.rules import param_groups, table
+    from .optimizer.state import load_state, save_state
+    from .optimizer.takeover import from_adamw, to_adamw
+
+__all__ = ["Celo2", "from_adamw", "load_state", "param_groups", "register", "save_state", "table", "to_adamw"]
+
+_MODULES = {"Celo2": "celo2", "param_groups": "rules", "table": "rules", "register": "register", "save_state": "state",
+            "load_state": "state", "from_adamw": "takeover", "to_adamw": "takeover"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".optimizer.{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

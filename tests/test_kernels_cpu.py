@@ -19,6 +19,10 @@ CASES = [
     ((36, 12), MatrixView(transpose=True, split=(12, 12, 12))), ((11, 23), MatrixView(split=(16, 4, 3))),
     ((24, 10), MatrixView(transpose=True, head_dim=4)), ((3, 17, 19), MatrixView(batch=1)), ((13,), MatrixView()),
     ((6, 5, 3, 3), MatrixView()), ((2, 3, 10, 6), MatrixView()),
+    ((18, 10), MatrixView(transpose=True, split=(3, 3, 3), repeats=2)),
+    ((40, 9), MatrixView(transpose=True, split=(6, 2, 2), repeats=4)), ((9, 40), MatrixView(split=(6, 2, 2), repeats=4)),
+    ((2, 5, 14), MatrixView(split=(1, 1), repeats=7, batch=1)), ((5, 12), MatrixView(split=(1, 2), repeats=4)),
+    ((6, 5, 3, 3), MatrixView(transpose=True, flatten=True)), ((6, 5, 3, 3), MatrixView(flatten=True)),
 ]
 
 

@@ -46,6 +46,10 @@ else:
         ((36, 12), MatrixView(transpose=True, split=(12, 12, 12))), ((11, 23), MatrixView(split=(16, 4, 3))),
         ((24, 10), MatrixView(transpose=True, head_dim=4)), ((3, 9, 7), MatrixView(batch=1)), ((13,), MatrixView()),
         ((4, 5, 3, 3), MatrixView()), ((2, 2, 6, 5), MatrixView()),
+        ((18, 10), MatrixView(transpose=True, split=(3, 3, 3), repeats=2)),
+        ((20, 9), MatrixView(transpose=True, split=(6, 2, 2), repeats=2)), ((9, 20), MatrixView(split=(6, 2, 2), repeats=2)),
+        ((2, 5, 14), MatrixView(split=(1, 1), repeats=7, batch=1)), ((5, 12), MatrixView(split=(1, 2), repeats=4)),
+        ((6, 5, 3, 3), MatrixView(transpose=True, flatten=True)), ((6, 5, 3, 3), MatrixView(flatten=True)),
     ]
     SIZE = Size(rows=16, cols=16)
     NONE, VECTOR = MatrixView(), (13,)
@@ -130,7 +134,9 @@ else:
 
     def test_packed_accumulators_are_updated_and_read_like_their_twins():
         cases = [((12, 20), NONE), ((14, 9), MatrixView(transpose=True)), ((11, 23), MatrixView(split=(16, 4, 3))),
-                 ((3, 9, 7), MatrixView(batch=1)), ((4, 5, 3, 3), NONE)]
+                 ((3, 9, 7), MatrixView(batch=1)), ((4, 5, 3, 3), NONE),
+                 ((18, 10), MatrixView(transpose=True, split=(3, 3, 3), repeats=2)),
+                 ((2, 5, 14), MatrixView(split=(1, 1), repeats=7, batch=1)), ((4, 5, 2, 3), MatrixView(flatten=True))]
         made, mlp = [], random_mlp()
         for backend in (Triton(SIZE), Reference()):
             generator, parts, tensors, vectors = torch.Generator().manual_seed(0), [], [], []
@@ -171,8 +177,9 @@ else:
     def test_many_tensors_share_a_launch_wherever_they_lie(odd):
         cases = [((7, 13), NONE), ((36, 12), MatrixView(transpose=True, split=(12, 12, 12))), (VECTOR, NONE),
                  ((9, 1), NONE), ((8, 16), NONE), ((3, 9, 7), MatrixView(batch=1)),
-                 ((12, 8), MatrixView(transpose=True))]
-        cuts = [(0, 91), (100, 432), (0, 13), (4, 4), (16, 128), (20, 180), (0, 96)]
+                 ((12, 8), MatrixView(transpose=True)), ((24, 8), MatrixView(transpose=True, split=(4, 4, 4), repeats=2)),
+                 ((2, 5, 14), MatrixView(split=(1, 1), repeats=7, batch=1))]
+        cuts = [(0, 91), (100, 432), (0, 13), (4, 4), (16, 128), (20, 180), (0, 96), (8, 180), (3, 140)]
         compare(cases, cuts, (torch.float32, torch.float32), odd)
         compare(cases, cuts, (torch.float32, torch.float32), odd, Size(rows=4, cols=32))
 

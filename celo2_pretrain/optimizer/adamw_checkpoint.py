@@ -10,11 +10,12 @@ import re
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Container, Sequence
+from typing import Any, Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from .names import match
 from .state_files import StateError, StateReader
 from .views import whole
 
@@ -44,7 +45,7 @@ class AdamWCheckpoint:
     """
 
     def __init__(self, folder: str | Path, tag: str | None = None, names: Sequence[str] | None = None,
-                 trained: Container[str] | None = None) -> None:
+                 trained: Collection[str] | None = None) -> None:
         self.folder = _find(Path(folder), tag)
         self._where = repr(str(self.folder))
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -84,6 +85,13 @@ class AdamWCheckpoint:
                 raise StateError(f"{self._where} holds {held} elements of {name!r} of shape {self.shapes[name]}: "
                                  "files of different checkpoints seem mixed")
 
+    def rename(self, names: Iterable[str]) -> None:
+        """Call the parameters by these names where both mean the same parameter, whatever wrapped the model."""
+        new = match(self.shapes, names)
+        self.shapes, self._fragments, self._facts = (
+            {new.get(name, name): value for name, value in some.items()}
+            for some in (self.shapes, self._fragments, self._facts))
+
     def read(self, name: str) -> dict[str, Tensor]:
         """`param`, `exp_avg` and `exp_avg_sq` of one parameter, float32, in its full shape."""
         return {key: torch.cat([part.tensors[key].reshape(-1)[part.start:part.start + part.count].float()
@@ -122,7 +130,7 @@ class AdamWCheckpoint:
                 offset += size
 
     def _without_zero(self, model: dict[str, Any], names: Sequence[str] | None,
-                      trained: Container[str] | None) -> None:
+                      trained: Collection[str] | None) -> None:
         saved = model["optimizer"]
         if not saved:
             raise StateError(f"{self._where} holds no optimizer state")
@@ -130,17 +138,21 @@ class AdamWCheckpoint:
         groups = base["param_groups"]
         fused = saved.get("fp32_groups_flat")  # FusedAdam in 16 bits: one flat tensor a group
         if names is None:
-            names = [name for name in model["module"] if name not in model["buffer_names"]
-                     and (trained is None or name in trained)]
+            names = [name for name in model["module"] if name not in model["buffer_names"]]
+            if trained is not None:
+                known = match(names, trained)
+                names = [name for name in names if name in known]
             count = len(names) if fused else sum(len(group["params"]) for group in groups)
             if len(groups) > 1 or len(names) != count:
                 raise StateError(f"{self._where} was saved without ZeRO, so it doesn't say which of its {count} "
                                  f"optimizer states ({len(groups)} param groups) is whose: pass names=[…], the "
                                  "parameters' names in the order in which the optimizer was given them")
-        unknown = [name for name in names if name not in model["module"]]
+        known = match(names, model["module"])
+        unknown = [name for name in names if name not in known]
         if unknown:
             raise StateError(f"names has {unknown[0]!r}, but the checkpoint's model has names like "
                              f"{list(model['module'])[:2]}")
+        names = [known[name] for name in names]
         self.shapes = {name: whole(tuple(model["module"][name].shape)) for name in names}
         if fused:
             held = [(number, flat.numel()) for number, flat in enumerate(fused)]
@@ -194,6 +206,13 @@ class SavedAdamW:
             raise StateError(f"{str(folder)!r} is a Celo2 state already ({other!r} has the learned rule): "
                              "load_state takes it")
         self.reader.verify()
+        self._index()
+
+    def rename(self, names: Iterable[str]) -> None:
+        self.reader.rename(names)
+        self._index()
+
+    def _index(self) -> None:
         self.shapes = {name: tuple(entry["shape"]) for name, entry in self.reader.tensors.items()}
         self._options = {name: group["options"] for group in self.reader.groups for name in group["names"]}
 

@@ -16,7 +16,9 @@ from .adamw import adamw_step
 from .groups import Sorted, check_keys, check_options, named_in_config, named_tensors, refuse_other_length, report
 from .layouts import (Layout, LayoutError, Original, called_to_initialize, flattened_by_fsdp1, local, locate, refuse_unknown)
 from .learned import LearnedStep, Plan, factored_sizes, init_state, make_plan, reduce
+from .names import canonical_names
 from .reference import MLP
+from .register import enroll
 from .replicas import check_replicas
 from .rules import tag_of
 from .sizes import check_state, check_step
@@ -120,6 +122,7 @@ class Celo2(torch.optim.Optimizer):
             adamw_eps=adamw_eps))
         self._made = True
         self._told_untagged = report(self._sorted, aloud=named_in_config())
+        enroll(type(self))
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps nothing but groups and states."""
@@ -159,11 +162,12 @@ class Celo2(torch.optim.Optimizer):
             options["adamw_weight_decay"] = None  # the group means its own
         check_options(options)
         named, by_user = named_tensors(param_group["params"], offset=sum(len(known) for known in self._originals.values()))
+        forms = canonical_names(name for name, _ in named)
         later = len(self._sorted)
         split: dict[tuple[str, bool], list[tuple[str, Original, Tensor]]] = {}
         for name, param in named:
             tag = tag_of(param)
-            known_as = tag.name if tag and tag.name else name
+            known_as = tag.name if tag and tag.name else forms[name]
             refuse_unknown(known_as, param)
             shape = tuple(getattr(param, "ds_shape", param.shape))
             rule = options.get("rule") or (tag.rule if tag and options["orthogonalize"] else None) or (

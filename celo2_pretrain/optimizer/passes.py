@@ -81,8 +81,7 @@ class Shape:
         block, dims = self.block, len(self.full)
         if dims < 2 or set(block.factored) != {dims - 2, dims - 1} or prod(self.full[:-2]) > 64:
             return None
-        last = len(block.expand) - 1
-        return next((axis for axis in (-1, -2) if block.order[axis] == last), None)
+        return block.inner_axis
 
     def _without(self, axis: int) -> tuple[int, ...]:
         return (*self.full[:axis], 1, *self.full[axis + 1:])

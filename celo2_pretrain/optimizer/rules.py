@@ -1,4 +1,4 @@
-"""Which tensor gets which rule, and as which matrices: `param_groups`, `register`, and the table that shows it.
+"""Which tensor gets which rule, and as which matrices: `param_groups`, and the table that shows it.
 
 What is decided for a parameter is recorded on the parameter itself (a `Tag`), since that is all that survives
 the way through a DeepSpeed config, `zero.Init` and its flat partitions to the optimizer.
@@ -11,18 +11,15 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any, Iterable
 
-import torch
 from torch import Tensor, nn
 
+from .fused import read
+from .kinds import kinds
+from .names import canonical_names
+from .places import places, shape_of
 from .views import MatrixView
 
 TAG = "_celo2"
-HEAD_NAMES = {"lm_head", "embed_out", "head", "classifier", "score", "output_layer", "unembed"}
-# Fused projections whose outputs are Q, K, V one after the other; and those interleaved head by head.
-FUSED_QKV = {"c_attn", "qkv_proj", "qkv", "Wqkv", "in_proj"}
-INTERLEAVED_QKV = {"query_key_value"}
-QKV = {"q_proj", "k_proj", "v_proj", "query", "key", "value", "to_q", "to_k", "to_v"}
-FUSED_GATE = {"gate_up_proj"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,7 @@ class Tag:
     kind: str  # "hidden", "embedding", "head" or "vector": why it gets its rule
     rule: str  # "celo2" or "adamw"
     view: MatrixView
+    note: str = ""  # where neither class nor sizes tell how the tensor is used: how it is read
 
 
 def tag_of(param: Tensor) -> Tag | None:
@@ -47,24 +45,24 @@ def tag_model(model: nn.Module, *, per_head: bool = False, celo2: Iterable[str] 
     Args: as `param_groups`. Returns the parameters by name, each once (tied ones under their first name).
     Raises ValueError where a pattern matches no parameter, or a name matches patterns of both rules.
     """
-    kinds = _kinds(model)
+    kind_of = kinds(model)
+    names = canonical_names(name for name, _ in model.named_parameters())
     patterns = {"celo2": tuple(celo2), "adamw": tuple(adamw)}
-    owners = {f"{prefix}.{leaf}" if prefix else leaf: (prefix.rsplit(".", 1)[-1], module)
-              for prefix, module in model.named_modules() for leaf, _ in module.named_parameters(recurse=False)}
+    place_of = {id(place.param): place for place in places(model)}
     parameters, used = {}, set()
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        matched = {(rule, pattern) for rule in patterns for pattern in patterns[rule] if fnmatchcase(name, pattern)}
+        matched = {(rule, pattern) for rule in patterns for pattern in patterns[rule]
+                   if fnmatchcase(name, pattern) or fnmatchcase(names[name], pattern)}
         used |= matched
         rules = {rule for rule, _ in matched}
         if len(rules) > 1:
             raise ValueError(f"{name!r} matches patterns of both rules: {sorted(p for _, p in matched)}")
-        kind = kinds.get(id(param)) or ("hidden" if len(_shape(param)) >= 2 else "vector")
+        kind = kind_of[id(param)]
         rule = rules.pop() if rules else ("celo2" if kind == "hidden" else "adamw")
-        leaf, module = owners[name]
-        view = _view(leaf, module, name, param, _heads(model), per_head)
-        setattr(param, TAG, Tag(name, kind, rule, view))
+        view, note = read(place_of[id(param)], per_head)
+        setattr(param, TAG, Tag(names[name], kind, rule, view, note))
         parameters[name] = param
     unused = sorted({(r, p) for r in patterns for p in patterns[r]} - used)
     if unused:
@@ -78,11 +76,11 @@ def param_groups(model: nn.Module, *, per_head: bool = False, celo2: Iterable[st
     """Sort a model's trainable parameters for `Celo2`: hidden matrices, embeddings and heads, 1-D tensors.
 
     Args:
-        model: GPT-2 (`Conv1D`, fused QKV), Llama-like (`nn.Linear`) and other transformers models, or any module.
-            Tied parameters are counted once, as embedding or head. Frozen ones are left out.
+        model: a transformers model or any other module. Tied parameters are counted once, as embedding or head.
+            Frozen ones are left out.
         per_head: every attention head's Q, K and V is a matrix of its own, instead of each of Q, K, V.
-        celo2, adamw: name patterns (as `fnmatch`: "*.router.weight") for which this rule is taken in any case.
-        options: set in every group (lr, weight_decay, …).
+        celo2, adamw: name patterns (as `fnmatch`: "*.value_head.weight") for which this rule is taken in any case.
+        options: set in every group (lr, adamw_weight_decay, …), but `weight_decay` in those of the learned rule only.
     Returns up to three param groups with `rule` set. The matrix views are recorded on the parameters.
     Raises ValueError for a model without trainable parameters, or a pattern that matches nothing.
     """
@@ -93,25 +91,9 @@ def param_groups(model: nn.Module, *, per_head: bool = False, celo2: Iterable[st
     for param in parameters.values():
         tag = tag_of(param)
         groups.setdefault((tag.rule, tag.kind == "vector"), []).append(param)
-    return [{"params": params, "rule": rule, **options} for (rule, _), params in groups.items() if params]
-
-
-def register(model: nn.Module | None = None, **options: Any) -> None:
-    """Make `"optimizer": {"type": "Celo2", "params": {…}}` valid in any DeepSpeed config.
-
-    Call it before `deepspeed.initialize`. Given the model, its embeddings, heads, 1-D tensors and matrix views are
-    tagged as by `param_groups(model, **options)`; without it, every tensor of 2 or more dims gets the learned rule as
-    it lies, embeddings included.
-    """
-    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-
-    from .celo2 import Celo2
-
-    torch.optim.Celo2 = Celo2  # where DeepSpeed looks a type up that it doesn't know
-    if Celo2 not in ZERO_SUPPORTED_OPTIMIZERS:  # else configs would need zero_allow_untested_optimizer
-        ZERO_SUPPORTED_OPTIMIZERS.append(Celo2)
-    if model is not None:
-        tag_model(model, **options)
+    others = {key: value for key, value in options.items() if key != "weight_decay"}
+    return [{"params": params, "rule": rule, **(options if rule == "celo2" else others)}
+            for (rule, _), params in groups.items() if params]
 
 
 def table(model: nn.Module) -> str:
@@ -120,11 +102,9 @@ def table(model: nn.Module) -> str:
     for _, param in model.named_parameters():
         tag = tag_of(param)
         if tag is None:
-            name, kind, rule, view = "(not tagged)", "frozen" if not param.requires_grad else "?", "-", MatrixView()
-        else:
-            name, kind, rule, view = tag.name, tag.kind, tag.rule, tag.view
-        pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        rows[(rule, kind, pattern, str(_shape(param)), _describe(view) if rule == "celo2" else "")] += 1
+            tag = Tag("(not tagged)", "?" if param.requires_grad else "frozen", "-", MatrixView())
+        pattern = ".".join("*" if part.isdigit() else part for part in tag.name.split("."))
+        rows[(tag.rule, tag.kind, pattern, str(shape_of(param)), _describe(tag) if tag.rule == "celo2" else "")] += 1
     header = ("rule", "kind", "tensor", "shape", "read as", "tensors")
     lines = [header, *((*row, str(count)) for row, count in rows.items())]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
@@ -132,79 +112,25 @@ def table(model: nn.Module) -> str:
     totals = Counter()
     for param in model.parameters():
         tag = tag_of(param)
-        totals[tag.rule if tag else "frozen or not tagged"] += prod(_shape(param))
+        totals[tag.rule if tag else "frozen or not tagged"] += prod(shape_of(param))
     text.append("parameters: " + ", ".join(f"{rule} {count:,}" for rule, count in totals.items()))
     return "\n".join(text)
 
 
-def _describe(view: MatrixView) -> str:
-    words = ["(out, in)" if view.transpose else "as it lies"]
+def _describe(tag: Tag) -> str:
+    view = tag.view
+    words = ["(out, in)" if view.transpose else "(in, out)" if view.flatten else "as it lies"]
+    if view.flatten:
+        words.append("further axes are input")
     if view.head_dim:
         words.append(f"heads of {view.head_dim}")
     elif view.split:
         words.append(f"{len(view.split)} parts of {view.split[0]}" if len(set(view.split)) == 1
                      else f"parts of {', '.join(map(str, view.split))}")
+    if view.repeats > 1:
+        words.append(f"{view.repeats} times in turn")
     if view.batch:
         words.append(f"{view.batch} batch axes")
+    if tag.note:
+        words.append(tag.note)
     return ", ".join(words)
-
-
-def _shape(param: Tensor) -> tuple[int, ...]:
-    return tuple(getattr(param, "ds_shape", param.shape))  # ZeRO-3 parameters are empty between uses
-
-
-def _kinds(model: nn.Module) -> dict[int, str]:
-    """Parameters that are embeddings or heads, by id."""
-    kinds: dict[int, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            kinds[id(module.weight)] = "embedding"
-        elif name.rsplit(".", 1)[-1] in HEAD_NAMES and isinstance(getattr(module, "weight", None), Tensor):
-            kinds.setdefault(id(module.weight), "head")
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if output is not None and isinstance(getattr(output, "weight", None), Tensor):
-        kinds.setdefault(id(output.weight), "head")
-    return kinds
-
-
-def _heads(model: nn.Module) -> tuple[int, int, int]:
-    """(query heads, key/value heads, head_dim) from a transformers config; zeros where there is none."""
-    config = getattr(model, "config", None)
-    get = lambda *names: next((getattr(config, n) for n in names if getattr(config, n, None)), 0)  # noqa: E731
-    heads, width = get("num_attention_heads", "n_head"), get("hidden_size", "n_embd")
-    if not isinstance(heads, int) or not isinstance(width, int) or not heads:
-        return 0, 0, 0
-    return heads, get("num_key_value_heads") or heads, get("head_dim") or width // heads
-
-
-def _view(leaf: str, module: nn.Module, name: str, param: Tensor, heads: tuple[int, int, int], per_head: bool
-          ) -> MatrixView:
-    """How one parameter is read as matrices. `leaf` is its module's own name, `heads` as `_heads` returns."""
-    shape = _shape(param)
-    if len(shape) == 3 and "experts" in name.split("."):
-        return MatrixView(batch=1)
-    if len(shape) != 2:
-        return MatrixView()
-    # nn.Linear and nn.MultiheadAttention store (out, in); transformers' Conv1D stores (in, out).
-    transpose = isinstance(module, (nn.Linear, nn.MultiheadAttention))
-    inputs, outputs = (shape[1], shape[0]) if transpose else shape
-    queries, keys, head_dim = heads
-    if name.endswith("in_proj_weight"):
-        leaf, queries = "in_proj", getattr(module, "num_heads", queries)
-        keys, head_dim = queries, outputs // 3 // max(queries, 1)
-    per_head_view = MatrixView(transpose=transpose, head_dim=head_dim)
-    fits = head_dim and outputs % head_dim == 0
-    if leaf in INTERLEAVED_QKV and fits:
-        return per_head_view  # its Q, K, V are no contiguous matrices
-    if leaf in FUSED_QKV:
-        if per_head and fits:
-            return per_head_view
-        if head_dim and outputs == (queries + 2 * keys) * head_dim:
-            return MatrixView(transpose=transpose, split=(queries * head_dim, keys * head_dim, keys * head_dim))
-        if outputs == 3 * inputs:
-            return MatrixView(transpose=transpose, split=(inputs,) * 3)
-    if leaf in FUSED_GATE and outputs % 2 == 0:
-        return MatrixView(transpose=transpose, split=(outputs // 2,) * 2)
-    if leaf in QKV and per_head and fits:
-        return per_head_view
-    return MatrixView(transpose=transpose)

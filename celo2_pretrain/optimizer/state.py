@@ -23,15 +23,17 @@ from ..weights import load_weights
 from .celo2 import Celo2
 from .layouts import LayoutError, Original, Slice, collective_device, local, locate
 from .learned import ACCUMULATORS
+from .names import canonical_names
 from .state_dtypes import pack_range, unpack_range
 from .state_files import SHARED, StateError, StateReader, element_keys, tensor_entry
+from .state_index import view_of
 from .views import MatrixView
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-OPTIONS = ("lr", "initial_lr", "weight_decay", "orthogonalize", "newton_schulz", "adamw_lr_multiplier", "adamw_betas", "adamw_eps",
-           "betas", "eps")  # of a param group, as far as it has them
+OPTIONS = ("lr", "initial_lr", "weight_decay", "adamw_weight_decay", "orthogonalize", "newton_schulz", "adamw_lr_multiplier",
+           "adamw_betas", "adamw_eps", "betas", "eps")  # of a param group, as far as it has them
 SCALE = ("cur_scale", "cur_iter", "last_overflow_iter")  # of a dynamic loss scale
 
 
@@ -237,9 +239,10 @@ def _of_adamw(optimizer: torch.optim.Optimizer, wrapper: Any, engine: Any) -> It
     if not hasattr(engine, "module") and not all("param_names" in group for group in optimizer.param_groups):
         raise StateError(f"the parameters of {type(optimizer).__name__} have no names: pass the DeepSpeed engine, or "
                          "construct the optimizer from model.named_parameters()")
-    names = ({param: name for name, param in engine.module.named_parameters()} if hasattr(engine, "module") else
-             {param: name for group in optimizer.param_groups
-              for param, name in zip(group["params"], group["param_names"])})
+    named = (list(engine.module.named_parameters()) if hasattr(engine, "module") else
+             [pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"])])
+    forms = canonical_names(name for name, _ in named)
+    names = {param: forms[name] for name, param in named}
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO-3
         found = [(optimizer.param_groups[wrapper.sub_group_to_group_id[number]], wrapper.fp16_groups[number], [flat])
                  for number, flat in enumerate(wrapper.fp32_partitioned_groups_flat)]
@@ -322,6 +325,7 @@ def _scaler(wrapper: Any) -> Any:
 
 def _compare(reader: StateReader, held: list[Held]) -> None:
     """Refuse a state of other parameters."""
+    reader.rename(h.name for h in held)
     saved, where = reader.tensors, str(reader.folder)
     if missing := [h.name for h in held if h.name not in saved]:
         raise StateError(f"{where!r} has no parameter {missing[0]!r} ({len(missing)} of the optimizer's {len(held)} "
@@ -332,7 +336,8 @@ def _compare(reader: StateReader, held: list[Held]) -> None:
     for h in held:
         ours, theirs = h.describe(), saved[h.name]
         for key in ("shape", "rule", "vector", "view"):
-            if (key == "view" and h.rule == "adamw") or ours[key] == theirs[key]:
+            if ours[key] == theirs[key] or key == "view" and (
+                    h.rule == "adamw" or h.slice.original.view == view_of(theirs[key])):
                 continue
             raise StateError(f"{where!r} has {h.name!r} with {key} {short(theirs[key])}, the optimizer with {ours[key]!r}: "
                              "construct model and param groups as when it was saved" + (
@@ -387,8 +392,11 @@ def _restore_steps(held: list[Held], reader: StateReader) -> None:
 def _restore_options(reader: StateReader, held: list[Held]) -> None:
     options = {name: group["options"] for group in reader.groups for name in group["names"]}
     for h in held:
-        for key, value in options.get(h.name, {}).items():
-            if isinstance(h.group.get(key), Tensor):
+        saved = options.get(h.name, {})
+        if "weight_decay" in saved and "adamw_weight_decay" in h.group:
+            saved = {"adamw_weight_decay": None, **saved}  # earlier versions had one decay for all tensors of a group
+        for key, value in saved.items():
+            if value is not None and isinstance(h.group.get(key), Tensor):
                 h.group[key].fill_(value)
             elif key in h.group or key == "initial_lr":
                 h.group[key] = tuple(value) if isinstance(value, list) else value

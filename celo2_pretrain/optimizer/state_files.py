@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -24,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .state_index import check_index, check_options
+from .names import match
+from .state_index import check_index, check_options, view_entry
 from .views import MatrixView
 
 FORMAT, VERSION = "celo2-optimizer-state", 1
@@ -48,7 +48,7 @@ def element_keys(rule: str, vector: bool) -> tuple[str, ...]:
 def tensor_entry(shape: Iterable[int], rule: str, view: MatrixView) -> dict[str, Any]:
     """What the index says of a tensor."""
     vector = rule == "celo2" and len(view.blocks(tuple(shape))[0].shape) < 2
-    return {"shape": list(shape), "rule": rule, "vector": vector, "view": json.loads(json.dumps(asdict(view)))}
+    return {"shape": list(shape), "rule": rule, "vector": vector, "view": view_entry(view)}
 
 
 def building(folder: Path) -> Path:
@@ -176,7 +176,16 @@ class StateReader:
             if [start for start, _, _ in held] != ends[:-1] or ends[-1] != prod(self.tensors[name]["shape"]):
                 raise StateError(f"{str(folder)!r} does not hold {short(name)} exactly once: its files have the flat ranges "
                                  f"{short([list(x[:2]) for x in held])} of {prod(self.tensors[name]['shape'])} elements")
+        self._saved_names: dict[str, str] = {}  # by the names that `rename` gave
         self._open = lru_cache(maxsize=8)(lambda file: safe_open(self.folder / file, framework="pt"))
+
+    def rename(self, names: Iterable[str]) -> None:
+        """Call the tensors by these names where both mean the same tensor of a model, whatever wrapped it."""
+        new = match(self.tensors, names)
+        self._saved_names = {name: saved for saved, name in new.items()}
+        self.tensors = {new.get(name, name): entry for name, entry in self.tensors.items()}
+        self._held = {new.get(name, name): held for name, held in self._held.items()}
+        self.groups = [{**group, "names": [new.get(name, name) for name in group["names"]]} for group in self.groups]
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compare the checksums of every `parts`-th file. Raises StateError naming a damaged file."""
@@ -198,7 +207,7 @@ class StateReader:
             there = set(self._open(SHARED).keys()) if SHARED in self.files else set()
         except (SafetensorError, OSError) as error:
             raise StateError(f"{self.folder / SHARED} is damaged ({error}); use another checkpoint") from None
-        if missing := [key for key in keys if key not in there]:
+        if missing := [key for key in keys if self._key(key) not in there]:
             raise StateError(f"{str(self.folder)!r} has no {missing[0]!r} ({len(missing)} such): use another checkpoint")
 
     def read(self, name: str, key: str, start: int, stop: int) -> Tensor:
@@ -207,7 +216,7 @@ class StateReader:
         for first, last, file in self._held[name]:
             low, high = max(first, start), min(last, stop)
             if low < high:
-                found.append(self._get(file, f"{name}|{key}", slice(low - first, high - first)))
+                found.append(self._get(file, self._key(f"{name}|{key}"), slice(low - first, high - first)))
         return torch.cat(found) if found else torch.empty(0)
 
     def whole(self, name: str, key: str) -> Tensor:
@@ -216,6 +225,7 @@ class StateReader:
 
     def shared(self, key: str) -> Tensor | None:
         """A tensor that is the same on all ranks, None where the state has none of this key."""
+        key = self._key(key)
         if SHARED not in self.files or key not in self._open(SHARED).keys():
             return None
         return self._get(SHARED, key, slice(None))
@@ -224,6 +234,11 @@ class StateReader:
         """The weights of the learned rule; None in the state of an AdamW run."""
         names = [key for key in self._open(SHARED).keys() if key.startswith("theta|")] if SHARED in self.files else []
         return {key.split("|")[1]: self._get(SHARED, key, slice(None)) for key in names} or None
+
+    def _key(self, key: str) -> str:
+        """The key in the files: "<name>|<key>" with the name that was saved."""
+        name, _, rest = key.rpartition("|")
+        return f"{self._saved_names.get(name, name)}|{rest}"
 
     def _get(self, file: str, key: str, part: slice) -> Tensor:
         try:

@@ -1,7 +1,8 @@
 """Take over a running AdamW run with Celo2, and back: convert one optimizer's state into the other's.
 
     rates = from_adamw("checkpoints", "taken_over", Celo2(param_groups(model)))      # one process, beforehand
-    engine = deepspeed.initialize(model, optimizer=Celo2(param_groups(model), lr=rates["lr"], …))[0]
+    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=Celo2(
+        param_groups(model), lr=rates["lr"], adamw_lr_multiplier=rates["adamw_lr_multiplier"]))
     load_state(engine, "taken_over")                                                 # every rank
 
 With betas (b1, b2) and t steps, AdamW's unbiased moments are m̂ = exp_avg / (1 − b1^t), v̂ = exp_avg_sq / (1 − b2^t).
@@ -135,6 +136,7 @@ def _targets(optimizer: Any) -> tuple[Celo2, dict[str, tuple[Original, str]]]:
 
 
 def _compare(source: AdamWCheckpoint | SavedAdamW, targets: dict[str, tuple[Original, str]]) -> None:
+    source.rename(targets)
     where = str(source.folder)
     for few, many, words in ((source.shapes, targets, "the checkpoint has no"),
                              (targets, source.shapes, "Celo2 was not given the")):

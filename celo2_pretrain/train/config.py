@@ -60,6 +60,7 @@ class Optimizer:
     lr: float = key(1e-3, "peak learning rate of the hidden matrices (a Celo2 step has RMS 1)", 0)
     adamw_lr_multiplier: float = key(20.0, "embeddings, head and 1-D tensors get AdamW at this many times lr", 0)
     weight_decay: float = key(0.0, "decoupled weight decay of the hidden matrices", 0)
+    adamw_weight_decay: float = key(0.0, "the same of all other tensors: embeddings, head, 1-D tensors", 0)
     weights: str = key("default", "weights of the learned rule: default, a path, or a hub repository")
     newton_schulz_dtype: Literal["auto", "fp32", "bf16"] = key(
         "auto", "orthogonalisation in fp32, bf16, or auto: bf16 on GPUs that have it in matrix units")

@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from celo2_pretrain import Celo2, param_groups, register
+from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.optimizer import backends
 from celo2_pretrain.train.config import Optimizer
 from celo2_pretrain.train.errors import UserError
@@ -15,23 +15,21 @@ from celo2_pretrain.train.metrics import Metrics
 def build_optimizer(model: torch.nn.Module, config: Optimizer) -> torch.optim.Optimizer:
     """Celo2, Celo2-base or AdamW(0.9, 0.95), to be wrapped by DeepSpeed.
 
-    Celo2 and AdamW sort the tensors alike: hidden matrices at `lr` with weight decay; embeddings, head and 1-D tensors
-    under AdamW at `adamw_lr_multiplier` × lr without. Celo2-base applies its rule, and weight decay, to every tensor.
+    All three sort the tensors alike. Hidden matrices are stepped at `lr` with `weight_decay`. The others, which are
+    embeddings, head and 1-D tensors, have `adamw_weight_decay`, and AdamW at `adamw_lr_multiplier` × lr steps them, or
+    Celo2-base's own rule at `lr`.
     """
     groups = param_groups(model)
-    hidden = [group["rule"] == "celo2" for group in groups]
-    for group, is_hidden in zip(groups, hidden):
-        group["weight_decay"] = config.weight_decay if is_hidden else 0.0
     if config.name == "adamw":
         return GuardedAdamW([
-            {"params": group["params"], "weight_decay": group["weight_decay"], "rule": group["rule"],  # for the norms' names
-             "lr": config.lr * (1.0 if is_hidden else config.adamw_lr_multiplier)}
-            for group, is_hidden in zip(groups, hidden)], betas=(0.9, 0.95), eps=1e-8)
-    register(model)  # DeepSpeed warns of optimizers that it has not been told of
+            {"params": group["params"], "rule": group["rule"],  # for the norms' names
+             "weight_decay": config.weight_decay if group["rule"] == "celo2" else config.adamw_weight_decay,
+             "lr": config.lr * (1.0 if group["rule"] == "celo2" else config.adamw_lr_multiplier)}
+            for group in groups], betas=(0.9, 0.95), eps=1e-8)
     base = config.name == "celo2_base"
     try:
         return Celo2(model.parameters() if base else groups, lr=config.lr, weights=config.weights,
-                     weight_decay=config.weight_decay, orthogonalize=not base,
+                     weight_decay=config.weight_decay, adamw_weight_decay=config.adamw_weight_decay, orthogonalize=not base,
                      adamw_lr_multiplier=config.adamw_lr_multiplier, state_dtype=config.state_dtype,
                      newton_schulz_dtype=config.newton_schulz_dtype, check_replicas_every=config.check_replicas_every,
                      nonfinite="skip")  # train/guard.py counts them
@@ -56,9 +54,11 @@ def telling_backend(metrics: Metrics):
 
 class Rates:
     """Sets the rates of DeepSpeed's optimizer. The peaks are those at construction: a checkpoint that is loaded
-    afterwards brings its own, and `set` puts this run's back, with the other options that may change between runs."""
+    afterwards brings its own, and `set` puts this run's back, with the other options that may change between runs.
 
-    KEYS = ("lr", "weight_decay", "adamw_lr_multiplier", "newton_schulz_dtype")
+    A Celo2-base checkpoint of an earlier version keeps `weight_decay` on all tensors, as its run had it."""
+
+    KEYS = ("lr", "weight_decay", "adamw_weight_decay", "adamw_lr_multiplier", "newton_schulz_dtype")
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
@@ -66,4 +66,6 @@ class Rates:
 
     def set(self, factor: float) -> None:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group.update(peak, lr=peak["lr"] * factor)
+            earlier = group.get("rule") == "celo2" and group.get("adamw_weight_decay") is None
+            kept = {"adamw_weight_decay": None} if earlier and "adamw_weight_decay" in peak else {}
+            group.update(peak | kept, lr=peak["lr"] * factor)

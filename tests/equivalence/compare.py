@@ -61,7 +61,7 @@ class Unsharded:
                                                         orthogonalize and not self.bf16_products, block.batch)
             if orthogonalize and self.bf16_products:
                 update = reference.normalize(newton_schulz(update, COEFFICIENTS["celo2"], torch.bfloat16), (-2, -1))
-            block.select(after).sub_(self.options["lr"] * (update + self.options["weight_decay"] * own))
+            block.assign(after, own - self.options["lr"] * (update + self.options["weight_decay"] * own))
         return after.view(before.shape)
 
     def accumulators(self) -> dict[str, Tensor]:
@@ -72,8 +72,8 @@ class Unsharded:
         out = {f"momentum_{k}": torch.zeros(self.shape) for k in range(3)} | {"rms": torch.zeros(self.shape)}
         for block, state in zip(self.blocks, self.states):
             for k in range(3):
-                block.select(out[f"momentum_{k}"]).copy_(state.momentum[k])
-            block.select(out["rms"]).copy_(state.rms)
+                block.assign(out[f"momentum_{k}"], state.momentum[k])
+            block.assign(out["rms"], state.rms)
         if len(self.shape) < 2:
             out |= {f"v_full_{k}": self.states[0].v_full[k] for k in range(3)}
         return out

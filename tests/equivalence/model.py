@@ -33,6 +33,9 @@ class Awkward(nn.Module):
         self.vector = nn.Parameter(torch.randn(11))
         self.gain = nn.Parameter(torch.ones(scalar_shape))
         self.sometimes = nn.Parameter(torch.randn(7, 5) / 3)
+        self.interleaved = nn.Linear(D, 18, bias=False)  # 3 heads, each with its 2 rows of Q, of K and of V
+        self.pairs = nn.Parameter(torch.randn(2, D, 6) / D ** 0.5)  # experts whose columns alternate: gate, up, gate, …
+        self.flat = nn.Conv1d(2, 5, 3, padding=1, bias=False)  # one matrix (2 · 3, 5)
 
     def forward(self, x: Tensor, use_sometimes: bool, factor: float) -> Tensor:
         """Token numbers (batch, length) → the loss, float32, times `factor` (which makes fp16 overflow on demand)."""
@@ -47,6 +50,11 @@ class Awkward(nn.Module):
         image = h[..., :12].unflatten(-1, (2, 6)).movedim(-2, 1)  # (batch, 2, length, 6)
         h = h + F.pad(self.conv(image).movedim(1, 2).flatten(2)[..., :24].unflatten(-1, (2, 12)).sum(-2), (0, 1))
         h = h + torch.einsum("btd,edf->btef", h, self.experts).flatten(2)[..., :D].tanh()
+        q, k, v = self.interleaved(h).unflatten(-1, (3, 3, 2)).unbind(-2)
+        h = h + F.pad((q * k.sigmoid() + v).flatten(2), (0, D - 6))
+        gate, up = torch.einsum("btd,edf->btef", h, self.pairs).unflatten(-1, (3, 2)).unbind(-1)
+        h = h + F.pad((gate.sigmoid() * up).flatten(2), (0, D - 6))
+        h = h + F.pad(self.flat(h[..., :2].mT).mT, (0, D - 5))
         h = h + (h * self.tiny[0, 0] + self.tiny[0, 1]).tanh()
         if use_sometimes:
             h = h + F.pad(h[..., :7] @ self.sometimes, (0, D - 5))
@@ -64,13 +72,18 @@ VIEWS = {
     "proj.weight": MatrixView(transpose=True),
     "uneven.weight": MatrixView(transpose=True, split=(7, 3, 1)),
     "experts": MatrixView(batch=1),
+    "interleaved.weight": MatrixView(transpose=True, split=(2, 2, 2), repeats=3),
+    "pairs": MatrixView(batch=1, split=(1, 1), repeats=3),
+    "flat.weight": MatrixView(transpose=True, flatten=True),
 }
 
 # (rule, orthogonalize, lr, weight decay, AdamW's multiplier, parameters). Rates are large, so that a float32's rounding
 # of the parameter (6e-8 of it) is small beside the update. One group holds fewer elements than there may be ranks.
 GROUPS = (
-    ("celo2", True, 0.05, 0.1, 1.0, ("qkv.weight", "square.weight", "fc.weight", "heads.weight", "experts")),
-    ("celo2", False, 0.04, 0.0, 1.0, ("proj.weight", "conv.weight", "uneven.weight", "vector", "gain")),
+    ("celo2", True, 0.05, 0.1, 1.0, ("qkv.weight", "square.weight", "fc.weight", "heads.weight", "experts",
+                                     "interleaved.weight")),
+    ("celo2", False, 0.04, 0.0, 1.0, ("proj.weight", "conv.weight", "uneven.weight", "vector", "gain", "pairs",
+                                      "flat.weight")),
     ("adamw", True, 0.005, 0.3, 8.0, ("emb.weight", "qkv.bias", "fc.bias", "uneven.bias", "ln.weight")),
     ("celo2", True, 0.05, 1.0, 1.0, ("tiny",)),
     ("celo2", False, 0.03, 0.2, 1.0, ("sometimes", "ln.bias")),
