@@ -17,6 +17,7 @@ EXPECTED = {
     "step_per_micro_batch": ("zero2,fp32,acc4,rs", {"gradient", "state"}),
     "swap_ranks": ("zero2,fp32,acc1,rs", {"update"}),
     "ignore_transpose": ("zero3,fp32,acc1,rs", {"update", "state"}),
+    "ignore_repeats": ("zero2,fp32,acc1,rs", {"update", "state"}),
 }
 
 

@@ -16,7 +16,8 @@ from celo2_pretrain.optimizer.views import MatrixView
 QKV = MatrixView(transpose=True, split=(2, 2, 2), repeats=2)
 
 
-def optimizer(view: MatrixView, shape: tuple[int, ...] = (12, 5), seed: int = 0, **options) -> tuple[torch.nn.Parameter, Celo2]:
+def optimizer(view: MatrixView, shape: tuple[int, ...] = (12, 5), seed: int = 0, **options
+              ) -> tuple[torch.nn.Parameter, Celo2]:
     torch.manual_seed(seed)
     p = torch.nn.Parameter(torch.randn(shape))
     setattr(p, TAG, Tag("w", "hidden", "celo2", view))

@@ -99,7 +99,10 @@ def check_reading(model: nn.Module, expected: Expected) -> None:
 
 
 def check_step(model: nn.Module, expected: Expected) -> None:
-    """Three steps on the model's matrices are those on separate `nn.Linear`s that the cuts make of them."""
+    """Three steps on the model's matrices are those on separate `nn.Linear`s that the cuts make of them.
+
+    The rounding of float32 is up to 9e-7 of the step; another reading is off by 0.1 or more.
+    """
     expected = by_name(expected)
     tensors = {listed(name, expected): param for name, param in model.named_parameters() if tag_of(param) is not None
                and tag_of(param).rule == "celo2"}  # one of each kind
@@ -121,4 +124,4 @@ def check_step(model: nn.Module, expected: Expected) -> None:
     for name, param in tensors.items():
         for part, fused, before in zip(linears[name], cuts[name](param.detach()), cuts[name](start[name])):
             off = (fused - part.weight.detach()).norm() / (part.weight.detach() - before).norm()
-            assert off < 1e-6, f"{name}: the step is off by {off:.1e}"
+            assert off < 2e-6, f"{name}: the step is off by {off:.1e}"

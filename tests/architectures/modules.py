@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from .cuts import columns, each, kernel, linear, repeated, rows
+from .cuts import each, kernel, linear, repeated, rows
 
 
 def tree(kind: str, base: type[nn.Module] = nn.Module, /, **members) -> nn.Module:

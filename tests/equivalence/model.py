@@ -35,7 +35,7 @@ class Awkward(nn.Module):
         self.sometimes = nn.Parameter(torch.randn(7, 5) / 3)
         self.interleaved = nn.Linear(D, 18, bias=False)  # 3 heads, each with its 2 rows of Q, of K and of V
         self.pairs = nn.Parameter(torch.randn(2, D, 6) / D ** 0.5)  # experts whose columns alternate: gate, up, gate, …
-        self.flat = nn.Conv1d(2, 5, 3, padding=1, bias=False)  # one matrix (2 · 3, 5)
+        self.flat = nn.Conv1d(2, 11, 3, padding=1, bias=False)  # one matrix (2 · 3, 11)
 
     def forward(self, x: Tensor, use_sometimes: bool, factor: float) -> Tensor:
         """Token numbers (batch, length) → the loss, float32, times `factor` (which makes fp16 overflow on demand)."""
@@ -54,7 +54,7 @@ class Awkward(nn.Module):
         h = h + F.pad((q * k.sigmoid() + v).flatten(2), (0, D - 6))
         gate, up = torch.einsum("btd,edf->btef", h, self.pairs).unflatten(-1, (3, 2)).unbind(-1)
         h = h + F.pad((gate.sigmoid() * up).flatten(2), (0, D - 6))
-        h = h + F.pad(self.flat(h[..., :2].mT).mT, (0, D - 5))
+        h = h + F.pad(self.flat(h[..., :2].mT).mT, (0, D - 11))
         h = h + (h * self.tiny[0, 0] + self.tiny[0, 1]).tanh()
         if use_sometimes:
             h = h + F.pad(h[..., :7] @ self.sometimes, (0, D - 5))

@@ -56,6 +56,16 @@ def ignore_transpose() -> None:
     _after_locate(wrong)
 
 
+def ignore_repeats() -> None:
+    """Parts that are interleaved are read as if each lay in one piece."""
+    def wrong(held: Slice) -> Slice:
+        view = held.original.view
+        view = replace(view, repeats=1, split=tuple(size * view.repeats for size in view.split))
+        return replace(held, original=_other(held.original, shape=held.shape, view=view))
+
+    _after_locate(wrong)
+
+
 def swap_ranks() -> None:
     """Owners take the pieces that two other ranks sent the wrong way round. Shows from 3 ranks on."""
     turn, wait = Exchange.turn, Exchange._wait
@@ -95,7 +105,7 @@ def hang() -> None:
 
 MUTATIONS: dict[str, Callable[[], None]] = {mutation.__name__: mutation for mutation in (
     drop_all_reduce_a, drop_all_reduce_b, flat_slice_as_vector, shift_offset, step_per_micro_batch, swap_ranks,
-    ignore_transpose)}
+    ignore_transpose, ignore_repeats)}
 
 
 def apply_mutation(name: str) -> None:
