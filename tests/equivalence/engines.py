@@ -52,7 +52,8 @@ def deepspeed_config(cell: Cell) -> dict:
     if cell.precision == "fp16":
         config["fp16"] = {"enabled": True, "loss_scale": LOSS_SCALE}
     if cell.extra == "config":
-        config["optimizer"] = {"type": "Celo2", "params": {"lr": 0.05, "weight_decay": 0.1, "newton_schulz_dtype": "fp32"}}
+        config["optimizer"] = {"type": "Celo2", "params": {
+            "lr": 0.05, "weight_decay": 0.1, "adamw_weight_decay": 0.3, "newton_schulz_dtype": "fp32"}}
     return config
 
 
@@ -207,7 +208,8 @@ def tagged_by_register(model: nn.Module, params: dict) -> dict[str, dict]:
     """Tags the model as a user would whose optimizer stands in the config; returns the options by parameter name."""
     register(model)
     return {name: {"rule": tag_of(p).rule, "orthogonalize": True, "adamw_lr_multiplier": 20.0, "lr": params["lr"],
-                   "weight_decay": params["weight_decay"]} for name, p in model.named_parameters() if p.requires_grad}
+                   "weight_decay": params["weight_decay"] if tag_of(p).rule == "celo2" else params["adamw_weight_decay"]}
+            for name, p in model.named_parameters() if p.requires_grad}
 
 
 def own_options(cell: Cell) -> dict:

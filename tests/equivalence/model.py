@@ -88,6 +88,9 @@ GROUPS = (
     ("celo2", True, 0.05, 1.0, 1.0, ("tiny",)),
     ("celo2", False, 0.03, 0.2, 1.0, ("sometimes", "ln.bias")),
 )
+# Under the learned rule, but no hidden matrices: another decay acts on them, in the same flat partition.
+NOT_HIDDEN = {"conv.weight": "embedding", "vector": "vector", "gain": "vector", "ln.bias": "vector"}
+OTHER_DECAY = 0.4
 
 
 def option_groups(model: nn.Module, flipped: bool) -> tuple[list[dict], dict[str, dict]]:
@@ -98,9 +101,11 @@ def option_groups(model: nn.Module, flipped: bool) -> tuple[list[dict], dict[str
         options = {"rule": rule, "orthogonalize": orthogonalize != flipped, "lr": lr, "weight_decay": weight_decay,
                    "adamw_lr_multiplier": multiplier}
         for name in names:
-            setattr(params[name], TAG, Tag(name, "hidden", rule, VIEWS.get(name, MatrixView())))
-            by_name[name] = options
-        groups.append({"params": [params[name] for name in names], **options})
+            kind = NOT_HIDDEN.get(name, "hidden")
+            setattr(params[name], TAG, Tag(name, kind, rule, VIEWS.get(name, MatrixView())))
+            by_name[name] = options | ({} if kind == "hidden" else {"weight_decay": OTHER_DECAY})
+        other = {} if rule == "adamw" else {"adamw_weight_decay": OTHER_DECAY}
+        groups.append({"params": [params[name] for name in names], **options, **other})
     missing = {name for name, p in params.items() if p.requires_grad} ^ set(by_name)
     assert not missing, f"parameters in no group: {missing}"
     return groups, by_name
