@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.parallel import DistributedDataParallel
 
 from celo2_pretrain import Celo2, from_adamw, load_state, param_groups, save_state
-from celo2_pretrain.optimizer import celo2, rules, state
+from celo2_pretrain.optimizer import celo2, rules, held
 from celo2_pretrain.optimizer.names import canonical, canonical_names, match
 from celo2_pretrain.optimizer.rules import tag_of
 from celo2_pretrain.optimizer.state_files import INDEX, StateError
@@ -89,7 +89,7 @@ def test_rules_and_views_are_those_of_the_plain_model(wrapper):
 def raw_names(monkeypatch):
     """Names as earlier versions saved them, until `undo`."""
     with monkeypatch.context() as context:
-        for module in (rules, celo2, state):
+        for module in (rules, celo2, held):
             context.setattr(module, "canonical_names", lambda names: {name: name for name in names})
         yield context
 

@@ -262,7 +262,7 @@ def drop(index, name):
     "which the optimizer does not train": lambda f, i: (
         i["tensors"].update(more={"shape": [0], "rule": "adamw", "vector": False, "view": {}})),
     "with shape [7, 13]": lambda f, i: i["tensors"]["up.weight"].update(shape=[7, 13]),
-    "with view": lambda f, i: i["tensors"]["up.weight"]["view"].update(transpose=False),
+    "v_row of 'up.weight' has shape": lambda f, i: i["tensors"]["up.weight"]["view"].update(split=[6, 7]),
     "with rule 'adamw', the optimizer with 'celo2'": lambda f, i: i["tensors"]["up.weight"].update(rule="adamw"),
     "format version 99": lambda f, i: i.update(version=99),
     "is not of the format": lambda f, i: i.update(format="other"),

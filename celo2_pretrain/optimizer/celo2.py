@@ -361,7 +361,7 @@ class Celo2(torch.optim.Optimizer):
                 known = mine is not None and whole(tuple(param.shape)) == mine.shape  # else a flat partition of several
                 entry = {key: _moved(value, param) for key, value in entry.items()}
                 check_state(mine.name if known else f"tensor {place} of param group {ours['group']}", entry, param, ours["rule"],
-                            factored_sizes(mine) if known else None)
+                            factored_sizes(mine.shape, mine.view) if known else None)
                 found.append((param, entry))
         if states:
             raise ValueError(f"the state has entries {sorted(map(str, states))[:4]} that none of its param groups lists: it is "

@@ -18,11 +18,11 @@ from ..kernels.packed import WORD, turn_of
 from ..kernels.rounding import key_of
 from .backends import backend_for
 from .groups import decay_of
-from .layouts import Layout, Original, Slice, collective_device, local
+from .layouts import Layout, Slice, collective_device, local
 from .orthogonalize import Exchange, Unit, choose_owners, units_of
 from .passes import Scale, Shape, Tensors
 from .reference import MLP
-from .views import Piece, pieces
+from .views import MatrixView, Piece, pieces
 
 
 ACCUMULATORS = ("momentum_0", "momentum_1", "momentum_2", "rms")
@@ -96,9 +96,9 @@ def make_plan(layout: Layout, orthogonalize: bool, bucket_size: int) -> Plan:
     return plan
 
 
-def factored_sizes(original: Original) -> tuple[int, int]:
-    """Columns of v_row and of v_col of a whole tensor under the learned rule; 0 for a vector."""
-    shapes = [Shape(block) for block in original.view.blocks(original.shape)]
+def factored_sizes(tensor: tuple[int, ...], view: MatrixView) -> tuple[int, int]:
+    """Columns of v_row and of v_col of a whole tensor of this shape under the learned rule; 0 for a vector."""
+    shapes = [Shape(block) for block in view.blocks(tensor)]
     return sum(prod(shape.row) for shape in shapes), sum(prod(shape.col) for shape in shapes)
 
 

@@ -6,13 +6,11 @@ where is in `state_files`. AdamW under DeepSpeed is saved and restored the same 
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, Callable, Iterable, Iterator, TypeVar
+from typing import Any, Iterable
 
 import torch
 import torch.distributed as dist
@@ -21,58 +19,20 @@ from torch import Tensor
 from . import state_files
 from ..weights import load_weights
 from .celo2 import Celo2
-from .layouts import LayoutError, Original, Slice, collective_device, local, locate
-from .learned import ACCUMULATORS
-from .names import canonical_names
+from .collective import gather, this_rank, together, world_size
+from .held import Held, at_rest, examine, of_celo2
+from .layouts import collective_device
+from .learned import ACCUMULATORS, factored_sizes
 from .state_dtypes import pack_range, unpack_range
-from .state_files import SHARED, StateError, StateReader, element_keys, tensor_entry
+from .state_files import SHARED, StateError, StateReader
 from .state_index import view_of
 from .views import MatrixView
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 OPTIONS = ("lr", "initial_lr", "weight_decay", "adamw_weight_decay", "orthogonalize", "newton_schulz", "adamw_lr_multiplier",
            "adamw_betas", "adamw_eps", "betas", "eps")  # of a param group, as far as it has them
 SCALE = ("cur_scale", "cur_iter", "last_overflow_iter")  # of a dynamic loss scale
-
-
-@dataclass
-class Held:
-    """One tensor as this rank holds it."""
-
-    group: dict[str, Any]
-    rule: str
-    slice: Slice
-    kind: str  # of the layout
-    state: dict[str, Any]  # of the storage that the slice lies in
-    rows: tuple[int, int] = (0, 0)  # the tensor's columns of the storage's v_row, v_col
-    cols: tuple[int, int] = (0, 0)
-
-    @property
-    def name(self) -> str:
-        return self.slice.name
-
-    @property
-    def vector(self) -> bool:
-        return self.rule == "celo2" and self.rows[1] == 0
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return element_keys(self.rule, self.vector)
-
-    @property
-    def factored(self) -> tuple[Tensor, Tensor]:
-        """The tensor's v_row and v_col, views of the storage's."""
-        return self.state["v_row"][:, slice(*self.rows)], self.state["v_col"][:, slice(*self.cols)]
-
-    def tensor(self, key: str) -> Tensor | None:
-        """The local part of the storage's parameter or state; None for a state that no step has made yet."""
-        value = self.slice.storage if key == "param" else self.state.get(key)
-        return None if value is None else local(value).detach()
-
-    def describe(self) -> dict[str, Any]:
-        return tensor_entry(self.slice.shape, self.rule, self.slice.original.view)
 
 
 def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:
@@ -86,7 +46,7 @@ def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:
     Raises StateError, the same on every rank, and leaves no folder behind: it exists already, or a rank couldn't write.
     """
     folder = Path(folder).absolute()
-    inner, wrapper, held = _examine(optimizer)
+    inner, wrapper, held = examine(optimizer)
     scaler = _scaler(wrapper)
     by_name = {h.name: h for h in held}
 
@@ -105,15 +65,15 @@ def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:
         if not unfinished.is_dir():
             raise StateError(f"{str(unfinished)!r}, which rank 0 made, is not there: the ranks need a "
                              "file system that they share")
-        files = state_files.write_ranges(unfinished, f"rank_{_rank():05d}", shares, fetch)
-        if _rank() == 0:
+        files = state_files.write_ranges(unfinished, f"rank_{this_rank():05d}", shares, fetch)
+        if this_rank() == 0:
             digest = state_files.write_tensors(unfinished / SHARED, _shared(inner, held))
             files[SHARED] = {"sha256": digest, "ranges": {}}
         return files
 
     def begin() -> None:
         json.dumps(extra)  # refuse what JSON doesn't take before anything is written
-        if _rank() == 0:
+        if this_rank() == 0:
             state_files.begin(folder)
 
     shares = _shares(held)
@@ -123,9 +83,9 @@ def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:
         index = {"tensors": {h.name: h.describe() for h in held}, "groups": _options(held), "extra": extra,
                  "loss_scale": {key: getattr(scaler, key) for key in SCALE if hasattr(scaler, key)} if scaler else None,
                  "files": {name: entry for some in files for name, entry in some.items()}}
-        together(lambda: state_files.finish(folder, index) if _rank() == 0 else None)
+        together(lambda: state_files.finish(folder, index) if this_rank() == 0 else None)
     except BaseException:
-        if _rank() == 0:
+        if this_rank() == 0:
             state_files.abandon(folder)
         raise
     return folder
@@ -138,13 +98,14 @@ def load_state(optimizer: Any, folder: str | Path, verify: bool = True) -> Any:
     no optimizer state: load those with the model.
 
     Args:
-        optimizer: as for `save_state`, over the same parameters (names, shapes, rules, views) in any sharding.
+        optimizer: as for `save_state`, over the same parameters (names, shapes, rules) in any sharding. Tensors whose
+            matrices are others in the state (those of an earlier version, say) are read as there from now on.
         verify: compare the files' checksums first (each file is read once more, by one of the ranks).
 
     Returns `extra` as it was saved. Raises StateError, the same on every rank and before anything is changed, for a
     folder that is incomplete or damaged, and for parameters that are missing, left over, or of another form.
     """
-    inner, wrapper, held = _examine(optimizer)
+    inner, wrapper, held = examine(optimizer)
 
     def open_() -> StateReader:
         reader = StateReader(folder)
@@ -153,8 +114,8 @@ def load_state(optimizer: Any, folder: str | Path, verify: bool = True) -> Any:
             raise StateError("the optimizer is driven by DeepSpeed's ZeRO: pass the engine, so that the model's own "
                              "parameters can be refreshed too")
         if verify:
-            reader.verify(_rank(), _world())
-        reader.require(f"{h.name}|{key}" for h in held if h.rule == "celo2" and not h.vector for key in ("v_row", "v_col"))
+            reader.verify(this_rank(), world_size())
+        _check_factored(reader, held)
         return reader
 
     def restore() -> None:
@@ -171,114 +132,27 @@ def load_state(optimizer: Any, folder: str | Path, verify: bool = True) -> Any:
                                "going on with the restored ones")
 
     reader = together(open_)
+    held = _take_views(inner, held, reader)
     together(restore)
     _refresh(wrapper, held)
     return reader.extra
 
 
-# ---- what the optimizer holds -----------------------------------------------------------------------------------
-
-
-def _examine(optimizer: Any) -> tuple[torch.optim.Optimizer, Any, list[Held]]:
-    """(the innermost optimizer, DeepSpeed's wrapper around it or None, its tensors in an order all ranks share)."""
-    inner, wrapper = optimizer, None
-    while not isinstance(inner, Celo2) and hasattr(inner, "optimizer"):
-        inner, wrapper = inner.optimizer, inner
-    if not isinstance(inner, torch.optim.Optimizer):
-        raise TypeError(f"expected a Celo2 or a DeepSpeed engine, got {type(optimizer).__name__}")
-    for part in (optimizer, wrapper):
-        if getattr(part, "swap_optimizer", False):
-            raise StateError("the optimizer's states are offloaded to NVMe, which can't be read here; use "
-                             "engine.save_checkpoint, or offload to the CPU")
-    held = list(_of_celo2(inner) if isinstance(inner, Celo2) else _of_adamw(inner, wrapper, optimizer))
-    names = [h.name for h in held]
-
-    def check() -> None:
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise StateError(f"two parameters are called {twice!r}; give them names: param_groups(model) does")
-        if not names:
-            raise StateError("the optimizer has no trainable parameters")
-
-    together(check)
-    everyone = gather(hashlib.sha256(json.dumps([h.describe() | {"name": h.name} for h in held]).encode()).hexdigest())
-    if any(other != everyone[0] for other in everyone):
-        rank = next(rank for rank, other in enumerate(everyone) if other != everyone[0])
-        raise StateError(f"rank {rank} has other parameters than rank 0 (names, order, shapes, rules or views); "
-                         "construct model and optimizer alike on all ranks")
-    return inner, wrapper, held
-
-
-def _of_celo2(optimizer: Celo2) -> Iterator[Held]:
-    for group, params in _at_rest(optimizer):
-        plans = optimizer._plan(group, params)
-        for param in params:
-            optimizer._init_state(group, param, plans)
-        for plan in plans:
-            for number, piece in enumerate(plan.layout.slices):
-                yield Held(group, group["rule"], piece, plan.layout.kind, optimizer.state[piece.storage],
-                           *plan.columns(number))
-
-
-def _at_rest(optimizer: Celo2) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
-    """(param group, tensors as a step would find them); between steps ZeRO-3 leaves the groups empty."""
-    originals = [original for some in optimizer._originals.values() for original in some if original.trainable]
-    zero3 = getattr(originals[0].param, "_z3_optimizer", None) if originals else None
-    if zero3 is not None:
-        for number, flat in enumerate(zero3.fp32_partitioned_groups_flat):
-            yield optimizer.param_groups[zero3.sub_group_to_group_id[number]], [flat]
-        return
-    for group in optimizer.param_groups:
-        params = [param for param in group["params"] if param.requires_grad and param.numel()]
-        if params:
-            yield group, params
-
-
-def _of_adamw(optimizer: torch.optim.Optimizer, wrapper: Any, engine: Any) -> Iterator[Held]:
-    """The same for AdamW under DeepSpeed (or given named parameters), whose original parameters the wrapper keeps."""
-    if not hasattr(engine, "module") and not all("param_names" in group for group in optimizer.param_groups):
-        raise StateError(f"the parameters of {type(optimizer).__name__} have no names: pass the DeepSpeed engine, or "
-                         "construct the optimizer from model.named_parameters()")
-    named = (list(engine.module.named_parameters()) if hasattr(engine, "module") else
-             [pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"])])
-    forms = canonical_names(name for name, _ in named)
-    names = {param: forms[name] for name, param in named}
-    if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO-3
-        found = [(optimizer.param_groups[wrapper.sub_group_to_group_id[number]], wrapper.fp16_groups[number], [flat])
-                 for number, flat in enumerate(wrapper.fp32_partitioned_groups_flat)]
-    else:
-        kept = next((getattr(wrapper, key) for key in ("bit16_groups", "bf16_groups", "fp16_groups")
-                     if hasattr(wrapper, key)), None)
-        found = []
-        for number, group in enumerate(optimizer.param_groups):
-            params = [param for param in group["params"] if param.requires_grad]
-            found.append((group, kept[number] if kept else params, params))
-    for group, originals, params in found:
-        for layout in locate([Original(param, names[param], MatrixView()) for param in originals], params, params):
-            for piece in layout.slices:
-                storage, state = piece.storage, optimizer.state[piece.storage]
-                if "exp_avg" not in state:
-                    whole = isinstance(optimizer, torch.optim.Adam)  # DeepSpeed's own count in a plain int
-                    state.update(step=torch.zeros((), dtype=torch.float32) if whole else 0,
-                                 exp_avg=torch.zeros_like(storage), exp_avg_sq=torch.zeros_like(storage))
-                yield Held(group, "adamw", piece, layout.kind, state)
-
-
 def _shares(held: list[Held]) -> list[tuple[str, int, int]]:
     """The ranges that this rank writes: where several ranks hold the same range, each writes a part of it."""
     mine = torch.tensor([[h.slice.start, h.slice.stop] for h in held], dtype=torch.int64)
-    if _world() == 1:
+    if world_size() == 1:
         everyone = mine[None]
     else:
         device = collective_device(None, torch.device("cpu"))
-        parts = [torch.empty_like(mine, device=device) for _ in range(_world())]
+        parts = [torch.empty_like(mine, device=device) for _ in range(world_size())]
         dist.all_gather(parts, mine.to(device))
         everyone = torch.stack(parts).cpu()
     shares = []
     for number, h in enumerate(held):
         start, stop = h.slice.start, h.slice.stop
         same = (everyone[:, number] == mine[number]).all(1).nonzero().flatten().tolist()
-        place, of = same.index(_rank()), len(same)
+        place, of = same.index(this_rank()), len(same)
         low, high = start + (stop - start) * place // of, start + (stop - start) * (place + 1) // of
         if low < high:
             shares.append((h.name, low, high))
@@ -335,14 +209,13 @@ def _compare(reader: StateReader, held: list[Held]) -> None:
                          "such): load it into the model it was saved from, with the same parameters frozen")
     for h in held:
         ours, theirs = h.describe(), saved[h.name]
-        for key in ("shape", "rule", "vector", "view"):
-            if ours[key] == theirs[key] or key == "view" and (
-                    h.rule == "adamw" or h.slice.original.view == view_of(theirs[key])):
+        for key in ("shape", "rule", "vector"):  # the state's view is taken over
+            if ours[key] == theirs[key]:
                 continue
             raise StateError(f"{where!r} has {h.name!r} with {key} {short(theirs[key])}, the optimizer with {ours[key]!r}: "
                              "construct model and param groups as when it was saved" + (
-                                 " (a state changes from AdamW to Celo2 and back by celo2_pretrain.optimizer.takeover)"
-                                 if key == "rule" else ""))
+                                 f", e.g. by param_groups(model, {theirs[key]}=[{h.name!r}]) (from_adamw and to_adamw convert "
+                                 "the state of a whole run)" if key == "rule" else ""))
     options = {name: group["options"] for group in reader.groups for name in group["names"]}
     first: dict[int, Held] = {}
     for h in held:
@@ -351,6 +224,43 @@ def _compare(reader: StateReader, held: list[Held]) -> None:
             raise StateError(f"{other.name!r} and {h.name!r} are in one param group now, but {where!r} has different "
                              "options for them: make the same param groups as when it was saved")
     reader.check_options({h.name: h.group for h in held})
+
+
+def _saved_view(reader: StateReader, h: Held) -> MatrixView:
+    return view_of(reader.tensors[h.name]["view"])
+
+
+def _check_factored(reader: StateReader, held: list[Held]) -> None:
+    """Refuse a state whose v_row and v_col aren't those of its matrices."""
+    matrices = [h for h in held if h.rule == "celo2" and not h.vector]
+    reader.require(f"{h.name}|{key}" for h in matrices for key in ("v_row", "v_col"))
+    for h in matrices:
+        sizes = factored_sizes(h.slice.shape, _saved_view(reader, h))
+        for key, columns in zip(("v_row", "v_col"), sizes):
+            there = tuple(reader.shared(f"{h.name}|{key}").shape)
+            if there != (3, columns):
+                raise StateError(f"{str(reader.folder)!r} is damaged: {key} of {h.name!r} has shape {there}, its matrices need "
+                                 f"{(3, columns)}; use another checkpoint")
+
+
+def _take_views(optimizer: torch.optim.Optimizer, held: list[Held], reader: StateReader) -> list[Held]:
+    """Let the optimizer read tensors as the matrices that the state was made with; returns what it holds then."""
+    changed = [h for h in held if h.rule == "celo2" and not h.vector and _saved_view(reader, h) != h.slice.original.view]
+    if not changed:
+        return held
+    for h in changed:
+        h.slice.original.view = _saved_view(reader, h)
+    optimizer._plans.clear()
+    for plan in (plan for group, params in at_rest(optimizer) for plan in optimizer._plan(group, params)):
+        for piece in plan.layout.slices:
+            state = optimizer.state[piece.storage]
+            for key, columns in zip(("v_row", "v_col"), plan.factored.get(id(piece.storage), ())):
+                if key in state and state[key].shape[1] != columns:
+                    state[key] = state[key].new_zeros(3, columns)  # to be read
+    if this_rank() == 0:
+        logger.warning("%d tensors (%s) consist of other matrices in %s than Celo2 would read now: they are read as there, so "
+                       "that the run goes on as it began", len(changed), ", ".join(h.name for h in changed[:3]), reader.folder)
+    return list(of_celo2(optimizer))
 
 
 def _restore(h: Held, reader: StateReader) -> None:
@@ -418,41 +328,3 @@ def _refresh(wrapper: Any, held: list[Held]) -> None:
     for h in held:
         if h.kind == "whole" and h.slice.original.param is not h.slice.storage:
             h.slice.original.param.copy_(h.slice.storage)
-
-
-# ---- ranks ------------------------------------------------------------------------------------------------------
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def gather(value: T) -> list[T]:
-    """Everyone's value."""
-    if _world() == 1:
-        return [value]
-    values: list[Any] = [None] * _world()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def together(work: Callable[[], T]) -> T:
-    """Do a rank's own part (no collectives in it); where it fails on any rank, raise the same error on all.
-
-    Otherwise the rank that failed would leave the others waiting in their next collective.
-    """
-    value, failed = None, None
-    try:
-        value = work()
-    except Exception as error:
-        failed = error
-    message = None if failed is None else str(failed)
-    if failed is not None and not isinstance(failed, (StateError, LayoutError)):
-        message = f"{type(failed).__name__}: {failed} (on rank {_rank()})"
-    if first := next((text for text in gather(message) if text), None):
-        raise StateError(first) from failed
-    return value

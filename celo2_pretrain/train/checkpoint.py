@@ -22,7 +22,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 
 from celo2_pretrain.optimizer import state_files
 from celo2_pretrain.optimizer.adamw_checkpoint import load_plain
-from celo2_pretrain.optimizer.state import StateError, gather, load_state, save_state, together
+from celo2_pretrain.optimizer.collective import gather, together
+from celo2_pretrain.optimizer.state import StateError, load_state, save_state
 from celo2_pretrain.train import manifest
 from celo2_pretrain.train.choose import ANY_WORLD, in_order, latest, step_of
 from celo2_pretrain.train.config import Config, as_tree

@@ -7,7 +7,7 @@ from typing import Any, Callable
 import deepspeed.comm as dist
 
 from celo2_pretrain.optimizer.adamw_checkpoint import load_plain
-from celo2_pretrain.optimizer.state import gather
+from celo2_pretrain.optimizer.collective import gather
 from celo2_pretrain.optimizer.state_files import StateError
 from celo2_pretrain.train import manifest
 from celo2_pretrain.train.errors import UserError, shown

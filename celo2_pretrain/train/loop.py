@@ -18,7 +18,7 @@ from celo2_pretrain.data.mixture import Mixture, open_mixture
 from celo2_pretrain.data.tokenizer import load_tokenizer
 from celo2_pretrain.model.build import build_model, vocab_rows
 from celo2_pretrain.model.sample import sample
-from celo2_pretrain.optimizer.state import gather
+from celo2_pretrain.optimizer.collective import gather
 from celo2_pretrain.plan.step_time import flops_per_token
 from celo2_pretrain.train import checkpoint, choose, errors, memory
 from celo2_pretrain.train.checks import check_node, check_ranks, check_run_dir, warn
