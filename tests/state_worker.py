@@ -5,6 +5,8 @@ A job builds a small model in some sharding, restores and trains it, saves it, a
 import json
 import os
 import sys
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -52,23 +54,30 @@ def batch(step, rank, world):
     return tuple(torch.randint(0, 11, (12,), generator=generator)[rank::world] for _ in range(2))
 
 
-def celo2(model, lr=2e-3):
+def celo2(model, lr=2e-3, reread=False):
+    """`reread`: make it read two tensors as other matrices than it would by itself."""
     from celo2_pretrain import Celo2, param_groups
+    from celo2_pretrain.optimizer.rules import TAG, tag_of
+    from celo2_pretrain.optimizer.views import MatrixView
 
     # Random weights look at every feature, so that a state which isn't restored shows; good ones ignore some.
     generator = torch.Generator().manual_seed(7)
     shapes = {"w0": (30, 8), "b0": (8,), "w1": (8, 8), "b1": (8,), "w2": (8, 3), "b2": (3,)}
     theta = {name: torch.randn(shape, generator=generator) / shape[0] ** 0.5 for name, shape in shapes.items()}
-    return Celo2(param_groups(model, lr=lr, weight_decay=0.1), weights=theta)
+    groups = param_groups(model, lr=lr, weight_decay=0.1)
+    for param, view in (((model.up.weight, MatrixView(transpose=True, split=(6, 7))),
+                         (model.c_attn.weight, MatrixView())) if reread else ()):
+        setattr(param, TAG, replace(tag_of(param), view=view))
+    return Celo2(groups, weights=theta)
 
 
-def adamw(model, lr=2e-3, **options):
+def adamw(model, lr=2e-3, reread=False, **options):
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1, **options)
 
 
 def start(job):
     """(model to call, what save_state takes, step function, model whose parameters are read)."""
-    make = adamw if job.get("optimizer") == "adamw" else celo2
+    make = partial(adamw if job.get("optimizer") == "adamw" else celo2, reread=job.get("reread", False))
     model, lr = build(job.get("seed", 0)), job.get("lr", 2e-3)
     if job["kind"] in ("plain", "fsdp"):
         if job["kind"] == "fsdp":
