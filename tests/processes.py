@@ -6,8 +6,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Callable
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from celo2_pretrain.train.ranks import free_port
 
@@ -71,3 +74,22 @@ def on_ranks(world: int, worker: Path, *arguments: str, timeout: float = 1500) -
     assert not failed, failed
     assert None not in codes, f"not done after {timeout} s: {[text[-2000:] for text in outputs]}"
     return outputs
+
+
+def spawn(run: Callable[..., None], world: int, folder: Path) -> None:
+    """`run(rank, port, world, folder)` in so many processes; it calls `join` first and `leave` last."""
+    mp.spawn(run, args=(free_port(), world, str(folder)), nprocs=world)
+
+
+def join(rank: int, port: int, world: int) -> None:
+    """Make this process a rank of a gloo world, with one thread and the seed 0."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+
+
+def leave() -> None:
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # torch's own threads (FSDP2 over gloo) now and then abort the interpreter's exit

@@ -1,19 +1,16 @@
 """Param groups: nothing in them is ignored in silence, the user is told how they were split, and decay acts where it should."""
 import copy
 import logging
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import join, leave, spawn
 from torch import nn
 from torch.optim import lr_scheduler
 
 from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.optimizer.groups import CONSTRUCTOR_ONLY, OPTIONS, OTHERS
 from celo2_pretrain.optimizer.rules import tag_model, tag_of
-from celo2_pretrain.train.ranks import free_port
 
 
 def matrix() -> nn.Parameter:
@@ -128,13 +125,19 @@ def test_deepspeeds_schedulers_are_refused_likewise():
         schedules.WarmupLR(Celo2(nn.Linear(3, 3).parameters()), warmup_max_lr=[0.1])
 
 
+def train_with_a_schedule(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for step in range(3):
+        optimizer.zero_grad()
+        net(torch.arange(11)).square().sum().backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (step + 1)
+        optimizer.step()
+
+
 def _zero_redundancy(rank: int, port: int, world: int, folder: str) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    torch.manual_seed(0)
+    join(rank, port, world)
     net = network()
     groups = param_groups(net)
     optimizer = ZeroRedundancyOptimizer([dict(group) for group in groups], Celo2, lr=1e-2)
@@ -143,29 +146,18 @@ def _zero_redundancy(rank: int, port: int, world: int, folder: str) -> None:
         ZeroRedundancyOptimizer(network().parameters(), Celo2, lr=1e-2).step()
     except Exception as error:
         split = f"{type(error).__name__}: {error}"
-    for step in range(3):
-        optimizer.zero_grad()
-        net(torch.arange(11)).square().sum().backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * (step + 1)
-        optimizer.step()
+    train_with_a_schedule(net, optimizer)
     torch.save({"params": [p.detach() for p in net.parameters()], "split": split}, f"{folder}/{rank}.pt")
-    dist.barrier()
-    os._exit(0)
+    leave()
 
 
 @pytest.mark.multiprocess
 def test_zero_redundancy_optimizer_takes_the_step_of_one_process(tmp_path):
-    mp.spawn(_zero_redundancy, args=(free_port(), 2, str(tmp_path)), nprocs=2)
+    spawn(_zero_redundancy, 2, tmp_path)
     torch.manual_seed(0)
     net = network()
     optimizer = Celo2(param_groups(net), lr=1e-2)
-    for step in range(3):
-        optimizer.zero_grad()
-        net(torch.arange(11)).square().sum().backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * (step + 1)
-        optimizer.step()
+    train_with_a_schedule(net, optimizer)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for p, q in zip(net.parameters(), found["params"]):

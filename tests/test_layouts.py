@@ -1,35 +1,15 @@
 """Layouts that a plain process can show: what is recognised, and what is refused."""
 import gc
-import os
 import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import join, leave, spawn
 from torch import nn
 
 from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.optimizer.layouts import LayoutError
-from celo2_pretrain.train.ranks import free_port
-
-
-def _spawn(run, world: int, folder) -> None:
-    """`run(rank, port, world, folder)` in so many processes."""
-    mp.spawn(run, args=(free_port(), world, str(folder)), nprocs=world)
-
-
-def _join(rank: int, port: int, world: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    torch.manual_seed(0)
-
-
-def _leave() -> None:
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # torch's own threads (FSDP2 over gloo) now and then abort the interpreter's exit
 
 
 def _unsharded(scale: float) -> nn.Module:
@@ -48,7 +28,7 @@ def _unsharded(scale: float) -> nn.Module:
 def _swapped(rank: int, port: int, world: int, folder: str) -> None:
     """What accelerate does with FSDP2: shard the model after the optimizer was made, and swap its parameters."""
     from torch.distributed.fsdp import fully_shard
-    _join(rank, port, world)
+    join(rank, port, world)
     net = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5))
     optimizer = Celo2(net.named_parameters(), lr=1e-2)
     order = {id(p): name for name, p in net.named_parameters()}
@@ -65,12 +45,12 @@ def _swapped(rank: int, port: int, world: int, folder: str) -> None:
     full = {name: p.full_tensor().detach() for name, p in net.named_parameters()}
     if rank == 0:
         torch.save(full, f"{folder}/full.pt")
-    _leave()
+    leave()
 
 
 @pytest.mark.multiprocess
 def test_fsdp2_parameters_swapped_in_after_construction_take_the_unsharded_step(tmp_path):
-    _spawn(_swapped, 2, tmp_path)
+    spawn(_swapped, 2, tmp_path)
     net = _unsharded(1.0)
     for name, p in torch.load(tmp_path / "full.pt", weights_only=True).items():
         torch.testing.assert_close(p, net.get_parameter(name).detach(), rtol=1e-4, atol=1e-5)
@@ -78,7 +58,7 @@ def test_fsdp2_parameters_swapped_in_after_construction_take_the_unsharded_step(
 
 def _nan_on_one_rank(rank: int, port: int, world: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
-    _join(rank, port, world)
+    join(rank, port, world)
     net = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5))
     fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (world,)))
     messages = []
@@ -97,19 +77,19 @@ def _nan_on_one_rank(rank: int, port: int, world: int, folder: str) -> None:
         assert not any(optimizer.state[p] for p in net.parameters())
         optimizer.zero_grad()
     torch.save(messages, f"{folder}/{rank}.pt")
-    _leave()
+    leave()
 
 
 @pytest.mark.multiprocess
 def test_a_nan_in_one_ranks_slice_is_named_and_stops_or_skips_all_ranks(tmp_path):
-    _spawn(_nan_on_one_rank, 3, tmp_path)
+    spawn(_nan_on_one_rank, 3, tmp_path)
     messages = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
     assert messages[0] == messages[1] == messages[2]
     assert "1.weight" in messages[0][0] and messages[0][1] == "skipped 1"
 
 
 def _ddp(rank: int, port: int, world: int, folder: str) -> None:
-    _join(rank, port, world)
+    join(rank, port, world)
     net = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5)))
     optimizer = Celo2(net.named_parameters(), lr=1e-2, check_replicas_every=1)
     for step in range(3):
@@ -118,12 +98,12 @@ def _ddp(rank: int, port: int, world: int, folder: str) -> None:
         net(x).square().sum().backward()
         optimizer.step()
     torch.save({name: p.detach() for name, p in net.module.named_parameters()}, f"{folder}/{rank}.pt")
-    _leave()
+    leave()
 
 
 @pytest.mark.multiprocess
 def test_ddp_takes_the_step_of_one_process(tmp_path):
-    _spawn(_ddp, 2, tmp_path)
+    spawn(_ddp, 2, tmp_path)
     net = _unsharded(0.5)  # DDP averages the ranks' gradients
     for rank in range(2):
         for name, p in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
@@ -194,7 +174,7 @@ class _Block(nn.Module):
 def _fsdp1(rank: int, port: int, world: int, folder: str) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-    _join(rank, port, world)
+    join(rank, port, world)
     messages = {}
     for use_orig_params in (False, True):
         for made_before in (False, True):
@@ -212,12 +192,12 @@ def _fsdp1(rank: int, port: int, world: int, folder: str) -> None:
                     message = str(error)
                 messages[f"use_orig_params={use_orig_params} made_before={made_before} {strategy.name}"] = message
     torch.save(messages, f"{folder}/{rank}.pt")
-    _leave()
+    leave()
 
 
 @pytest.mark.multiprocess
 def test_fsdp1_is_refused_by_name_in_every_form(tmp_path):
-    _spawn(_fsdp1, 2, tmp_path)
+    spawn(_fsdp1, 2, tmp_path)
     for rank in range(2):
         messages = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert len(messages) == 8
@@ -245,7 +225,7 @@ class _Unused(nn.Module):
 
 def _swapped_unused(rank: int, port: int, world: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
-    _join(rank, port, world)
+    join(rank, port, world)
     net = _Unused()
     optimizer = Celo2(param_groups(net), lr=1e-2)
     order = {id(p): name for name, p in net.named_parameters()}
@@ -266,12 +246,12 @@ def _swapped_unused(rank: int, port: int, world: int, folder: str) -> None:
     full = {name: p.full_tensor().detach() for name, p in net.named_parameters()}
     if rank == 0:
         torch.save({"full": full, "alive": alive}, f"{folder}/full.pt")
-    _leave()
+    leave()
 
 
 @pytest.mark.multiprocess
 def test_swapped_parameters_may_lack_a_gradient_and_the_unsharded_model_is_freed(tmp_path):
-    _spawn(_swapped_unused, 2, tmp_path)
+    spawn(_swapped_unused, 2, tmp_path)
     torch.manual_seed(0)
     net = _Unused()
     optimizer = Celo2(param_groups(net), lr=1e-2)

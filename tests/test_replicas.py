@@ -1,14 +1,11 @@
 """Ranks that drift apart are found, and named alike on every rank."""
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import join, leave, spawn
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.optimizer.replicas import DriftError, checksum
-from celo2_pretrain.train.ranks import free_port
 
 
 def test_the_checksum_sees_one_bit():
@@ -22,10 +19,7 @@ def test_the_checksum_sees_one_bit():
 
 
 def _rank(rank: int, port: int, world: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    torch.manual_seed(0)
+    join(rank, port, world)
     net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
     optimizer = Celo2(net.named_parameters(), check_replicas_every=2)
     messages = []
@@ -40,13 +34,12 @@ def _rank(rank: int, port: int, world: int, folder: str) -> None:
         except DriftError as error:
             messages.append(str(error))
     torch.save(messages, f"{folder}/{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # gloo's threads now and then abort the interpreter's exit
+    leave()
 
 
 @pytest.mark.multiprocess
 def test_drift_is_found_at_the_next_check_by_all_ranks(tmp_path):
-    mp.spawn(_rank, args=(free_port(), 3, str(tmp_path)), nprocs=3)
+    spawn(_rank, 3, tmp_path)
     messages = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
     assert messages[0] == messages[1] == messages[2]
     assert [bool(m) for m in messages[0]] == [False, False, False, True, False, True]
@@ -55,10 +48,7 @@ def test_drift_is_found_at_the_next_check_by_all_ranks(tmp_path):
 
 def _hybrid(rank: int, port: int, world: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    torch.manual_seed(0)
+    join(rank, port, world)
     net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Linear(8, 4))
     fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
     optimizer = Celo2(net.named_parameters(), check_replicas_every=1, adamw_lr_multiplier=1.0)
@@ -74,13 +64,12 @@ def _hybrid(rank: int, port: int, world: int, folder: str) -> None:
         except DriftError as error:
             messages.append(str(error))
     torch.save(messages, f"{folder}/{rank}.pt")
-    dist.barrier()
-    os._exit(0)
+    leave()
 
 
 @pytest.mark.multiprocess
 def test_drift_between_replicas_of_hybrid_sharding_is_found_by_all_ranks(tmp_path):
-    mp.spawn(_hybrid, args=(free_port(), 4, str(tmp_path)), nprocs=4)
+    spawn(_hybrid, 4, tmp_path)
     messages = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(4)]
     assert messages[0] == messages[1] == messages[2] == messages[3]
     assert messages[0][:2] == ["", ""] and "1.weight: rms" in messages[0][2]
