@@ -73,8 +73,8 @@ def test_each_state_is_compared(key):
 
 
 @pytest.mark.parametrize("change,match", [
-    (lambda s: s["state"][0].update(rms=s["state"][0]["rms"].double()), "dtypes"),
-    (lambda s: s["state"][0].update(rms=s["state"][0]["rms"].bfloat16()), "dtypes"),
+    (lambda s: s["state"][0].update(rms=s["state"][0]["rms"].double()), "dtype"),
+    (lambda s: s["state"][0].update(rms=s["state"][0]["rms"].bfloat16()), "dtype"),
     (lambda s: s["state"][0].update(rms="lost"), "'rms'"),
     (lambda s: s["param_groups"][0].update(lr=float("nan")), "lr must be"),
     (lambda s: s["param_groups"][0].update(rule="adamw"), "'adamw'"),

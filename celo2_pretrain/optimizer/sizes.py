@@ -16,8 +16,9 @@ from .learned import ACCUMULATORS, Plan
 from .views import whole
 
 ADAMW = ("exp_avg", "exp_avg_sq")
-V_FULL = ("v_full_0", "v_full_1", "v_full_2")
-FLOATS = (torch.float32, torch.bfloat16)
+VECTOR = (*ACCUMULATORS, "v_full_0", "v_full_1", "v_full_2")
+WORDS = ("packed",)
+SINGLE, FLOATS, PACKED = (torch.float32,), (torch.float32, torch.bfloat16), (WORD,)
 
 
 def check_step(plans: Sequence[Plan], rule: str, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
@@ -53,33 +54,34 @@ def check_state(name: str, state: Mapping[str, Any], param: Tensor, rule: str, f
     if rule == "adamw":
         keys: tuple[str, ...] = ADAMW
     else:
-        keys = ("packed",) if "packed" in state else (*ACCUMULATORS, *(V_FULL if vector else ()))
+        keys = WORDS if "packed" in state else VECTOR if vector else ACCUMULATORS
+    dtype = None
     for key in keys:
-        _expect(name, key, state, shape)
+        value = _expect(name, key, state, shape)
+        dtype = dtype or value.dtype
+        if value.dtype != dtype or dtype not in (PACKED if keys is WORDS else FLOATS if rule == "celo2" else SINGLE):
+            raise ValueError(f"the state {key!r} of {name!r} has dtype {value.dtype}, which Celo2 does not write there: load a "
+                             "state that Celo2 saved")
     if rule == "adamw" and not (isinstance(state.get("step"), Tensor) and state["step"].numel() == 1):
         raise ValueError(f"the state of {name!r} has step={state.get('step')!r}, which must be a tensor of one element: load a "
                          "state that Celo2 saved")
-    dtypes = {local(state[key]).dtype for key in keys}
-    if len(dtypes) > 1 or not dtypes <= {WORD if keys == ("packed",) else torch.float32,
-                                         *(FLOATS if rule == "celo2" and keys != ("packed",) else ())}:
-        raise ValueError(f"the states {', '.join(keys)} of {name!r} have dtypes {sorted(map(str, dtypes))}, which Celo2 does "
-                         "not write: load a state that Celo2 saved")
     if rule == "celo2" and not vector:
         for key, columns in zip(("v_row", "v_col"), factored or (None, None)):
             there = state.get(key)
             _expect(name, key, state, (3, columns if columns is not None else getattr(there, "shape", (0, 0))[-1]))
 
 
-def _expect(name: str, key: str, state: Mapping[str, Any], shape: Sequence[int]) -> None:
+def _expect(name: str, key: str, state: Mapping[str, Any], shape: Sequence[int]) -> Tensor:
+    """The local part of a state, which has this shape and lies contiguously."""
     value = state.get(key)
     if not isinstance(value, Tensor):
         raise ValueError(f"the state of {name!r} has no {key!r}, but {sorted(map(str, state))}: it is another optimizer's, or "
-                         "was saved under another rule; load a state of the same groups (celo2_pretrain.optimizer.takeover "
-                         "converts AdamW's)")
+                         "was saved under another rule; load a state of the same groups (from_adamw converts AdamW's)")
     value = local(value)
-    if tuple(value.shape) != tuple(shape):
+    if value.shape != shape:
         raise ValueError(f"the state {key!r} of {name!r} has shape {tuple(value.shape)}, but the tensor needs "
                          f"{tuple(shape)}: load a state of the same model, made with the same param groups")
     if not value.is_contiguous():
         raise ValueError(f"the state {key!r} of {name!r} does not lie contiguously (strides {value.stride()}): make it "
                          "contiguous")
+    return value
