@@ -204,8 +204,7 @@ def test_a_step_through_a_view_is_the_step_of_the_separate_matrices(case, backen
 
 
 @pytest.mark.slow
-@each_rule
-@each_backend
+@pytest.mark.parametrize("backend,orthogonalize", [("compile", False), ("reference", True)], ids=["compile-base", "reference-celo2"])
 @each_case
 def test_a_step_is_that_of_the_separate_matrices_wherever_ranks_cut(case, backend, orthogonalize, ranks, monkeypatch):
     monkeypatch.setenv("CELO2_BACKEND", backend)
