@@ -274,6 +274,19 @@ def test_an_optimizer_can_be_copied():
     assert same(weights(net), weights(pair[0]))
 
 
+def test_a_pickle_of_an_earlier_version_goes_on():
+    net = model()
+    optimizer = Celo2(net.parameters(), lr=1e-2)
+    train(net, optimizer, range(2))
+    state = optimizer.__getstate__()
+    for key in ("_user_groups", "_accepted_keys", "_sorted", "_made", "_told_untagged"):
+        del state[key]
+    restored = Celo2.__new__(Celo2)
+    restored.__setstate__(state)
+    train(net, restored, range(2, 4))
+    assert [len(groups) for groups in restored.user_groups] == [1, 1]
+
+
 def test_matrices_spread_over_the_cores_take_the_same_step():
     """With several threads each core orthogonalises matrices of its own; the caller's thread count is left as it was."""
     def weights(threads: int) -> list[torch.Tensor]:

@@ -266,6 +266,60 @@ def test_swapped_parameters_may_lack_a_gradient_and_the_unsharded_model_is_freed
         torch.testing.assert_close(p, net.get_parameter(name).detach(), rtol=1e-4, atol=1e-5)
 
 
+def _partial(rank: int, port: int, world: int, folder: str) -> None:
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+    join(rank, port, world)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+    messages = []
+    for shape in ((6, 4), (6,)):
+        for placement, gradient in ((Replicate(), Partial()), (Shard(0), Replicate())):
+            p = nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [placement]))
+            optimizer = Celo2([p])
+            whole = torch.randn(shape)
+            p.grad = DTensor.from_local(whole, mesh, [gradient])
+            before = p.to_local().clone()
+            try:
+                optimizer.step()
+                messages.append("stepped")
+            except LayoutError as error:
+                messages.append(str(error))
+            assert torch.equal(p.to_local(), before)
+    torch.save(messages, f"{folder}/{rank}.pt")
+    leave()
+
+
+@pytest.mark.multiprocess
+def test_a_gradient_that_lies_otherwise_than_its_parameter_is_refused(tmp_path):
+    """Tensor parallelism leaves gradients that are still to be summed over its ranks."""
+    spawn(_partial, 2, tmp_path)
+    for rank in range(2):
+        messages = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert len(messages) == 4 and all("has placements" in message for message in messages), messages
+
+
+def test_reordered_tensors_keep_their_names():
+    first, second = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+    optimizer = Celo2([("first", first), ("second", second)])
+    optimizer.param_groups[0]["params"].reverse()
+    for p in (first, second):
+        p.grad = torch.randn(4, 4)
+    optimizer.step()
+    assert {id(o.param): o.name for o in optimizer._originals[0]} == {id(first): "first", id(second): "second"}
+
+
+def test_tensors_that_torch_swaps_have_no_weak_references():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        net = nn.Linear(3, 3)
+        optimizer = Celo2(net.parameters())
+        net.to(torch.bfloat16)
+        net.load_state_dict(nn.Linear(3, 3).state_dict())
+        net(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 def test_a_group_whose_tensors_were_exchanged_for_others_is_refused():
     optimizer = Celo2([("w", nn.Parameter(torch.randn(4, 5))), ("v", nn.Parameter(torch.randn(3, 3)))])
     new = nn.Parameter(torch.randn(6, 6))

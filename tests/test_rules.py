@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, Phi3Config
 
 from celo2_pretrain import Celo2, param_groups, register
-from celo2_pretrain.optimizer.rules import table, tag_of
+from celo2_pretrain.optimizer.rules import table, tag_model, tag_of
 from celo2_pretrain.optimizer.views import MatrixView
 
 
@@ -238,3 +238,42 @@ def test_the_table_shows_every_kind_of_tensor():
     assert "transformer.h.*.attn.c_attn.weight" in text and "3 parts of 12" in text
     assert "frozen" in text and text.splitlines()[-1].startswith("parameters: ")
     assert all(len(line) < 130 for line in text.splitlines())
+
+
+class _Layer(nn.Module):
+    """A layer with names that elsewhere are those of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.proj, self.head = nn.Linear(16, 64), nn.Linear(64, 16), nn.Linear(16, 16)
+
+
+def test_layers_in_a_sequential_are_no_heads_however_large_an_embedding_of_positions_is():
+    net = nn.Module()
+    net.tokens, net.wpe = nn.Embedding(100, 16), nn.Embedding(64, 16)
+    net.blocks, net.out = nn.Sequential(_Layer(), _Layer()), nn.Linear(16, 100)
+    tag_model(net)
+    assert {name: tag_of(p).kind for name, p in net.named_parameters() if p.ndim == 2} == {
+        "tokens.weight": "embedding", "wpe.weight": "embedding", "out.weight": "head",
+        **{f"blocks.{k}.{name}.weight": "hidden" for k in (0, 1) for name in ("fc", "proj", "head")}}
+
+
+def test_a_head_has_as_many_outputs_as_the_vocabulary_whatever_its_inputs():
+    net = nn.Module()
+    net.embed, net.rnn = nn.Embedding(100, 16), nn.LSTM(16, 32)
+    net.decoder, net.value = nn.Linear(32, 100), nn.Linear(32, 1)
+    tag_model(net)
+    assert tag_of(net.decoder.weight).kind == "head" and tag_of(net.value.weight).kind == "vector"
+
+
+def test_bare_matrices_with_short_names_are_matrices():
+    """LoRA's factors and hand-written projections, not the A and D of a state space model or learned queries."""
+    net = nn.Module()
+    for name in ("A", "B", "query", "key", "value", "alpha_matrix"):
+        setattr(net, name, nn.Parameter(torch.randn(8, 8)))
+    tag_model(net)
+    assert {tag_of(p).kind for p in net.parameters()} == {"hidden"}
+    net.dt_proj = nn.Linear(8, 8)
+    del net.key
+    tag_model(net)
+    assert tag_of(net.A).kind == "vector" and tag_of(net.query).kind == "embedding"

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.optimizer import celo2
+from celo2_pretrain.optimizer.rules import TAG, Tag
 from celo2_pretrain.optimizer.sizes import check_step
+from celo2_pretrain.optimizer.views import MatrixView
 
 RULES = {"adamw": {"rule": "adamw"}, "celo2": {"rule": "celo2"}, "celo2_base": {"rule": "celo2", "orthogonalize": False}}
 STATE_DTYPES = ("fp32", "bf16", "fp8")
@@ -78,7 +80,8 @@ def test_each_state_is_compared(key):
     (lambda s: s["state"][0].update(rms="lost"), "'rms'"),
     (lambda s: s["param_groups"][0].update(lr=float("nan")), "lr must be"),
     (lambda s: s["param_groups"][0].update(rule="adamw"), "'adamw'"),
-    (lambda s: s["param_groups"][0].update(betas=(0.9, 0.95)), "'betas'"),
+    (lambda s: s["state"][0].update(v_row=s["state"][0]["v_row"].bfloat16()), "'v_row'.* must be float32"),
+    (lambda s: s["theta"].update(w0=torch.zeros(2)), "w0"),
     (lambda s: s["state"].update({7: {}}), "7"),
 ])
 def test_a_damaged_state_is_refused_when_it_is_loaded(change, match):
@@ -130,6 +133,26 @@ def test_a_state_that_was_exchanged_is_refused_at_the_step(rule, state_dtype):
         refused_without_a_change(optimizer, optimizer.step, "blocks.0.weight")
         optimizer.state[param][key] = value
     optimizer.step()
+
+
+def test_a_state_on_another_device_is_refused_at_the_step():
+    param, optimizer = stepped((8, 16), "celo2")
+    kept = optimizer.state[param]["momentum_0"]
+    optimizer.state[param]["momentum_0"] = kept.to("meta")
+    param.grad = torch.randn(8, 16)
+    with pytest.raises(ValueError, match="'momentum_0' of 'blocks.0.weight' is on meta, the parameter on cpu"):
+        optimizer.step()
+
+
+def test_a_state_of_an_earlier_version_that_read_other_matrices_is_refused():
+    """Sizes alone don't tell: Q, K, V of each head have as many rows and columns as three matrices."""
+    param = nn.Parameter(torch.randn(12, 5))
+    setattr(param, TAG, Tag("qkv", "hidden", "celo2", MatrixView(transpose=True, split=(2, 2, 2), repeats=2)))
+    optimizer = Celo2([param])
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state)
+    del state["param_groups"][0]["adamw_weight_decay"]
+    refused_without_a_change(optimizer, lambda: optimizer.load_state_dict(state), "earlier version, which read 'qkv'.*save_state")
 
 
 def test_one_bad_tensor_stops_the_whole_step():

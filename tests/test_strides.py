@@ -98,6 +98,16 @@ def test_an_expanded_gradient_takes_the_step_of_its_copy(rule, backend, shape, m
                        stepped(p.clone(), [g.contiguous() for g in gradients], rule, "fp32", None))
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_that_is_negated_by_a_bit_takes_the_step_of_its_copy(rule, backend, monkeypatch):
+    monkeypatch.setenv("CELO2_BACKEND", backend)
+    p, gradients = torch.randn(6, 10), [torch.randn(6, 10) for _ in range(2)]
+    views = [torch.complex(torch.zeros(6, 10), -g).conj().imag for g in gradients]
+    assert all(view.is_neg() and torch.equal(view, g) for view, g in zip(views, gradients))
+    assert torch.equal(stepped(p.clone(), views, rule, "fp32", None), stepped(p.clone(), gradients, rule, "fp32", None))
+
+
 @pytest.mark.parametrize("rule", ["celo2", "celo2_base"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("view", [MatrixView(transpose=True, split=(2, 4)), MatrixView(transpose=True),

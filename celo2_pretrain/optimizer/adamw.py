@@ -23,7 +23,7 @@ def adamw_step(group: dict[str, Any], params: list[Tensor], state: dict[Tensor, 
     """
     held = [local(p).detach() for p in params]
     whole = [p.contiguous() for p in held]  # p itself where it is that already
-    grads = [local(p.grad).contiguous() for p in params]
+    grads = [local(p.grad).resolve_neg().contiguous() for p in params]
     states = [state[p] for p in params]
     backend = backend_for(whole[0].device)
     if backend.name == "triton" and any(p.dtype != torch.float32 for p in whole):

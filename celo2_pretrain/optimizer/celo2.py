@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..weights import load_weights
 from .adamw import adamw_step
-from .groups import Sorted, check_keys, check_options, named_in_config, named_tensors, refuse_other_length, report
-from .layouts import (Layout, LayoutError, Original, called_to_initialize, flattened_by_fsdp1, local, locate, refuse_unknown)
+from .groups import IGNORED, Assignment, check_keys, check_options, named_in_config, named_tensors, refuse_other_length, report
+from .layouts import (Layout, LayoutError, Original, called_to_initialize, check_gradient, flattened_by_fsdp1, local, locate,
+                      refuse_unknown)
 from .learned import LearnedStep, Plan, factored_sizes, init_state, make_plan, reduce
 from .names import canonical_names
 from .reference import MLP
@@ -111,7 +112,7 @@ class Celo2(torch.optim.Optimizer):
         self._mlps: dict[torch.device, MLP] = {}
         self._user_groups: list[list[int]] = []  # numbers of the groups that each of the user's became
         self._accepted_keys: set[str] = set()  # of groups
-        self._sorted: list[Sorted] = []
+        self._sorted: list[Assignment] = []
         self._made = self._stepped = self._warned = self._told_idle = self._told_untagged = False
         if isinstance(params, (set, frozenset)):
             raise TypeError("parameters need an order that is the same in every run: pass a list, not a set")
@@ -121,7 +122,7 @@ class Celo2(torch.optim.Optimizer):
             newton_schulz=newton_schulz, newton_schulz_dtype=newton_schulz_dtype, adamw_betas=tuple(adamw_betas),
             adamw_eps=adamw_eps))
         self._made = True
-        self._told_untagged = report(self._sorted, aloud=named_in_config())
+        self._told_untagged = report(self._sorted, any(x.tagged for x in self._sorted), printed=named_in_config())
         enroll(type(self))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,6 +131,15 @@ class Celo2(torch.optim.Optimizer):
                 "_originals", "_user_groups", "_accepted_keys", "_sorted", "_made", "_stepped", "_warned", "_told_idle",
                 "_told_untagged")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in kept}, "_plans": OrderedDict(), "_mlps": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also of pickles of earlier versions, which kept less."""
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it; no option of a group here
+        missing = {"_user_groups": [[number] for number in range(len(self.__dict__["param_groups"]))], "_accepted_keys": set(),
+                   "_sorted": [], "_made": True, "_told_untagged": False}
+        for key, value in missing.items():
+            self.__dict__.setdefault(key, value)
 
     # ---- parameter groups -------------------------------------------------------------------------------------
 
@@ -164,6 +174,9 @@ class Celo2(torch.optim.Optimizer):
         named, by_user = named_tensors(param_group["params"], offset=sum(len(known) for known in self._originals.values()))
         forms = canonical_names(name for name, _ in named)
         later = len(self._sorted)
+        known = {id(param) for group in self.__dict__["param_groups"] for param in group["params"]}
+        if twice := next((name for name, param in named if id(param) in known), None):
+            raise ValueError(f"{twice!r} is in another param group already: give each parameter once")
         split: dict[tuple[str, bool], list[tuple[str, Original, Tensor]]] = {}
         for name, param in named:
             tag = tag_of(param)
@@ -177,7 +190,7 @@ class Celo2(torch.optim.Optimizer):
             if rule == "celo2":
                 original.view.blocks(original.shape)  # a view that doesn't fit is refused here
             split.setdefault((rule, rule == "celo2" and len(shape) < 2), []).append((name, original, param))
-            self._sorted.append(Sorted(original.name, shape, rule, tag is not None, "rule" in given))
+            self._sorted.append(Assignment(original.name, shape, rule, tag is not None, "rule" in given))
         self._user_groups.append([])
         for rule, vectors in [(rule, vectors) for rule, vectors in (("celo2", False), ("celo2", True), ("adamw", False))
                               if (rule, vectors) in split] or [(options.get("rule") or "adamw", False)]:
@@ -185,7 +198,7 @@ class Celo2(torch.optim.Optimizer):
             self._add_group({**options, "rule": rule} | (
                 {"param_names": [name for name, _, _ in members]} if by_user else {}), members)
         if self._made and not self._told_untagged:
-            self._told_untagged = report(self._sorted[later:])
+            self._told_untagged = report(self._sorted[later:], any(x.tagged for x in self._sorted))
 
     def _add_group(self, options: dict[str, Any], members: list[tuple[str, Original, Tensor]]) -> None:
         groups = self.__dict__["param_groups"]
@@ -234,9 +247,8 @@ class Celo2(torch.optim.Optimizer):
                 self._accepted_keys |= group.keys()
             params = [p for p in group["params"] if p.grad is not None and p.numel()]
             if params:
-                for param in params:
-                    if param.grad.is_sparse:
-                        raise ValueError("Celo2 doesn't support sparse gradients; use sparse=False in the embedding")
+                for number, param in enumerate(params):
+                    check_gradient(f"tensor {number} of param group {group['group']}", param)
                 ready.append((group, params, self._plan(group, params)))
         if not ready and not self._told_idle:
             self._told_idle = True
@@ -317,16 +329,16 @@ class Celo2(torch.optim.Optimizer):
 
         def take(_: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
             """What the user's own hooks gave, less the states, which torch would cast."""
-            taken.update(saved, states=self._check_saved(saved))
-            # A group of an earlier version has one decay for all of its tensors.
-            groups = [{"adamw_weight_decay": None, **group, "group": number}
+            taken.update(states=self._check_saved(saved), theta=load_weights(saved["theta"]) if "theta" in saved else None)
+            # A group of an earlier version has one decay for all of its tensors, and perhaps options that were ignored.
+            groups = [{"adamw_weight_decay": None, **{key: x for key, x in group.items() if key not in IGNORED}, "group": number}
                       for number, group in enumerate(saved["param_groups"])]
             return {"state": {}, "param_groups": groups}
 
         def put(_: Any) -> None:
             for param, entry in taken["states"]:
                 self._restore(param, entry)
-            if "theta" in taken:
+            if taken["theta"] is not None:
                 self._restore_theta(taken["theta"])
             self._stepped = True
 
@@ -350,9 +362,14 @@ class Celo2(torch.optim.Optimizer):
             if theirs.get("rule") != ours["rule"]:
                 raise ValueError(f"param group {ours['group']} of the state has rule {theirs.get('rule')!r}, of the optimizer "
                                  f"{ours['rule']!r}: it is another optimizer's state, or its groups were made otherwise")
-            check_keys(theirs)
+            if ignored := sorted(theirs.keys() & set(IGNORED)):
+                logger.warning("the state's param group %d has %s, on which Celo2 does not act: dropped", ours["group"], ignored)
             check_options({**self.defaults, **theirs})
             originals = self._originals[ours["group"]]
+            reread = [original.name for original in originals if original.view.repeats > 1]
+            if reread and ours["rule"] == "celo2" and "adamw_weight_decay" not in theirs:
+                raise ValueError(f"the state is of an earlier version, which read {reread[0]!r} as other matrices ({len(reread)} "
+                                 "such): write it by save_state with that version, and load it by load_state")
             for place, (number, param) in enumerate(zip(theirs["params"], ours["params"])):
                 entry = states.pop(number, None)
                 if not entry:
@@ -376,8 +393,7 @@ class Celo2(torch.optim.Optimizer):
         if "step" in entry and "v_row" in entry:  # read in every step: it must not lie on a GPU
             entry["step"] = entry["step"].cpu()
 
-    def _restore_theta(self, saved: Mapping[str, Tensor]) -> None:
-        theta = load_weights(saved)
+    def _restore_theta(self, theta: MLP) -> None:
         if any(not torch.equal(a, b) for a, b in zip(theta, self.mlp)):
             logger.warning("the restored state was made with other weights (theta) than the optimizer was given; "
                            "going on with the restored ones")

@@ -1,4 +1,4 @@
-"""Parameter groups at the door: which options they may have, and what a user is told of how they were split."""
+"""Which options a param group may have, and what a user is told of how groups were split by rule."""
 from __future__ import annotations
 
 import difflib
@@ -25,7 +25,8 @@ CONSTRUCTOR_ONLY = ("weights", "nonfinite", "check_replicas_every", "state_dtype
 # Keys on which other optimizers act; ignoring one would train otherwise than the user asked.
 OTHERS = {"betas": "adamw_betas (AdamW's tensors)", "eps": "adamw_eps (AdamW's tensors)"} | dict.fromkeys(
     ("momentum", "nesterov", "amsgrad", "maximize", "use_muon", "fused", "foreach", "capturable", "differentiable", "ns_steps",
-     "dampening", "alpha", "rho", "momentum_decay", "decoupled_weight_decay", "trust_coefficient"), "")
+     "beta1", "beta2", "bias_correction", "dampening", "alpha", "rho", "momentum_decay", "decoupled_weight_decay", "trust_coefficient"), "")
+IGNORED = (*OTHERS, *CONSTRUCTOR_ONLY)  # dropped from a saved group: earlier versions did not refuse them
 OUR_PREFIXES = ("adamw_", "newton_")
 ALIASES = {"learning_rate": "lr", "wd": "weight_decay"}
 # Where torch and DeepSpeed compare a list with the groups, and what they call it there.
@@ -111,8 +112,8 @@ def decay_of(group: Mapping[str, Any], hidden: bool) -> float:
 
 
 @dataclass
-class Sorted:
-    """How a tensor came to its rule."""
+class Assignment:
+    """Which rule a tensor got, and by what."""
 
     name: str
     shape: tuple[int, ...]
@@ -133,8 +134,10 @@ def first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def report(tensors: Sequence[Sorted], aloud: bool = False) -> bool:
-    """Log on the first rank what is stepped by what; returns whether that was a warning. `aloud`: or else print it.
+def report(tensors: Sequence[Assignment], some_tagged: bool, printed: bool = False) -> bool:
+    """Log on the first rank what is stepped by what; returns whether that was a warning.
+
+    Args: some_tagged: whether any tensor of the optimizer is. printed: print it where it is no warning.
 
     It is a warning where matrices have neither a tag nor a group that names their rule: embeddings and heads can't be told
     from hidden matrices then. So it is where no tensor has two dims, since a wrapper may have flattened them.
@@ -142,26 +145,28 @@ def report(tensors: Sequence[Sorted], aloud: bool = False) -> bool:
     if not tensors or not first_rank():
         return False
     learned = sum(x.rule == "celo2" for x in tensors)
-    summary = f"Celo2: {_count(learned, 'matrix', 'matrices')}, AdamW: {_count(len(tensors) - learned, 'tensor', 'tensors')}"
-    if any(x.rule == "celo2" and len(x.shape) < 2 for x in tensors):
-        summary = summary.replace(" matrices,", " tensors,").replace(" matrix,", " tensor,")
+    nouns = ("tensor", "tensors")
+    vectors = any(x.rule == "celo2" and len(x.shape) < 2 for x in tensors)
+    summary = (f"Celo2: {_count(learned, *(nouns if vectors else ('matrix', 'matrices')))}, "
+               f"AdamW: {_count(len(tensors) - learned, *nouns)}")
     unknown = [x for x in tensors if not x.tagged and not x.explicit]
     matrices = [x for x in unknown if len(x.shape) >= 2]
     remedy = "make the groups by param_groups(model), or call register(model) right before the optimizer is made"
-    if matrices and any(x.tagged for x in tensors):
-        logger.warning("%s. %s not tagged, so an embedding or a head among them gets the rule of hidden matrices: %s; %s",
+    if matrices and some_tagged:
+        logger.warning("%s. %s not tagged, so an embedding, a head or a fused projection among them is stepped as one hidden "
+                       "matrix: %s; %s",
                        summary, _count(len(matrices), "matrix is", "matrices are"), _names(matrices), remedy)
         return True
     if matrices:
-        logger.warning("%s. No tensor is tagged, so embeddings and heads can't be told from hidden matrices and get their "
-                       "rule: %s", summary, remedy)
+        logger.warning("%s. No tensor is tagged, so embeddings, heads and fused projections are stepped as hidden matrices: %s",
+                       summary, remedy)
         return True
     if unknown and all(len(x.shape) < 2 for x in tensors):
         largest = max(unknown, key=lambda x: prod(x.shape))
         logger.warning("%s. No tensor has two dims (the largest: %s): if a wrapper flattened them, make the optimizer before "
                        "it does, or use FSDP2 or ZeRO", summary, _names([largest]))
         return True
-    if aloud:
+    if printed:
         print(summary, flush=True)
     logger.info(summary)
     return False
@@ -171,7 +176,7 @@ def _count(number: int, one: str, more: str) -> str:
     return f"{number} {one if number == 1 else more}"
 
 
-def _names(tensors: Sequence[Sorted], most: int = 4) -> str:
+def _names(tensors: Sequence[Assignment], most: int = 4) -> str:
     some = ", ".join(f"{x.name!r} {tuple(x.shape)}" for x in tensors[:most])
     return some + (f" and {len(tensors) - most} more" if len(tensors) > most else "")
 

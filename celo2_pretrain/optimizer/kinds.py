@@ -11,12 +11,13 @@ from .places import Place, is_layer_list, matrix_sizes, places, shape_of
 # What output layers are called. Inside of layers these names mean other things (a router's `classifier`).
 HEAD = re.compile(r"(?!pre_)(.*_)?(lm_heads?|heads?|classifier|score|logits?)|embed_out|output_layer|unembed(ding)?|"
                   r"qa_outputs|seq_relationship")
+COUNTED = re.compile(r"pos|wpe|type|segment|time|step")  # embeddings of what no model puts out
 # Bare parameters (held by no nn.Embedding, nn.Linear, …) that are looked up or added, and multiply nothing.
 EMBEDDING = re.compile(r"(?!.*(proj|kernel|weight)$)(.*_)?(embed|emb$|pos_|rel_pos|position|token|cls|latents?$|probe|prompt|"
-                       r"codevectors|codebook).*|.*(embed(ding)?s?|emb|table)|query|queries")
+                       r"codevectors|codebook).*|.*(embed(ding)?s?|emb|table)")
 # Bare parameters that act elementwise: biases, gains, and the decay and skip of state space models.
-ELEMENTWISE = re.compile(r"(?!.*(proj|kernel|weight)$).*(bias|scale|gamma|beta|sink|lambda|temperature|alpha).*|"
-                         r"A_logs?|A|Ds?|rpb|time_(mix|decay|first).*")
+ELEMENTWISE = re.compile(r"(?!.*(proj|kernel|weight|matrix)$).*(bias|scale|gamma|beta|sink|lambda|temperature|alpha).*|"
+                         r"A_logs?|rpb|time_(mix|decay|first).*")
 
 
 def kinds(model: nn.Module) -> dict[int, str]:
@@ -39,7 +40,12 @@ def _kind(place: Place, heads: set[int]) -> str:
             return "embedding"
         if EMBEDDING.fullmatch(place.leaf) or (len(shape) > 2 and shape[0] == 1):  # the same for the whole batch
             return "embedding"
+        if place.leaf in ("query", "queries") and not hasattr(module, "key"):  # learned queries, not a projection
+            return "embedding"
         if ELEMENTWISE.fullmatch(place.leaf) or "Norm" in type(module).__name__:
+            return "vector"
+        if place.leaf in ("A", "D", "Ds") and any(name.startswith(("dt_", "A_log")) for name in (
+                *module._parameters, *module._modules)):  # of a state space model; LoRA calls its factors A and B
             return "vector"
     if isinstance(module, nn.modules.conv._ConvNd):
         group = module.out_channels // module.groups
@@ -58,9 +64,10 @@ def _heads(model: nn.Module, found: list[Place]) -> set[int]:
     named += [parameter for name, module in model.named_modules() for parameter in _list_of_heads(name, module)]
     heads = {id(param) for output in outputs for param in output.parameters() if len(shape_of(param)) > 1}
     heads |= {id(param) for param in named if len(shape_of(param)) > 1}
-    vocabularies = {shape_of(m.weight) for m in modules if isinstance(m, nn.Embedding)}
+    vocabularies = {module.num_embeddings for name, module in model.named_modules()
+                    if isinstance(module, nn.Embedding) and not COUNTED.search(name.rsplit(".", 1)[-1])}
     heads |= {id(place.param) for place in found if isinstance(place.module, nn.Linear) and not place.in_layer
-              and place.shape in vocabularies and place.shape[0] > place.shape[1]}
+              and len(place.shape) == 2 and place.shape[0] in vocabularies and place.shape[0] > place.shape[1]}
     if not heads:
         last = _last_linear(model)
         heads = {id(last.weight)} if last is not None else set()

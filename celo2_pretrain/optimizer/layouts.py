@@ -35,8 +35,11 @@ class Original:
     """A parameter as the user gave it: what the optimizer remembers for when a wrapper replaces it.
 
     A plain tensor is held weakly: a wrapper that needs it (DeepSpeed) keeps it alive, and one that doesn't (FSDP2) can free
-    the unsharded model. A DTensor stays in the group, and `module.to` can't move one that has weak references.
+    the unsharded model. Others, such as DTensors, stay in the group; `module.to` swaps them, which torch refuses for a
+    tensor with weak references.
     """
+
+    hidden = True  # in pickles of earlier versions
 
     def __init__(self, param: Tensor, name: str, view: MatrixView, hidden: bool = True) -> None:
         """`hidden`: whether it is a hidden matrix, as far as weight decay goes."""
@@ -52,7 +55,8 @@ class Original:
 
     @param.setter
     def param(self, param: Tensor | None) -> None:
-        self._param = (lambda: param) if param is None or isinstance(param, DTensor) else TensorWeakRef(param)
+        swapped = type(param) not in (Tensor, torch.nn.Parameter) or torch.__future__.get_swap_module_params_on_conversion()
+        self._param = (lambda: param) if swapped else TensorWeakRef(param)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle, which keep one tensor one tensor: the groups have it, too."""
@@ -140,9 +144,10 @@ def adopt(originals: Sequence[Original], held: Sequence[Tensor]) -> None:
     """
     if len(held) != len(originals):
         return
+    present = {id(original.param) for original in originals}
     for original, param in zip(originals, held):
         known = original.param
-        if known is not param and (known is None or isinstance(param, DTensor)) and whole(tuple(param.shape)) == original.shape:
+        if id(param) not in present and (known is None or isinstance(param, DTensor)) and whole(tuple(param.shape)) == original.shape:
             original.param = param
 
 
@@ -183,6 +188,16 @@ def refuse_unknown(name: str, param: Tensor) -> None:
         if getattr(param, mark, False):
             raise LayoutError(f"{name!r} is split by tensor parallelism ({mark}); Celo2 supports data-parallel "
                               "sharding (ZeRO 0-3, FSDP2) only")
+
+
+def check_gradient(name: str, param: Tensor) -> None:
+    """Raise for a gradient that isn't this rank's part of the whole one: ValueError, LayoutError."""
+    if param.grad.is_sparse:
+        raise ValueError("Celo2 doesn't support sparse gradients; use sparse=False in the embedding")
+    ours, theirs = (getattr(x, "placements", None) for x in (param, param.grad))
+    if ours != theirs:
+        raise LayoutError(f"{name!r} has placements {ours}, its gradient {theirs}: tensor parallelism leaves gradients that are "
+                          "not summed over its ranks; Celo2 supports data-parallel sharding (ZeRO 0-3, FSDP2) only")
 
 
 def flattened_by_fsdp1() -> bool:

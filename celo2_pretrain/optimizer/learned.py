@@ -274,8 +274,8 @@ def _tensors(held: Slice, state: Mapping[str, Tensor], step: int | None) -> Tens
 
     `step`: the storage's step count where its accumulators are rounded stochastically.
     """
-    # `contiguous` first: `reshape` alone gives a view with gaps where all strides allow it.
-    flat = lambda x: held.of(local(x).detach().contiguous().view(-1))  # noqa: E731
+    # `reshape` would give a view with gaps where all strides allow it; kernels would not see the bit that negates a view.
+    flat = lambda x: held.of(local(x).detach().resolve_neg().contiguous().view(-1))  # noqa: E731
     several = lambda key: [flat(state[f"{key}_{k}"]) for k in range(3)] if f"{key}_0" in state else []  # noqa: E731
     packed = "packed" in state
     keys: tuple[int, ...] = ()

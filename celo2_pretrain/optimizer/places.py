@@ -32,7 +32,7 @@ class Place:
         projection: what the module that uses it calls it, wrappers left out ("q_proj"). A bare parameter: its own name.
         owner: the module that uses it (the attention). A bare parameter: the module that holds it.
         config: of the owner, or of the nearest module above that has one; None where there is none.
-        in_layer: the parameter belongs to one of many equal layers (an `nn.ModuleList` is above it).
+        in_layer: the parameter belongs to one of several layers: in an `nn.ModuleList`, or beside others of its class.
     """
 
     name: str
@@ -122,7 +122,13 @@ def places(model: nn.Module) -> Iterator[Place]:
             projection, owner = above[-1], modules[".".join(above[:-1])]
         chain = [modules[".".join(above[:depth])] for depth in range(len(above) + 1)]
         config = next((m.config for m in (owner, *reversed(chain)) if getattr(m, "config", None) is not None), None)
-        yield Place(name, param, module, projection, owner, config, any(is_layer_list(m) for m in chain[:-1]))
+        in_layer = any(is_layer_list(above) or _one_of_several(above, below) for above, below in zip(chain, chain[1:-1]))
+        yield Place(name, param, module, projection, owner, config, in_layer or len(chain) > 1 and is_layer_list(chain[-2]))
+
+
+def _one_of_several(above: nn.Module, layer: nn.Module) -> bool:
+    """Whether `layer` has a sibling of its class; two towers may both be an `nn.Sequential`."""
+    return not isinstance(layer, nn.Sequential) and sum(type(child) is type(layer) for child in above.children()) > 1
 
 
 def _is_matrix_layer(module: nn.Module) -> bool:

@@ -49,7 +49,7 @@ def check_state(name: str, state: Mapping[str, Any], param: Tensor, rule: str, f
         param: what the optimizer steps: a tensor, or a flat partition of several.
         factored: columns of v_row and of v_col under the learned rule, (0, 0) for vectors; None where that isn't known.
     """
-    shape = local(param).shape
+    there = local(param)
     vector = rule == "celo2" and (not any(factored) if factored else "v_row" not in state)
     if rule == "adamw":
         keys: tuple[str, ...] = ADAMW
@@ -57,7 +57,7 @@ def check_state(name: str, state: Mapping[str, Any], param: Tensor, rule: str, f
         keys = WORDS if "packed" in state else VECTOR if vector else ACCUMULATORS
     dtype = None
     for key in keys:
-        value = _expect(name, key, state, shape)
+        value = _expect(name, key, state, there.shape, there.device)
         dtype = dtype or value.dtype
         if value.dtype != dtype or dtype not in (PACKED if keys is WORDS else FLOATS if rule == "celo2" else SINGLE):
             raise ValueError(f"the state {key!r} of {name!r} has dtype {value.dtype}, which Celo2 does not write there: load a "
@@ -67,12 +67,14 @@ def check_state(name: str, state: Mapping[str, Any], param: Tensor, rule: str, f
                          "state that Celo2 saved")
     if rule == "celo2" and not vector:
         for key, columns in zip(("v_row", "v_col"), factored or (None, None)):
-            there = state.get(key)
-            _expect(name, key, state, (3, columns if columns is not None else getattr(there, "shape", (0, 0))[-1]))
+            if columns is None:
+                columns = getattr(state.get(key), "shape", (0,))[-1]
+            if _expect(name, key, state, (3, columns), there.device).dtype != torch.float32:
+                raise ValueError(f"the state {key!r} of {name!r} has dtype {state[key].dtype}, which must be float32")
 
 
-def _expect(name: str, key: str, state: Mapping[str, Any], shape: Sequence[int]) -> Tensor:
-    """The local part of a state, which has this shape and lies contiguously."""
+def _expect(name: str, key: str, state: Mapping[str, Any], shape: Sequence[int], device: torch.device) -> Tensor:
+    """The local part of a state, which has this shape and lies contiguously on this device."""
     value = state.get(key)
     if not isinstance(value, Tensor):
         raise ValueError(f"the state of {name!r} has no {key!r}, but {sorted(map(str, state))}: it is another optimizer's, or "
@@ -81,6 +83,9 @@ def _expect(name: str, key: str, state: Mapping[str, Any], shape: Sequence[int])
     if value.shape != shape:
         raise ValueError(f"the state {key!r} of {name!r} has shape {tuple(value.shape)}, but the tensor needs "
                          f"{tuple(shape)}: load a state of the same model, made with the same param groups")
+    if value.device != device:
+        raise ValueError(f"the state {key!r} of {name!r} is on {value.device}, the parameter on {device}: move the model before "
+                         "the optimizer takes a step, or load the state again")
     if not value.is_contiguous():
         raise ValueError(f"the state {key!r} of {name!r} does not lie contiguously (strides {value.stride()}): make it "
                          "contiguous")
