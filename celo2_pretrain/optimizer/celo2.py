@@ -325,10 +325,11 @@ class Celo2(torch.optim.Optimizer):
         States that were saved in another `state_dtype` are converted; hooks run as torch's do. Raises ValueError, before
         anything is changed, where groups differ from those that were saved, or a state is not of its tensor's shape.
         """
+        # torch's method runs the hooks and puts the groups in place. It gets no states, which it would cast: the last hook
+        # before it takes them, the first one after it puts them back.
         taken: dict[str, Any] = {}
 
         def take(_: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
-            """What the user's own hooks gave, less the states, which torch would cast."""
             taken.update(states=self._check_saved(saved), theta=load_weights(saved["theta"]) if "theta" in saved else None)
             # A group of an earlier version has one decay for all of its tensors, and perhaps options that were ignored.
             groups = [{"adamw_weight_decay": None, **{key: x for key, x in group.items() if key not in IGNORED}, "group": number}

@@ -64,8 +64,8 @@ def _gate_up(place: Place) -> Parts:
     return _columns_of_two(place) if getattr(place.owner, "is_concatenated", True) is False else _halves(place)
 
 
-def _keys_values(place: Place) -> Parts:
-    """GPT-2's cross attention has the query elsewhere."""
+def _cross_attention(place: Place) -> Parts:
+    """K and V; GPT-2's cross attention has its query elsewhere."""
     return _halves(place) if place.size("is_cross_attention") else Parts(())
 
 
@@ -96,8 +96,7 @@ def _falcon(place: Place) -> Parts:
 
 
 def _gpt_bigcode(place: Place) -> Parts:
-    queries, keys, head_dim = place.heads
-    return _qkv(place) if place.size("multi_query") else Parts((head_dim,) * 3, queries, head_dim)
+    return _qkv(place) if place.size("multi_query") else _qkv_of_each_head(place)
 
 
 def _codegen(place: Place) -> Parts:
@@ -154,6 +153,7 @@ def _mla_values(place: Place) -> Parts:
     return Parts((keys, values), place.heads[0], keys if keys == values else 0)
 
 
+QKV = "qkv|qkv_proj|Wqkv|c_attn|W_pack|att_proj|qkv_linear"
 # The first fact whose sizes fit decides.
 FUSED = (
     # One class, one cut
@@ -162,7 +162,7 @@ FUSED = (
     Fact("MiniMaxLightningAttention", "qkv_proj", _qkv_of_each_head),
     Fact("FalconAttention", "query_key_value", _falcon),
     Fact("GPTBigCodeAttention", "c_attn", _gpt_bigcode),
-    Fact("*Attention", "c_attn", _keys_values),
+    Fact("*Attention", "c_attn", _cross_attention),
     Fact("GptOssExperts", "gate_up_proj", _columns_of_two),
     Fact("CodeGenAttention", "qkv_proj", _codegen),
     Fact("SelfAttention", "query_key_value", _chatglm),
@@ -187,8 +187,8 @@ FUSED = (
     Fact("*Mamba*|Bamba*|FalconH1*", "in_proj", _mamba2),
     Fact("*Mamba*", "in_proj", lambda p: Parts((p.size("intermediate_size", "d_inner"),) * 2)),
     Fact("*Mamba*", "x_proj|x_proj_weight", _mamba_states),
-    Fact("*", "qkv|qkv_proj|Wqkv|c_attn|W_pack|att_proj|qkv_linear", _qkv),
-    Fact("*", "qkv|qkv_proj|Wqkv|c_attn|W_pack|att_proj|qkv_linear", lambda p: Parts((_in(p),) * 3)),
+    Fact("*", QKV, _qkv),
+    Fact("*", QKV, lambda p: Parts((_in(p),) * 3)),
     Fact("*", "gate_up_proj", _gate_up),
     Fact("*", "to_kv", _halves),
 )

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from ..kernels.packed import WORD
 from .layouts import local
-from .learned import ACCUMULATORS, Plan
+from .learned import Plan
+from .state_files import element_keys
 from .views import whole
 
-ADAMW = ("exp_avg", "exp_avg_sq")
-VECTOR = (*ACCUMULATORS, "v_full_0", "v_full_1", "v_full_2")
+# What there is for each element, behind the parameter.
+ADAMW = element_keys("adamw", vector=False)[1:]
+MATRIX = element_keys("celo2", vector=False)[1:]
+VECTOR = element_keys("celo2", vector=True)[1:]
 WORDS = ("packed",)
 SINGLE, FLOATS, PACKED = (torch.float32,), (torch.float32, torch.bfloat16), (WORD,)
 
@@ -52,9 +55,9 @@ def check_state(name: str, state: Mapping[str, Any], param: Tensor, rule: str, f
     there = local(param)
     vector = rule == "celo2" and (not any(factored) if factored else "v_row" not in state)
     if rule == "adamw":
-        keys: tuple[str, ...] = ADAMW
+        keys = ADAMW
     else:
-        keys = WORDS if "packed" in state else VECTOR if vector else ACCUMULATORS
+        keys = WORDS if "packed" in state else VECTOR if vector else MATRIX
     dtype = None
     for key in keys:
         value = _expect(name, key, state, there.shape, there.device)
