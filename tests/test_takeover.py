@@ -248,5 +248,5 @@ def test_a_celo2_state_is_not_taken_for_adamws(tmp_path):
     save_state(optimizer, tmp_path / "celo2")
     with pytest.raises(StateError, match="is a Celo2 state already"):
         from_adamw(tmp_path / "celo2", tmp_path / "out", optimizer)
-    with pytest.raises(StateError, match="takeover"):
+    with pytest.raises(StateError, match="to_adamw convert"):
         load_state(named_adamw(build()), tmp_path / "celo2")
