@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..weights import load_weights
 from .adamw import adamw_step
+from .finite import nonfinite
 from .groups import IGNORED, Assignment, check_keys, check_options, named_in_config, named_tensors, refuse_other_length, report
 from .layouts import (Layout, LayoutError, Original, called_to_initialize, check_gradient, flattened_by_fsdp1, local, locate,
                       refuse_unknown)
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 NONFINITE = ("error", "skip", "ignore")
 MULTIPLIER = 20.0  # of AdamW's rate, the paper's
 FAST_ADAMW = 0.02  # the paper's highest rate of AdamW's tensors, 20 x 1e-3; above it runs end worse (docs/stability.md)
-LARGEST = torch.finfo(torch.float32).max ** 0.5  # gradients from here on have no square, and their norm is infinite
 PLANS = 16  # kept for each group: where other tensors lack a gradient in each step (routed experts), they would pile up
 
 
@@ -423,27 +423,6 @@ class Celo2(torch.optim.Optimizer):
         if device not in self._mlps:
             self._mlps[device] = MLP(*(x.to(device) for x in self.mlp))
         return self._mlps[device]
-
-
-def nonfinite(tensors: Sequence[Tensor]) -> Tensor:
-    """Which tensors (on one device) have a NaN or Inf, or a value whose square is none of float32's: (tensors,) bool.
-
-    One pass over them; on a GPU a few launches for all.
-    """
-    held = [k for k, x in enumerate(tensors) if x.numel()]
-    flags = torch.zeros(len(tensors), dtype=torch.bool, device=tensors[0].device)
-    if not held:
-        return flags
-    some = [tensors[k] for k in held]
-    if flags.device.type == "cpu":
-        largest = torch.stack([torch.stack(torch.aminmax(x)).abs().amax() for x in some])
-    else:
-        largest = torch.stack(torch._foreach_norm(some, float("inf")))
-    bad = ~(largest < LARGEST)  # NaN isn't smaller than anything
-    if len(held) == len(tensors):
-        return bad
-    flags[held] = bad
-    return flags
 
 
 def _zeros_like(param: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

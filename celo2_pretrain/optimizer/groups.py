@@ -25,7 +25,8 @@ CONSTRUCTOR_ONLY = ("weights", "nonfinite", "check_replicas_every", "state_dtype
 # Keys on which other optimizers act; ignoring one would train otherwise than the user asked.
 OTHERS = {"betas": "adamw_betas (AdamW's tensors)", "eps": "adamw_eps (AdamW's tensors)"} | dict.fromkeys(
     ("momentum", "nesterov", "amsgrad", "maximize", "use_muon", "fused", "foreach", "capturable", "differentiable", "ns_steps",
-     "beta1", "beta2", "bias_correction", "dampening", "alpha", "rho", "momentum_decay", "decoupled_weight_decay", "trust_coefficient"), "")
+     "beta1", "beta2", "bias_correction", "dampening", "alpha", "rho", "momentum_decay", "decoupled_weight_decay",
+     "trust_coefficient"), "")
 IGNORED = (*OTHERS, *CONSTRUCTOR_ONLY)  # dropped from a saved group: earlier versions did not refuse them
 OUR_PREFIXES = ("adamw_", "newton_")
 ALIASES = {"learning_rate": "lr", "wd": "weight_decay"}

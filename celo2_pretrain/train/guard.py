@@ -15,7 +15,7 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from celo2_pretrain.optimizer.celo2 import LARGEST, nonfinite
+from celo2_pretrain.optimizer.finite import LARGEST, nonfinite
 from celo2_pretrain.train import checkpoint
 from celo2_pretrain.train.choose import newest_good, read_state, trouble
 from celo2_pretrain.train.config import Config
