@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up if needed and runs the tests; arguments go to pytest, e.g. `launch/test.sh -m "not slow"`.
+# Sets up if needed and runs the tests; `--everything` runs the slow ones, too. Other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
@@ -7,6 +7,4 @@ source launch/setup.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # several ranks share the cores in many tests
 export TOKENIZERS_PARALLELISM=false
 if ! nvidia-smi >/dev/null 2>&1; then export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"; fi
-# Many tests start several processes that meet over the network; on a busy machine one may come too late. A test that
-# fails is tried once more, and the summary names it (RERUN).
-exec python -m pytest -q --reruns 1 -rR "$@"
+exec python -m pytest -q --numprocesses 2 --dist loadfile --durations 15 "$@"

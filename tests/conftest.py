@@ -9,9 +9,47 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import warm
 
 DATA = Path(__file__).parent / "data"
+MOST_CPU_SECONDS = 20.0  # of a test without the mark `slow`
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--everything", action="store_true", help="run the tests that are marked slow, too")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Leave out what is marked slow, unless asked for by `--everything`, `-m`, or the test's own name."""
+    if config.getoption("everything") or config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def pytest_collection_finish(session) -> None:
+    """Let the process that all others are forked from import while the first tests run."""
+    option = session.config.option
+    runs_no_tests = option.collectonly or (getattr(option, "numprocesses", 0) and not hasattr(session.config, "workerinput"))
+    if not runs_no_tests and any(item.get_closest_marker("multiprocess") or "data" in item.fixturenames for item in session.items):
+        warm.start()
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that the tests in it have started and waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system + sum(warm.cpu_seconds.values())
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item):
+    """A test that computes for more than 20 seconds has the mark `slow`. Seconds of computing don't depend on what else runs."""
+    before = cpu_seconds()
+    outcome = yield
+    spent = cpu_seconds() - before
+    if outcome.excinfo is None and spent > MOST_CPU_SECONDS and not item.get_closest_marker("slow"):
+        outcome.force_exception(AssertionError(f"{item.nodeid} computed for {spent:.0f} s: mark it slow, or make it smaller"))
 
 
 def mapped_buffers() -> set[str]:

@@ -6,7 +6,7 @@ import shlex
 import tomllib
 from pathlib import Path
 
-from processes import ROOT
+from support.processes import ROOT
 
 from celo2_pretrain import cli
 

@@ -1,18 +1,15 @@
 """The benchmark scripts run, and what they count is what happens."""
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.processes import run_script
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], cwd=BENCHMARKS, capture_output=True, text=True, timeout=1500,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS.parent)})
+def run(script: str, *arguments: str) -> str:
+    done = run_script(BENCHMARKS / script, *arguments, folder=BENCHMARKS)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

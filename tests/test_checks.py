@@ -4,7 +4,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from processes import ROOT, environment, torchrun
+from support.processes import ROOT, environment, torchrun
 
 from celo2_pretrain import param_groups
 from celo2_pretrain.cli import main

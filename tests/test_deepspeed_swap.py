@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import on_ranks
+from support.processes import on_ranks
 from swap_worker import unsharded
 
 from celo2_pretrain import Celo2

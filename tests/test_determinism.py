@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT, drive
+from support.processes import ROOT, drive
 
 from celo2_pretrain.optimizer.state_files import StateReader, element_keys
 from celo2_pretrain.train.metrics import read_metrics

@@ -1,14 +1,12 @@
 """Every block of Python, JSON or YAML in README.md, docs/ and the weights' card runs, or is read, as it is printed."""
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import docs_worker
 import pytest
 import torch
 import yaml
-from processes import ROOT, environment
+from support.processes import ROOT, run_script
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.train.config import load_config
@@ -29,8 +27,7 @@ def with_code() -> list[Path]:
 
 @pytest.mark.parametrize("page", with_code(), ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_as_it_is_printed(page, tmp_path):
-    result = subprocess.run([sys.executable, WORKER, page], cwd=tmp_path, env=environment(), capture_output=True, text=True,
-                            timeout=300)
+    result = run_script(WORKER, str(page), folder=tmp_path)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
 
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from processes import ROOT
+from support.processes import ROOT
 from shell_commands import commands, problem
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from processes import drive
+from support.processes import drive
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.data.loader import Windows

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import drive
+from support.processes import drive
 
 from celo2_pretrain.train.metrics import read_metrics
 

@@ -1,43 +1,60 @@
 """Is the sharded step the unsharded step? The whole matrix on 2 ranks, parts of it on 1, 3 and 4 and by each backend.
 
+By default every pair of settings on 2 ranks, and a share of the rest that the commit chooses (`support/share.py`).
 docs/equivalence.md says what is compared; `python -m tests.equivalence` runs everything and prints the table.
 """
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from equivalence.cells import (Cell, PRECISIONS, STAGES, covering_cells, extra_cells, few_cells, from_name, matching,
-                               product_cells, valid_cells)
-from equivalence.launch import Result, run_cells
+from equivalence.cells import (Cell, PRECISIONS, STAGES, extra_cells, few_cells, from_name, half_of_the_cells, matching, pairs,
+                               pairwise_cells, product_cells, valid_cells)
+from equivalence.launch import Result, World
+from support.share import share_of_this_commit
+
+EVERYTHING = [(world, "", cell) for world, part in ((1, few_cells), (2, valid_cells), (3, half_of_the_cells), (4, few_cells))
+              for cell in part()] + [(2, "reference", cell) for cell in few_cells()]
+DEFAULT = [(2, "", cell) for cell in pairwise_cells()] + share_of_this_commit(EVERYTHING, 16)
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    """Gives the ranks for so many ranks and a backend; they live on from test to test, one world at a time."""
+    alive: dict[tuple[int, str], World] = {}
+
+    def world(ranks: int, backend: str) -> World:
+        if (ranks, backend) not in alive:
+            while alive:
+                alive.popitem()[1].end()
+            alive[ranks, backend] = World(ranks, backend=backend)
+        return alive[ranks, backend]
+
+    yield world
+    while alive:
+        alive.popitem()[1].end()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("ranks, backend, cell", [
+    pytest.param(*case, id=f"{case[0]}-{case[1]}-{case[2].name}", marks=() if case in DEFAULT else pytest.mark.slow)
+    for case in EVERYTHING])
+def test_sharded_step_is_the_unsharded_step(worlds, ranks, backend, cell):
+    assert worlds(ranks, backend).run(cell).failures() == []
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("world, part", [(1, few_cells), (2, valid_cells), (3, covering_cells), (4, few_cells)])
-def test_sharded_step_is_the_unsharded_step(world, part):
-    all_hold(run_cells(world, part()), part(), world)
-
-
-@pytest.mark.slow
-@pytest.mark.multiprocess
-def test_sharded_step_is_the_unsharded_step_in_plain_torch():
-    all_hold(run_cells(2, few_cells(), backend="reference"), few_cells(), 2)
-
-
-@pytest.mark.slow
-@pytest.mark.multiprocess
-def test_sharded_step_is_the_unsharded_step_by_the_triton_kernels():
+@pytest.mark.parametrize("name, flipped", [("zero2,fp32,acc4,allreduce,offload", False), ("zero3,bf16,acc1,rs", True)])
+def test_sharded_step_is_the_unsharded_step_by_the_triton_kernels(worlds, name, flipped):
     """In the interpreter, which needs most of a minute for a cell. In these two every param group is orthogonalised once."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    cells = [from_name("zero2,fp32,acc4,allreduce,offload"), from_name("zero3,bf16,acc1,rs")]
-    assert {cell.flipped for cell in cells} == {False, True}
-    all_hold(run_cells(2, cells, backend="triton"), cells, 2)
+    assert from_name(name).flipped == flipped
+    assert worlds(2, "triton").run(from_name(name)).failures() == []
 
 
-def all_hold(results: list[Result], cells: list[Cell], world: int) -> None:
-    assert [result.cell for result in results] == cells
-    failed = [f"{result.cell.name}: {'; '.join(result.failures())}" for result in results if result.failures()]
-    assert not failed, f"{len(failed)} of {len(cells)} cells fail on {world} ranks:\n" + "\n".join(failed)
+def test_every_cell_of_the_matrix_is_run_by_some_commit():
+    assert set(EVERYTHING) == {case for number in range(16) for case in share_of_this_commit(EVERYTHING, 16, number)}
+    assert {cell for ranks, backend, cell in EVERYTHING if ranks == 2 and not backend} == set(valid_cells())
 
 
 def test_every_invalid_cell_says_why_in_one_line():
@@ -51,14 +68,11 @@ def test_no_two_cells_share_a_name():
     assert all(from_name(cell.name) == cell for cell in cells)
 
 
-def test_covering_part_has_every_pair_of_settings():
+def test_parts_of_the_matrix_have_every_pair_of_settings():
     """Any two settings that occur together in a valid cell occur together in the part, too."""
-    def pairs(cells):
-        words = [cell.name.split(",") for cell in cells]
-        return {(a, b) for names in words for a in names for b in names}
-
-    assert pairs(covering_cells()) == pairs(valid_cells())
-    assert len(covering_cells()) < 0.7 * len(valid_cells())
+    for part, most in ((half_of_the_cells(), 0.7), (pairwise_cells(), 0.25)):
+        assert pairs(part) == pairs(valid_cells()) and len(part) < most * len(valid_cells())
+    assert set(pairwise_cells()) <= {cell for ranks, _, cell in DEFAULT if ranks == 2}
 
 
 def test_the_few_cells_have_every_stage_precision_and_setting_of_the_product():

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import ROOT, environment
+from support.processes import ROOT, environment
 
 from celo2_pretrain.train.ranks import free_port
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import deepspeed, environment, torchrun
+from support.processes import deepspeed, environment, torchrun
 
 from celo2_pretrain import cli
 from celo2_pretrain.train import failures, loop

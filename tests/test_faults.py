@@ -3,8 +3,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from processes import command, deepspeed, drive
-from running import Driver
+from support.processes import deepspeed, drive
+from support.running import Driver
 
 from celo2_pretrain.train.metrics import read_metrics
 
@@ -35,9 +35,9 @@ def arguments(data: str, run: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_signal_saves_and_exits_with_75_and_the_run_goes_on_as_if_nothing_was(data, tmp_path, whole, how):
     run = tmp_path / "run"
-    with Driver(command("train", *arguments(data, run))) as driver:
+    with Driver("train", *arguments(data, run)) as driver:
         driver.read_until("step      2/")
-        driver.process.send_signal(getattr(signal, how))
+        driver.send(getattr(signal, how))
         assert driver.end() == 75, driver.output
     assert f"{how}: finishing the step, then saving" in driver.output and "Traceback" not in driver.output
     assert f"to go on: celo2-pretrain train --resume {run}" in driver.output
@@ -50,24 +50,24 @@ def test_signal_saves_and_exits_with_75_and_the_run_goes_on_as_if_nothing_was(da
 
 
 def test_signal_before_the_first_step_ends_the_run_with_75(data, tmp_path):
-    with Driver(command("train", *arguments(data, tmp_path / "run"))) as driver:
+    with Driver("train", *arguments(data, tmp_path / "run")) as driver:
         driver.read_until("training: ")
-        driver.process.send_signal(signal.SIGTERM)
+        driver.send(signal.SIGTERM)
         assert driver.end() == 75, driver.output
     assert "Traceback" not in driver.output
 
 
 def test_second_interrupt_ends_at_once(data, tmp_path):
-    with Driver(command("train", *arguments(data, tmp_path / "run"))) as driver:
+    with Driver("train", *arguments(data, tmp_path / "run")) as driver:
         driver.read_until("training: ")
         for _ in range(2):
-            driver.process.send_signal(signal.SIGINT)
+            driver.send(signal.SIGINT)
         assert driver.end() in (130, 75), driver.output  # 75 where the first was obeyed before the second came
 
 
 def test_stop_file_stops_all_ranks_through_the_launcher(data, tmp_path):
     run = tmp_path / "run"
-    with Driver(deepspeed(*arguments(data, run), ranks=2)) as driver:
+    with Driver(line=deepspeed(*arguments(data, run), ranks=2)) as driver:
         driver.read_until("step      2/")
         (run / "STOP").touch()
         assert driver.end() == 75, driver.output

@@ -20,7 +20,7 @@ from celo2_pretrain.optimizer.finite import nonfinite
 from celo2_pretrain.optimizer.rules import TAG, Tag
 from celo2_pretrain.optimizer.views import MatrixView
 from celo2_pretrain.weights import load_weights
-from processes import ROOT, environment
+from support.processes import ROOT, environment
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

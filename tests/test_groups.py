@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from processes import join, leave, spawn
+from support.processes import join, leave, spawn
 from torch import nn
 from torch.optim import lr_scheduler
 

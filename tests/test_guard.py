@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from guard_worker import BAD, BAD_STEP, STEPS
-from processes import on_ranks
+from support.processes import on_ranks
 
 from celo2_pretrain.train import guard as guards
 from celo2_pretrain.train.config import Config, Train

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import drive
+from support.processes import drive
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.train import flops, origin, trackers

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import environment
+from support.processes import environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 

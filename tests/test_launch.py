@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import ROOT, environment
+from support.processes import ROOT, environment
 
 from celo2_pretrain.train.config import load_config
 from celo2_pretrain.train.errors import UserError

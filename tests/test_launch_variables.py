@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from processes import ROOT, environment
+from support.processes import ROOT, environment
 
 from celo2_pretrain import cli
 from celo2_pretrain.train import hostfile

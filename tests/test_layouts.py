@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from processes import join, leave, spawn
+from support.processes import join, leave, spawn
 from torch import nn
 
 from celo2_pretrain import Celo2, param_groups

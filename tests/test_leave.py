@@ -2,7 +2,7 @@
 import subprocess
 import sys
 
-from processes import environment
+from support.processes import environment
 
 LEAVE = """
 import sys, threading, time

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from processes import environment
+from support.processes import environment
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.meta import config, estimators, evolution, images, inner, rule, tasks, train

@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import on_ranks
+from support.processes import on_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 

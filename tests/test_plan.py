@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from processes import ROOT, on_ranks
+from support.processes import ROOT, on_ranks
 
 from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.cli import main

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from processes import environment
+from support.processes import environment
 
 import celo2_pretrain
 from celo2_pretrain import Celo2, register

@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from processes import join, leave, spawn
+from support.processes import join, leave, spawn
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.optimizer.replicas import DriftError, checksum

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import command, environment
+from support.processes import command, environment
 from test_failures import SMALL
 
 from celo2_pretrain.cli import main

@@ -3,7 +3,7 @@ import math
 from pathlib import Path
 
 import pytest
-from processes import drive
+from support.processes import drive
 
 from celo2_pretrain.train.config import Schedule, Train, accumulation_steps, load_config
 from celo2_pretrain.train.errors import UserError

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import drive
+from support.processes import drive
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.data.loader import Windows

@@ -3,7 +3,7 @@ import subprocess
 import sys
 
 import pytest
-from processes import ROOT, environment
+from support.processes import ROOT, environment
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import deepspeed.comm as dist
 import pytest
-from processes import drive
+from support.processes import drive
 
 from celo2_pretrain.optimizer.state import StateError
 from celo2_pretrain.train import checkpoint, choose, failures, manifest, staging

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import on_ranks
+from support.processes import on_ranks
 from state_worker import batch, build, celo2, train
 
 from celo2_pretrain import Celo2

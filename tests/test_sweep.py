@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from running import default_signals
+from support.warm import default_signals
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.train.metrics import read_metrics

@@ -8,8 +8,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from processes import command, environment
-from running import default_signals
+from support.processes import command, environment
+from support.warm import default_signals
 
 from celo2_pretrain.cli import main
 

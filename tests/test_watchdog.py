@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from processes import ROOT, environment
+from support.processes import ROOT, environment
 
 from celo2_pretrain.train.config import load_config
 from celo2_pretrain.train.memory import explained

@@ -5,7 +5,7 @@ import argparse
 import sys
 import time
 
-from .cells import covering_cells, extra_cells, few_cells, matching, product_cells, valid_cells
+from .cells import extra_cells, few_cells, half_of_the_cells, matching, pairwise_cells, product_cells, valid_cells
 from .launch import Result, run_cells
 from .limits import TOLERANCE
 
@@ -15,7 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--world", default="1,2,3,4", help="numbers of ranks, comma-separated (default %(default)s)")
     parser.add_argument("--filter", default="", help="only cells with all of these words, e.g. zero3,bf16")
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--part", action="store_true", help="only the covering part of the matrix")
+    part.add_argument("--half", action="store_true", help="only half of the matrix")
+    part.add_argument("--pairwise", action="store_true", help="only so many cells that every pair of settings is among them")
     part.add_argument("--few", action="store_true", help="only a cell of each stage and precision")
     parser.add_argument("--backend", default="", choices=("compile", "reference", "triton"),
                         help="what computes the passes; triton in its interpreter, which is slow (default: CELO2_BACKEND)")
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         worlds = [int(word) for word in args.world.split(",")]
         if any(not 1 <= world <= 64 for world in worlds):
             raise ValueError(f"--world wants numbers from 1 to 64, got {args.world!r}")
-        some = covering_cells() if args.part else few_cells() if args.few else valid_cells()
+        some = (half_of_the_cells() if args.half else pairwise_cells() if args.pairwise else few_cells() if args.few
+                else valid_cells())
         cells = matching(some, args.filter)
         if not cells:
             raise ValueError(f"no valid cell matches --filter {args.filter}")
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{world} ranks: {len(results) - bad} of {len(results)} cells hold ({time.monotonic() - began:.0f} s)",
               flush=True)
     print("\n" + summary(everything))
-    if not args.filter and not args.part and not args.few:
+    if cells == valid_cells():
         reasons: dict[str, int] = {}
         for cell in product_cells() + extra_cells():
             if cell.invalid():

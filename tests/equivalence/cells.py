@@ -102,8 +102,8 @@ def valid_cells() -> list[Cell]:
     return [cell for cell in product_cells() + extra_cells() if not cell.invalid()]
 
 
-def covering_cells() -> list[Cell]:
-    """A part of the matrix for when there is no time for all of it: half of the product, with every pair of settings.
+def half_of_the_cells() -> list[Cell]:
+    """A part of the matrix for a further number of ranks: half of the product, with every pair of settings.
 
     A cell is taken where the number of its options that are on (accumulation, all-reduce, offload, zero.Init) is
     odd or even by turns of stage and precision; ZeRO 0, FSDP2 and the extra cells are taken whole.
@@ -115,6 +115,20 @@ def covering_cells() -> list[Cell]:
         return (on + STAGES.index(cell.stage) + PRECISIONS.index(cell.precision)) % 2 == 0
 
     return [cell for cell in valid_cells() if taken(cell)]
+
+
+def pairs(cells: list[Cell]) -> set[tuple[str, str]]:
+    """Any two settings that occur together in one of the cells."""
+    return {pair for cell in cells for pair in product(cell.name.split(","), repeat=2)}
+
+
+def pairwise_cells() -> list[Cell]:
+    """The smallest part that a greedy search finds in which every pair of settings of the matrix occurs."""
+    missing, chosen = pairs(valid_cells()), []
+    while missing:
+        chosen.append(max(valid_cells(), key=lambda cell: len(pairs([cell]) & missing)))
+        missing -= pairs(chosen[-1:])
+    return chosen
 
 
 def few_cells() -> list[Cell]:

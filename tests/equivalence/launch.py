@@ -1,4 +1,4 @@
-"""Starts the ranks of one world size, collects their results, and ends them when they hang."""
+"""The ranks of one world size: they live for many cells, and are ended and started anew when one crashes or hangs."""
 from __future__ import annotations
 
 import json
@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 from celo2_pretrain.train.ranks import free_port
 
@@ -21,7 +21,7 @@ from .limits import allowed
 STALL = 180.0  # seconds that a cell may take on a machine that is busy otherwise
 START = 240.0  # seconds until the first result: imports, and DeepSpeed's JIT-built communication op
 INTERPRETER = 10  # times as long where Triton interprets its kernels
-MOST_RESTARTS = 8
+MOST_BREAKDOWNS = 9
 TESTS = Path(__file__).parent.parent
 
 
@@ -44,96 +44,107 @@ class Result:
 
 def run_cells(world: int, cells: list[Cell], *, backend: str = "", mutation: str = "", device: str = "cpu",
               start: float = START, stall: float = STALL, progress: Callable[[Result], None] = lambda result: None) -> list[Result]:
-    """Run `cells` on `world` ranks, each in a process of its own that lives for all of them.
-
-    After a crash or a hang the rest goes on in new processes; a hang is nothing for `start` (the first cell) or `stall`
-    seconds. `backend`: CELO2_BACKEND for them, on the CPU "triton" in Triton's interpreter; "" leaves it as it is.
-    `mutation` breaks the optimizer (`mutations.py`).
-    """
-    if backend == "triton" and device == "cpu":
-        start, stall = INTERPRETER * start, INTERPRETER * stall
-    results: list[Result] = []
-    left = list(cells)
-    for _ in range(MOST_RESTARTS + 1):
-        if not left:
-            break
-        ranks = Ranks(world, left, backend, mutation, device, start, stall)
-        try:
-            for result in ranks.results():
-                results.append(result)
-                progress(result)
-        finally:
-            ranks.end()
-        done = {result.cell for result in results}
-        left = [cell for cell in left if cell not in done]
-    for cell in left:
-        results.append(Result(cell, broke=f"not run: {MOST_RESTARTS + 1} sets of processes broke down before it"))
-        progress(results[-1])
+    """The results of `cells` on one `World`; `progress` is called with each. After MOST_BREAKDOWNS the rest is not run."""
+    ranks, results = World(world, backend=backend, mutation=mutation, device=device, start=start, stall=stall), []
+    try:
+        for cell in cells:
+            broken = sum(bool(result.broke) for result in results)
+            results.append(ranks.run(cell) if broken < MOST_BREAKDOWNS else
+                           Result(cell, broke=f"not run: {broken} sets of processes broke down before it"))
+            progress(results[-1])
+    finally:
+        ranks.end()
     return results
 
 
-class Ranks:
-    """The processes of one world."""
+class World:
+    """Processes, one for each rank, that run cells one after the other.
 
-    def __init__(self, world: int, cells: list[Cell], backend: str, mutation: str, device: str, start: float, stall: float
-                 ) -> None:
-        self.cells, self.lines, self.start, self.stall = cells, queue.Queue(), start, stall
-        order = json.dumps({"cells": [cell.name for cell in cells], "mutation": mutation, "timeout": stall,
-                            "launcher": os.getpid(), "device": device})
-        port = free_port()
+    Args:
+        world: the number of ranks.
+        backend: CELO2_BACKEND for them, on the CPU "triton" in Triton's interpreter; "" leaves it as it is.
+        mutation: breaks the optimizer (`mutations.py`).
+        device: "cpu" or "cuda".
+        start, stall: seconds without a word, in the first cell of these processes and later, after which a cell hangs.
+    """
+
+    def __init__(self, world: int, *, backend: str = "", mutation: str = "", device: str = "cpu", start: float = START,
+                 stall: float = STALL) -> None:
+        times = INTERPRETER if backend == "triton" and device == "cpu" else 1
+        self.start, self.stall = times * start, times * stall
+        self.world, self.backend, self.mutation, self.device = world, backend, mutation, device
+        self.processes: list[subprocess.Popen] = []
+        self.logs: list = []
+
+    def run(self, cell: Cell) -> Result:
+        """The result of a cell. One that crashes or hangs ends the processes, and the next gets new ones."""
+        limit = self.stall if self.processes else self.start
+        if not self.processes:
+            self._start()
+        result = self._ask(cell, limit)
+        if result.broke:
+            self._kill()
+        return result
+
+    def end(self) -> None:
+        """Let the processes end, and end those that don't."""
+        for process in self.processes:
+            process.stdin.close()
+        for process in self.processes:
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                break
+        self._kill()
+
+    def _start(self) -> None:
+        port, self.lines = free_port(), queue.Queue()
         # The children import what this process imports, wherever it was started.
         path = os.pathsep.join([str(TESTS), *(entry for entry in sys.path if entry)])
-        self.logs, self.processes = [], []
-        for rank in range(world):
-            env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank if device == "cpu" else 0), "WORLD_SIZE": str(world),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                   "DS_ACCELERATOR": device, "PYTHONPATH": path}
-            env |= {"CELO2_BACKEND": backend} if backend else {}
-            env |= {"TRITON_INTERPRET": "1"} if backend == "triton" and device == "cpu" else {}
+        order = json.dumps({"mutation": self.mutation, "timeout": self.stall, "launcher": os.getpid(), "device": self.device})
+        for rank in range(self.world):
+            env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank if self.device == "cpu" else 0),
+                   "WORLD_SIZE": str(self.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                   "DS_ACCELERATOR": self.device, "PYTHONPATH": path}
+            env |= {"CELO2_BACKEND": self.backend} if self.backend else {}
+            env |= {"TRITON_INTERPRET": "1"} if self.backend == "triton" and self.device == "cpu" else {}
             self.logs.append(tempfile.TemporaryFile("w+"))
-            process = subprocess.Popen([sys.executable, "-m", "equivalence.worker"], env=env, text=True,
+            process = subprocess.Popen([sys.executable, "-m", "equivalence.worker", order], env=env, text=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.logs[-1])
             self.processes.append(process)
-            process.stdin.write(order)
-            process.stdin.close()
-            threading.Thread(target=self._read, args=(process,), daemon=True).start()
+            threading.Thread(target=self._read, args=(process, self.lines), daemon=True).start()
 
-    def _read(self, process: subprocess.Popen) -> None:
+    @staticmethod
+    def _read(process: subprocess.Popen, lines: queue.Queue) -> None:
         for line in process.stdout:
-            self.lines.put(line)
-        self.lines.put("")  # this rank has nothing more to say
+            lines.put(line)
+        lines.put("")  # this rank has nothing more to say
 
-    def results(self) -> Any:
-        """Yield the result of each cell that comes to an end, and one for the cell that breaks the ranks."""
-        running, limit = self.cells[0], self.start
-        number, talking = 0, len(self.processes)
-        while number < len(self.cells):
-            try:
-                line = self.lines.get(timeout=limit)
-            except queue.Empty:
-                yield Result(running, broke=f"hangs: nothing for {limit:.0f} s; " + self._tails())
-                return
-            if not line:
-                talking -= 1
-                if talking == 0 or self._crashed():
-                    yield Result(running, broke=f"a rank ended: {self._tails()}")
-                    return
-                continue
-            record = json.loads(line)
-            if record["event"] == "error":
-                yield Result(running, broke=record["what"])
-                return
-            if record["event"] == "start":
-                running = self.cells[number]
-                continue
-            limit = self.stall
-            number += 1
-            yield Result(running, {kind: tuple(pair) for kind, pair in record["errors"].items()},
-                         seconds=record["seconds"])
+    def _ask(self, cell: Cell, limit: float) -> Result:
+        try:
+            for process in self.processes:
+                process.stdin.write(cell.name + "\n")
+                process.stdin.flush()
+            line = self.lines.get(timeout=limit)
+            if not line:  # a rank ended; another that reports its error is heard first
+                time.sleep(1.0)
+                line = next(iter([text for text in self._waiting() if text]), "")
+        except queue.Empty:
+            return Result(cell, broke=f"hangs: nothing for {limit:.0f} s; " + self._tails())
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            return Result(cell, broke=f"a rank ended: {self._tails()}")
+        record = json.loads(line)
+        if record["event"] == "error":
+            return Result(cell, broke=record["what"])
+        return Result(cell, {kind: tuple(pair) for kind, pair in record["errors"].items()}, seconds=record["seconds"])
 
-    def _crashed(self) -> bool:
-        time.sleep(1.0)  # a rank that reports its error is heard first
-        return self.lines.empty() and any(process.poll() not in (None, 0) for process in self.processes)
+    def _waiting(self) -> list[str]:
+        found = []
+        while not self.lines.empty():
+            found.append(self.lines.get())
+        return found
 
     def _tails(self) -> str:
         tails = []
@@ -144,15 +155,10 @@ class Ranks:
             tails.append(f"rank {rank} (exit {self.processes[rank].poll()}): {lines[-1] if lines else 'silent'}")
         return "; ".join(tails)
 
-    def end(self) -> None:
+    def _kill(self) -> None:
         for process in self.processes:
-            try:
-                process.wait(timeout=10 if process.poll() is None and not self._unfinished() else 0.1)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
         for log in self.logs:
             log.close()
-
-    def _unfinished(self) -> bool:
-        return any(process.poll() not in (None, 0) for process in self.processes)
+        self.processes, self.logs = [], []

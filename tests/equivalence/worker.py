@@ -1,6 +1,6 @@
-"""One rank of the matrix: runs the cells that standard input names, one after the other, in one process group.
+"""One rank of the matrix: runs the cells that standard input names, a line each, in one process group.
 
-Started by `launch.py`. Rank 0 prints a line of JSON before and after each cell. A cell that raises ends the process:
+Started by `launch.py`. Rank 0 prints a line of JSON after each cell. A cell that raises ends the process:
 the other ranks may be waiting in a collective that this one will never enter.
 """
 from __future__ import annotations
@@ -33,7 +33,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def main() -> None:
-    order = json.load(sys.stdin)
+    order = json.loads(sys.argv[1])
     threading.Thread(target=end_with_parent, args=(order["launcher"],), daemon=True).start()
     rank = int(os.environ["RANK"])
     lines = os.fdopen(os.dup(1), "w")  # what the launcher reads; everything else that is printed goes to stderr
@@ -58,8 +58,7 @@ def main() -> None:
             lines.flush()
 
     backend = os.environ.get("CELO2_BACKEND", "auto")
-    for number, name in enumerate(order["cells"]):
-        tell(event="start", cell=name)
+    for number, name in enumerate(line.rstrip("\n") for line in sys.stdin):
         # To the last bit the order of the reference, whose rounding is compared; kernels fuse multiply and add.
         os.environ["CELO2_BACKEND"] = "reference" if name.endswith(",fp8") else backend
         began = time.monotonic()
