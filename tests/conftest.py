@@ -1,4 +1,4 @@
-"""Shared by the tests: the reference trajectories of the authors' implementation (tests/data/README.md)."""
+"""Shared by the tests: the reference trajectories of the authors' implementation (tests/golden/README.md)."""
 import contextlib
 import os
 import re
@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from support import warm
+from support.paths import TESTS
 
-DATA = Path(__file__).parent / "data"
+GOLDEN = TESTS / "golden/celo2_reference.npz"
 MOST_CPU_SECONDS = 20.0  # of a test without the mark `slow`
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -83,7 +84,7 @@ def pytest_runtest_setup() -> None:
 @pytest.fixture(scope="session")
 def golden() -> dict[str, np.ndarray]:
     """All arrays of `celo2_reference.npz` by their keys, e.g. golden["celo2_official/t0/p1"]."""
-    with np.load(DATA / "celo2_reference.npz") as file:
+    with np.load(GOLDEN) as file:
         return dict(file)
 
 

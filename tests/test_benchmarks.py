@@ -1,11 +1,11 @@
 """The benchmark scripts run, and what they count is what happens."""
-from pathlib import Path
 
 import pytest
 import torch
 from support.processes import run_script
+from support.paths import ROOT
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 def run(script: str, *arguments: str) -> str:

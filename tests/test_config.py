@@ -1,15 +1,15 @@
 """A config is right or it is refused in a line that names the key, the value and what to do."""
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 import yaml
 
 from celo2_pretrain.train.config import KEYS, Config, accumulation_steps, dump_config, list_keys, load_config
 from celo2_pretrain.train.deepspeed_config import deepspeed_config
 from celo2_pretrain.train.errors import UserError
 
-CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
+CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 
 
 @pytest.mark.parametrize("argument, message", [

@@ -2,17 +2,18 @@
 import re
 from pathlib import Path
 
-import docs_worker
+from support import docs_worker
 import pytest
 import torch
 import yaml
-from support.processes import ROOT, run_script
+from support.processes import run_script
+from support.paths import ROOT, SUPPORT
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.train.config import load_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "celo2_pretrain").rglob("*.md"))]
-WORKER = Path(__file__).with_name("docs_worker.py")
+WORKER = SUPPORT / "docs_worker.py"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 TESTED = {"python", "diff", "yaml", "bash", ""}  # languages: the first three here, commands and output in test_docs_commands.py
 

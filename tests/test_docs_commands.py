@@ -2,35 +2,34 @@
 import ast
 import importlib
 import re
-from pathlib import Path
 
 import pytest
-from support.processes import ROOT
-from shell_commands import commands, problem
+from support.paths import ROOT, TESTS
+from support.shell_commands import commands, problem
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Pages whose bash blocks a test runs whole, as they are printed.
-RUN_WHOLE = {"data.md": "test_data_docs.py::test_commands_in_the_documents_run",
-             "schedules.md": "test_data_docs.py::test_commands_in_the_documents_run"}
+RUN_WHOLE = {"data.md": "data/test_data_docs.py::test_commands_in_the_documents_run",
+             "schedules.md": "data/test_data_docs.py::test_commands_in_the_documents_run"}
 # Single commands and the test that runs them, or the same with smaller numbers.
 RUN = {
-    "celo2-pretrain prepare --stdlib --out data/python": "test_data_docs.py::test_commands_in_the_documents_run",
+    "celo2-pretrain prepare --stdlib --out data/python": "data/test_data_docs.py::test_commands_in_the_documents_run",
     "deepspeed --no_local_rank --num_gpus 2 launch/pretrain.py --config configs/tiny_cpu.yaml optimizer.lr=2e-3 run_dir=runs/mine":
-        "test_driver_ranks.py",
-    "celo2-pretrain plan --config configs/gpt3_xl_1.3b.yaml --gpus 8": "test_plan.py",
-    "celo2-pretrain meta-eval --quick --theta mine=runs/meta/celo2/theta_000020.safetensors": "test_meta_eval.py",
-    "celo2-pretrain meta-select runs/meta/celo2 --steps 1500": "test_meta_train.py",
+        "train/test_driver_ranks.py",
+    "celo2-pretrain plan --config configs/gpt3_xl_1.3b.yaml --gpus 8": "plan/test_plan.py",
+    "celo2-pretrain meta-eval --quick --theta mine=runs/meta/celo2/theta_000020.safetensors": "meta/test_meta_eval.py",
+    "celo2-pretrain meta-select runs/meta/celo2 --steps 1500": "meta/test_meta_train.py",
     **{f"DS_ACCELERATOR=cpu deepspeed --num_gpus {ranks} examples/{name}.py":
        "test_examples.py::test_the_swapped_example_trains_with_celo2_and_ends_below_adamw"
        for name, ranks in (("hf_trainer", 1), ("accelerate_loop", 1), ("deepspeed_loop", 2))},
     "celo2-pretrain eval runs/tiny_cpu --json runs/tiny_cpu/eval.json":
-        "test_score.py::test_eval_counts_every_token_once_and_the_bytes_they_stand_for",
+        "model/test_score.py::test_eval_counts_every_token_once_and_the_bytes_they_stand_for",
     "celo2-pretrain generate runs/tiny_cpu --prompt \"def main\" --tokens 100":
-        "test_driver.py::test_generate_continues_the_prompt",
+        "train/test_driver.py::test_generate_continues_the_prompt",
     "celo2-pretrain export runs/tiny_cpu --out exported --dtype bfloat16":
-        "test_score.py::test_the_exported_model_has_equal_logits_and_the_tokenizer_the_same_ids",
+        "model/test_score.py::test_the_exported_model_has_equal_logits_and_the_tokenizer_the_same_ids",
     "celo2-pretrain eval runs/tiny_cpu --tasks mine --task-folder my_tasks --limit 20":
-        "test_score.py::test_tasks_are_scored_by_the_harness_on_the_exported_model",
+        "model/test_score.py::test_tasks_are_scored_by_the_harness_on_the_exported_model",
     "torchrun --nproc_per_node 2 examples/fsdp2.py":
         "test_examples.py::test_the_swapped_example_trains_with_celo2_and_ends_below_adamw",
 }
@@ -48,9 +47,9 @@ def test_commands_that_tests_run_are_in_the_pages_and_the_tests_exist():
     assert set(RUN) <= printed, set(RUN) - printed
     for where in {*RUN.values(), *RUN_WHOLE.values()}:
         file, _, name = where.partition("::")
-        assert f"def {name}" in (Path(__file__).parent / file).read_text()
+        assert f"def {name}" in (TESTS / file).read_text()
     for page, where in RUN_WHOLE.items():
-        assert page in (Path(__file__).parent / where.partition("::")[0]).read_text()
+        assert page in (TESTS / where.partition("::")[0]).read_text()
 
 
 @pytest.mark.parametrize("command, why", [

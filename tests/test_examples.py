@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.processes import ROOT, environment
+from support.processes import environment
+from support.paths import ROOT, SUPPORT
 
 from celo2_pretrain.train.ranks import free_port
 
-WORKER = Path(__file__).with_name("example_worker.py")
+WORKER = SUPPORT / "example_worker.py"
 DEEPSPEED = ["-m", "deepspeed.launcher.runner", "--log_level", "critical", "--num_gpus"]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node"]
 # Accelerate, and Trainer with it, knows one process on a CPU under DeepSpeed.

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import yaml
-from fuzz import ODD_TEXT, PATHS, cases, numbers, spoilers, values, works_or_refuses
+from support.fuzz import ODD_TEXT, PATHS, cases, numbers, spoilers, values, works_or_refuses
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -7,8 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 BUNDLED = ("celo2.safetensors", "celo2_base.safetensors", "celo2.md")
 
 

@@ -1,4 +1,4 @@
-"""Bytes on each GPU by part, as DeepSpeed 0.19 and Celo2 hold them (tests/test_plan.py compares with running engines).
+"""Bytes on each GPU by part, as DeepSpeed 0.19 and Celo2 hold them (tests/plan/test_plan.py compares with running engines).
 
 There are two moments of most memory: the backward pass (activations, gradient buckets), and the optimizer's step, when
 activations are gone but float32 gradients and the Newton–Schulz buffers are there.

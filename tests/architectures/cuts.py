@@ -1,4 +1,4 @@
-"""How tests/test_architectures.py states which matrices a tensor consists of, and checks it.
+"""How tests/optimizer/test_architectures.py states which matrices a tensor consists of, and checks it.
 
 An architecture's expectation maps a tensor's name to "embedding", "head" or "vector" (AdamW), or to a cut: a function from
 the stored tensor to the weights, (out, in), of the `nn.Linear`s that could stand in its place. A * in a name is any number,

@@ -1,4 +1,4 @@
-"""What tests/test_architectures.py expects of transformers' decoders, by hand from each model's forward."""
+"""What tests/optimizer/test_architectures.py expects of transformers' decoders, by hand from each model's forward."""
 import transformers as tf
 from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""What tests/test_architectures.py expects of transformers' encoders, state space, vision and composite models."""
+"""What tests/optimizer/test_architectures.py expects of transformers' encoders, state space, vision and composite models."""
 import transformers as tf
 from torch import Tensor
 

@@ -10,10 +10,10 @@ from typing import Callable
 import torch
 import torch.distributed as dist
 from support import warm
+from support.paths import ROOT
 
 from celo2_pretrain.train.ranks import free_port
 
-ROOT = Path(__file__).parents[2]
 
 
 def environment(**more: str) -> dict[str, str]:

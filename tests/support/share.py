@@ -3,11 +3,11 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-from pathlib import Path
 from typing import Sequence, TypeVar
 
+from support.paths import ROOT
+
 T = TypeVar("T")
-ROOT = Path(__file__).parents[2]
 
 
 def share_of_this_commit(cases: Sequence[T], shares: int, number: int | None = None) -> list[T]:

@@ -15,7 +15,8 @@ from unittest import mock
 
 import psutil
 
-TESTS = Path(__file__).parents[1]
+from support.paths import ROOT, TESTS
+
 PR_SET_PDEATHSIG = 1
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 context = multiprocessing.get_context("forkserver")
@@ -26,7 +27,7 @@ cpu_seconds: dict[int, float] = {}  # that each of these processes has computed,
 
 def start() -> None:
     """Start the process that forks, if it isn't there. Python has one for all that use "forkserver": what starts first, stays."""
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS)]), OMP_NUM_THREADS="1",
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(TESTS)]), OMP_NUM_THREADS="1",
                          DS_ACCELERATOR="cpu"):  # what it imports reads these
         ensure_running()
 
