@@ -1,7 +1,6 @@
 """The figures that the README and the weights' card show are those of the committed results."""
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 from support.paths import ROOT
