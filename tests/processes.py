@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from celo2_pretrain.train.ranks import free_port
+from celo2_pretrain.train.start.ranks import free_port
 
 ROOT = Path(__file__).parents[1]
 

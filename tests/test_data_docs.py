@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from celo2_pretrain.train.metrics import read_metrics
+from celo2_pretrain.train.record.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,7 +8,7 @@ from processes import on_ranks
 from swap_worker import unsharded
 
 from celo2_pretrain import Celo2
-from celo2_pretrain.optimizer.layouts import LayoutError
+from celo2_pretrain.optimizer.sharding.layouts import LayoutError
 
 WORKER = Path(__file__).with_name("swap_worker.py")
 

@@ -11,7 +11,7 @@ import yaml
 from processes import ROOT, environment
 
 from celo2_pretrain import Celo2
-from celo2_pretrain.train.config import load_config
+from celo2_pretrain.config import load_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "celo2_pretrain").rglob("*.md"))]
 WORKER = Path(__file__).with_name("docs_worker.py")

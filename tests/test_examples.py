@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, environment
 
-from celo2_pretrain.train.ranks import free_port
+from celo2_pretrain.train.start.ranks import free_port
 
 WORKER = Path(__file__).with_name("example_worker.py")
 DEEPSPEED = ["-m", "deepspeed.launcher.runner", "--log_level", "critical", "--num_gpus"]

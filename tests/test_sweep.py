@@ -12,7 +12,7 @@ import pytest
 from running import default_signals
 
 from celo2_pretrain.cli import main
-from celo2_pretrain.train.metrics import read_metrics
+from celo2_pretrain.train.record.metrics import read_metrics
 from celo2_pretrain.train.sweep import PAPER_GRID
 
 ROOT = Path(__file__).parents[1]
