@@ -16,9 +16,10 @@ from dataclasses import replace
 import torch
 from report import RESULTS, write_csv
 
-from celo2_pretrain.meta import inner, tasks
+from celo2_pretrain.meta import inner
 from celo2_pretrain.meta.config import MetaConfig
 from celo2_pretrain.meta.family import harness_of
+from celo2_pretrain.meta.problems import tasks
 from celo2_pretrain.meta.rule import flatten
 from celo2_pretrain.meta.train import MetaTraining
 from celo2_pretrain.weights.load import load_weights

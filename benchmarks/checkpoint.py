@@ -20,13 +20,13 @@ import deepspeed
 import torch
 from report import RESULTS, device_name, quartiles, write_csv
 
+from celo2_pretrain.config import load_config
+from celo2_pretrain.deepspeed_config import deepspeed_config
 from celo2_pretrain.model.build import build_model
-from celo2_pretrain.train import checkpoint
-from celo2_pretrain.train.config import load_config
-from celo2_pretrain.train.deepspeed_config import deepspeed_config
-from celo2_pretrain.train.evaluate import training_loss
-from celo2_pretrain.train.optim import build_optimizer
-from celo2_pretrain.train.ranks import join_ranks
+from celo2_pretrain.model.build_optimizer import build_optimizer
+from celo2_pretrain.model.loss import training_loss
+from celo2_pretrain.train.checkpoints import checkpoint
+from celo2_pretrain.train.start.ranks import join_ranks
 
 VOCABULARY = 8192
 

@@ -23,9 +23,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from celo2_pretrain import Celo2, param_groups, register
-from celo2_pretrain.optimizer.backends import backend_for
-from celo2_pretrain.optimizer.learned import LearnedStep
-from celo2_pretrain.optimizer.rules import tag_of
+from celo2_pretrain.optimizer.backends.choose import backend_for
+from celo2_pretrain.optimizer.matrices.param_groups import tag_of
+from celo2_pretrain.optimizer.step.learned import LearnedStep
 from report import RESULTS, device_name, quartiles, write_csv
 
 MODELS = {"124m": (12, 768, 12), "350m": (24, 1024, 16), "1.3b": (24, 2048, 16)}

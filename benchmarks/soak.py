@@ -21,8 +21,8 @@ from pathlib import Path
 
 import psutil
 
-from celo2_pretrain.train.metrics import read_metrics
-from celo2_pretrain.train.ranks import free_port
+from celo2_pretrain.train.record.metrics import read_metrics
+from celo2_pretrain.train.start.ranks import free_port
 from report import write_csv
 
 ROOT = Path(__file__).parents[1]

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from report import RESULTS, write_csv
 
 from celo2_pretrain import Celo2, param_groups
-from celo2_pretrain.meta.evaluation.models import GPT
-from celo2_pretrain.meta.evaluation.tasks_text import CONTEXT, corpus, language_model
-from celo2_pretrain.train.config import Schedule
+from celo2_pretrain.config import Schedule
+from celo2_pretrain.meta.evaluation.suite.models import GPT
+from celo2_pretrain.meta.evaluation.suite.text import CONTEXT, corpus, language_model
 from celo2_pretrain.train.schedule import lr_factor
 
 RISE, WINDOW = 0.3, 200  # nats a byte, steps

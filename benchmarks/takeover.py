@@ -28,9 +28,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from celo2_pretrain import Celo2, param_groups
-from celo2_pretrain.optimizer.state import load_state, save_state
-from celo2_pretrain.optimizer.takeover import from_adamw, to_adamw
-from celo2_pretrain.train.ranks import free_port
+from celo2_pretrain.optimizer.state.save_load import load_state, save_state
+from celo2_pretrain.optimizer.state.takeover import from_adamw, to_adamw
+from celo2_pretrain.train.start.ranks import free_port
 
 RESULTS = Path(__file__).parent / "results"
 CONTEXT, BATCH, WARMUP = 64, 16, 30

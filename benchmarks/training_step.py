@@ -21,7 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from celo2_pretrain import Celo2, param_groups, register
-from celo2_pretrain.train.ranks import free_port
+from celo2_pretrain.train.start.ranks import free_port
 from optimizer_step import MODELS
 from report import RESULTS, device_name, quartiles, write_csv
 

@@ -25,10 +25,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from celo2_pretrain import Celo2, param_groups
-from celo2_pretrain.optimizer.layouts import Layout, Slice
-from celo2_pretrain.optimizer.learned import LearnedStep, make_plan
+from celo2_pretrain.optimizer.sharding.layouts import Layout, Slice
+from celo2_pretrain.optimizer.step.learned import LearnedStep, make_plan
 from celo2_pretrain.plan.shards import plan_for, ranges, sent_bytes
-from celo2_pretrain.train.ranks import free_port
+from celo2_pretrain.train.start.ranks import free_port
 from report import RESULTS, write_csv
 
 

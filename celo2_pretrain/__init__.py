@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .optimizer.celo2 import Celo2
+    from .optimizer.matrices.param_groups import param_groups, table
     from .optimizer.register import register
-    from .optimizer.rules import param_groups, table
-    from .optimizer.state import load_state, save_state
-    from .optimizer.takeover import from_adamw, to_adamw
+    from .optimizer.state.save_load import load_state, save_state
+    from .optimizer.state.takeover import from_adamw, to_adamw
 
 __all__ = ["Celo2", "from_adamw", "load_state", "param_groups", "register", "save_state", "table", "to_adamw"]
 
-_MODULES = {"Celo2": "celo2", "param_groups": "rules", "table": "rules", "register": "register", "save_state": "state",
-            "load_state": "state", "from_adamw": "takeover", "to_adamw": "takeover"}
+_MODULES = {"Celo2": "celo2", "param_groups": "matrices.param_groups", "table": "matrices.param_groups", "register": "register",
+            "save_state": "state.save_load", "load_state": "state.save_load", "from_adamw": "state.takeover",
+            "to_adamw": "state.takeover"}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,11 +4,11 @@ import os
 import sys
 import threading
 
+from celo2_pretrain.common.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError, flush, say
 from celo2_pretrain.meta import command as meta_train
 from celo2_pretrain.meta.evaluation import command as meta_eval
 from celo2_pretrain.plan import command as planning
-from celo2_pretrain.train import once, restarts
-from celo2_pretrain.train.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError, flush, say
+from celo2_pretrain.train.faults import once, supervisor
 
 INTRODUCTION = """\
 Pretrain GPT-style models with Celo2, a learned optimizer, under DeepSpeed.
@@ -168,7 +168,7 @@ def run_prepare(args) -> None:
 
 
 def run_train(args) -> int | None:
-    from celo2_pretrain.train.config import list_keys, load_config
+    from celo2_pretrain.config import list_keys, load_config
 
     if args.list_keys:
         print(list_keys())
@@ -182,7 +182,7 @@ def run_train(args) -> int | None:
         # The other overrides are for the run's own configuration: beside the defaults they may be wrong.
         run_dir = load_config(None, folders).run_dir
         if args.resume != "auto":
-            from celo2_pretrain.model.export import run_config_path
+            from celo2_pretrain.train.checkpoints.export import run_config_path
 
             path = run_config_path(args.resume or run_dir)
         elif os.path.exists(os.path.join(run_dir, "config.yaml")):
@@ -191,10 +191,10 @@ def run_train(args) -> int | None:
     if path and not args.config and not folders:
         config.run_dir = os.path.dirname(path) or "."  # the folder may have been moved since
     if args.max_restarts is not None:
-        return restarts.supervise(args, config)
+        return supervisor.supervise(args, config)
     if args.launch or args.ranks:
         raise UserError("--launch and --ranks are for --max-restarts N: give it too, or start the launcher itself")
-    from celo2_pretrain.train.failures import ending_all_ranks
+    from celo2_pretrain.train.faults.failures import ending_all_ranks
     from celo2_pretrain.train.loop import train
 
     with ending_all_ranks(config.run_dir):
@@ -213,14 +213,14 @@ def run_sweep(args) -> None:
 
 
 def run_eval(args) -> None:
-    from celo2_pretrain.model import score
+    from celo2_pretrain.train import score
 
     score.evaluate(args.path, args.sequences, score.task_names(args.tasks), args.task_folder, args.limit, args.json)
 
 
 def run_generate(args) -> None:
-    from celo2_pretrain.model.export import load_trained
     from celo2_pretrain.model.sample import sample
+    from celo2_pretrain.train.checkpoints.export import load_trained
 
     for option in ("tokens", "top_k"):
         if getattr(args, option) < 1:
@@ -235,7 +235,7 @@ def run_generate(args) -> None:
 
 
 def run_plot(args) -> None:
-    from celo2_pretrain.train.plot import plot_runs
+    from celo2_pretrain.train.record.plot import plot_runs
 
     plot_runs(args.runs, args.out, args.title, args.x)
     print(f"wrote {args.out}")
@@ -244,7 +244,7 @@ def run_plot(args) -> None:
 def run_export(args) -> None:
     import transformers
 
-    from celo2_pretrain.model.export import export
+    from celo2_pretrain.train.checkpoints.export import export
 
     transformers.utils.logging.disable_progress_bar()  # it tells of one file
     export(args.path, args.out, args.dtype, args.overwrite)
@@ -265,7 +265,7 @@ def quiet_libraries() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns 0, or after a line on standard error 2 (wrong input) or 75 (stopped on request)."""
-    code = restarts.note(run(argv))
+    code = supervisor.note(run(argv))
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and "torch" in sys.modules:  # not in a test
         leave(code)
     return code
@@ -292,7 +292,7 @@ def run(argv: list[str] | None) -> int:
         if os.environ.get("RANK", "0") == "0":
             say(str(stopped))
         return EXIT_STOPPED
-    except MemoryError as error:  # train/memory.py says what to do
+    except MemoryError as error:  # train/faults/out_of_memory.py says what to do
         say(f"error: {error or 'out of memory'}")
         return 1
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
 """Pass A for all tensors of a plan in one launch: momenta and second moment in place, row and column sums of g².
 
-Plain twin: `accumulate` in celo2_pretrain/optimizer/passes.py. Per element 5 loads and 4 stores, 36 bytes in float32.
+Plain twin: `accumulate` in celo2_pretrain/optimizer/backends/passes.py. Per element 5 loads and 4 stores, 36 bytes in float32.
 Accumulators in bfloat16 are written with stochastic rounding, whose twin is kernels/rounding.py.
 Every tile writes its partial sums to a scratch buffer, which a second kernel adds up in a fixed order: no atomics,
 so a step can be repeated bit for bit.
@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .packed_triton import random_bits
 from .tiles import OPTIONS, PTR, Tiles, add_sums, find_tile, pointer
-from .words import random_bits
 
 STEP = 4  # rows at a time
 CLAMP = tl.constexpr(1000.0)

@@ -1,6 +1,6 @@
 """Between passes A and B, for all matrices in one launch each: the factored second moments, and the factors from them.
 
-Plain twins: `update_factored`, `factors` and `scales` in celo2_pretrain/optimizer/passes.py. These are vectors, small
+Plain twins: `update_factored`, `factors` and `scales` in celo2_pretrain/optimizer/backends/passes.py. These are vectors, small
 beside the tensors, but several a tensor: one by one their launches would take longer than the passes.
 """
 from __future__ import annotations
@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .accumulate import REST_0, REST_1, REST_2
+from .packed_triton import power_near_root
 from .tiles import OPTIONS
-from .words import power_near_root
 
 # What a part's vectors are: a row of the vector table. Addresses, but for the pitches (elements from one decay to the
 # next in v_row and v_col), sizes, and counts. v_row has row_size elements a matrix and decay, v_col col_size.

@@ -1,12 +1,12 @@
 """The 18 elementwise features (DESIGN section 1, step 4) of one tile, for passes B and C.
 
-Plain twin: `elementwise_features` in celo2_pretrain/optimizer/passes.py.
+Plain twin: `elementwise_features` in celo2_pretrain/optimizer/backends/passes.py.
 """
 import triton
 import triton.language as tl
 
+from .packed_triton import unpack
 from .tiles import pointer
-from .words import unpack
 
 FEATURES = tl.constexpr(18)
 NAN = tl.constexpr(tl.PropagateNan.ALL)

@@ -1,6 +1,6 @@
 """Between passes B and C, for all matrices in one launch: the MLP's first layer with the normalisation folded in.
 
-Plain twin: `first_layer` in celo2_pretrain/optimizer/passes.py.
+Plain twin: `first_layer` in celo2_pretrain/optimizer/backends/passes.py.
 """
 from __future__ import annotations
 

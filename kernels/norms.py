@@ -1,6 +1,6 @@
 """Pass B for all tensors of a plan in one launch: sums of squares of the elementwise features, 18 a matrix.
 
-Plain twin: `norms` in celo2_pretrain/optimizer/passes.py. Per element 6 loads, 24 bytes in float32. Sums are made in
+Plain twin: `norms` in celo2_pretrain/optimizer/backends/passes.py. Per element 6 loads, 24 bytes in float32. Sums are made in
 a fixed order, as in pass A.
 """
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Packed accumulators (kernels/packed.py) updated in place, for all tensors of a plan in one launch.
 
-Plain twin: `repack` in celo2_pretrain/optimizer/passes.py. Runs after pass A, which sums g² only: the sums make the new
+Plain twin: `repack` in celo2_pretrain/optimizer/backends/passes.py. Runs after pass A, which sums g² only: the sums make the new
 scales. Per element 2 loads and 1 store, 12 bytes in float32.
 """
 from __future__ import annotations
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .accumulate import CLAMP, NAN, REST_0, REST_1, REST_2
 from .features import load_three
+from .packed_triton import M0, M1, M2, V, encode, scale_of, unpack
 from .tiles import OPTIONS, PTR, Tiles, find_tile, pointer
-from .words import M0, M1, M2, V, encode, scale_of, unpack
 
 STEP = 2  # rows at a time
 

@@ -29,7 +29,7 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$hostfile" ] || fail "give --hostfile FILE, with a line for each host: node1 slots=8"
 whole_number --port "$port"
-PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" "$python" -m celo2_pretrain.train.hostfile "$hostfile" || exit 2
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" "$python" -m celo2_pretrain.train.start.hostfile "$hostfile" || exit 2
 for command in pdsh ssh; do
     command -v "$command" >/dev/null || fail "DeepSpeed's launcher needs $command here (Debian, Ubuntu: apt install pdsh)"
 done

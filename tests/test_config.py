@@ -5,9 +5,9 @@ import pytest
 from support.paths import ROOT
 import yaml
 
-from celo2_pretrain.train.config import KEYS, Config, accumulation_steps, dump_config, list_keys, load_config
-from celo2_pretrain.train.deepspeed_config import deepspeed_config
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.config import KEYS, Config, accumulation_steps, dump_config, list_keys, load_config
+from celo2_pretrain.deepspeed_config import deepspeed_config
 
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 

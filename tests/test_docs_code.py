@@ -10,7 +10,7 @@ from support.processes import run_script
 from support.paths import ROOT, SUPPORT
 
 from celo2_pretrain import Celo2
-from celo2_pretrain.train.config import load_config
+from celo2_pretrain.config import load_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "celo2_pretrain").rglob("*.md"))]
 WORKER = SUPPORT / "docs_worker.py"

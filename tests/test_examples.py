@@ -9,7 +9,7 @@ import pytest
 from support.processes import environment
 from support.paths import ROOT, SUPPORT
 
-from celo2_pretrain.train.ranks import free_port
+from celo2_pretrain.train.start.ranks import free_port
 
 WORKER = SUPPORT / "example_worker.py"
 DEEPSPEED = ["-m", "deepspeed.launcher.runner", "--log_level", "critical", "--num_gpus"]

@@ -8,9 +8,9 @@ from support.fuzz import ODD_TEXT, PATHS, cases, numbers, spoilers, values, work
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celo2_pretrain.train.config import KEYS, dump_config, load_config
-from celo2_pretrain.train.deepspeed_config import deepspeed_config
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.config import KEYS, dump_config, load_config
+from celo2_pretrain.deepspeed_config import deepspeed_config
 from celo2_pretrain.train.schedule import BatchSizes, lr_factor
 
 # YAML's tags, aliases, odd numbers and half-written things.

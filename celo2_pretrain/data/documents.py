@@ -1,7 +1,7 @@
 """Documents packed into one window that don't see each other: positions and attention begin anew at each of them."""
 import torch
 
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.common.errors import UserError
 
 
 def document_inputs(ids: torch.Tensor, eos_id: int) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.common.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".html", ".text")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")

@@ -8,10 +8,10 @@ the same global batch.
 import numpy as np
 import torch
 
+from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.data.mixture import Mixture, open_mixture, shares
 from celo2_pretrain.data.permutation import permute
 from celo2_pretrain.data.shards import TokenArray
-from celo2_pretrain.train.errors import UserError
 
 
 class Windows:

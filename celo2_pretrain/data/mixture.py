@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.data.permutation import permute
 from celo2_pretrain.data.shards import read_index
-from celo2_pretrain.train.errors import UserError
 
 BLOCK = 10_000
 

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.common.json_file import read_json
 from celo2_pretrain.data.encode import Chunk, Encoded, chunks, encode_in_order
 from celo2_pretrain.data.progress import Progress
 from celo2_pretrain.data.shards import FORMAT, SPLITS, ShardWriter, check_split
 from celo2_pretrain.data.sources import Interrupted
 from celo2_pretrain.data.statistics import Statistics
 from celo2_pretrain.data.tokenizer import load_tokenizer, train_tokenizer
-from celo2_pretrain.train.errors import UserError
-from celo2_pretrain.train.json_file import read_json
 
 SAVE_SECONDS = 10
 SINGLE = "the corpus is a single document: at least two are needed, for training and for validation"

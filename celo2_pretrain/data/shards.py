@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from celo2_pretrain.train.errors import UserError, shown
-from celo2_pretrain.train.json_file import look_up, read_json
+from celo2_pretrain.common.errors import UserError, shown
+from celo2_pretrain.common.json_file import look_up, read_json
 
 FORMAT = "celo2-tokens-1"
 DTYPES = {"uint16": 2**16, "uint32": 2**31}  # by how many ids they have room for

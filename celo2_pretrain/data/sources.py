@@ -17,8 +17,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.data.files import PIECE_CHARS, hash_unit, kind_of, list_files, read_file
-from celo2_pretrain.train.errors import UserError
 
 LARGEST_SOURCE_FILE = 256 * 1024  # bytes; longer files of the standard library are tables, not text
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import sentencepiece as spm
 
-from celo2_pretrain.train.errors import UserError, one_line, shown
-from celo2_pretrain.train.json_file import read_json
+from celo2_pretrain.common.errors import UserError, one_line, shown
+from celo2_pretrain.common.json_file import read_json
 
 SENTENCE_CHARS = 1000  # sentencepiece skips sentences above 4,192 bytes; 1,000 characters are always below
 

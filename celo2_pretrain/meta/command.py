@@ -49,7 +49,7 @@ def run_select(args) -> None:
     import os
     from pathlib import Path
 
-    from ..train.errors import UserError
+    from ..common.errors import UserError
     from . import config, select
 
     folder = Path(args.folder)
@@ -75,7 +75,7 @@ def run_select(args) -> None:
 def run(args) -> None:
     from pathlib import Path
 
-    from ..train.errors import UserError
+    from ..common.errors import UserError
     from . import config, train
 
     if args.list_keys:

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 import yaml
 
-from ..train.config import convert, key, keys
-from ..train.errors import UserError, one_line
+from ..common.errors import UserError, one_line
+from ..config import convert, key, keys
 
 
 @dataclass

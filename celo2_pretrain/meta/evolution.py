@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.errors import UserError
 from ..optimizer.reference import MLP
-from ..train.errors import UserError
 from ..weights.construct import MOMENTA, ODD, RECIPES, construct
 from .config import MetaConfig
 from .family import Family

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import estimators, inner, tasks
+from . import estimators, inner
 from .config import MetaConfig
 from .estimators import Estimate
 from .graphs import Graphed
 from .inner import Fixed, Harness, Inner
+from .problems import tasks
 from .rule import THETA, Variant
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .inner import Inner
-from .tasks import Batch
+from .problems.tasks import Batch
 
 WARM_UP = 3  # steps before the recording: libraries choose their algorithms and take their memory
 

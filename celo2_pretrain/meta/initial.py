@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..train.errors import UserError
+from ..common.errors import UserError
 from ..weights import load_weights
 from .config import MetaConfig
 from .rule import flatten, random_theta

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..optimizer import reference
 from ..optimizer.reference import State
 from . import rule
+from .problems.tasks import Batch, Params, Task
 from .rule import Variant
-from .tasks import Batch, Params, Task
 
 ADAMW_BETAS, ADAMW_EPS = (0.9, 0.95), 1e-8
 ROOT_FLOOR = 1e-24  # under a root, whose derivative at zero is infinite

@@ -16,11 +16,11 @@ from typing import Callable
 
 import torch
 
-from ..train.errors import UserError
+from ..common.errors import UserError
 from .evaluation import job, optimizers
-from .evaluation.models import GPT
-from .evaluation.problem import Problem, Task
-from .evaluation.tasks_text import CONTEXT, language_model
+from .evaluation.suite.models import GPT
+from .evaluation.suite.problem import Problem, Task
+from .evaluation.suite.text import CONTEXT, language_model
 
 LRS, SEEDS, STEPS, BATCH = (2e-3, 4e-3), 2, 400, 16
 FIRST_SEED = 100  # the suite's seeds begin at 0

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..common.errors import UserError
 from ..optimizer.reference import MLP
-from ..train.errors import UserError
 from ..weights import save_weights
 from . import config as configs
 from .config import MetaConfig

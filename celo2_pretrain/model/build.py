@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from celo2_pretrain.train.config import Model
-from celo2_pretrain.train.errors import UserError, one_line
+from celo2_pretrain.common.errors import UserError, one_line
+from celo2_pretrain.config import Model
 
 # What writes into the residual stream, in both families: (attention, MLP).
 RESIDUAL_PROJECTIONS = {"gpt2": ("attn.c_proj", "mlp.c_proj"), "llama": ("self_attn.o_proj", "mlp.down_proj")}

@@ -12,20 +12,20 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..weights import load_weights
-from .adamw import adamw_step
-from .finite import nonfinite
 from .groups import IGNORED, Assignment, check_keys, check_options, named_in_config, named_tensors, refuse_other_length, report
-from .layouts import (Layout, LayoutError, Original, called_to_initialize, check_gradient, flattened_by_fsdp1, local, locate,
-                      refuse_unknown)
-from .learned import LearnedStep, Plan, factored_sizes, init_state, make_plan, reduce
+from .matrices.param_groups import tag_of
+from .matrices.views import MatrixView, whole
 from .names import canonical_names
 from .reference import MLP
 from .register import enroll
-from .replicas import check_replicas
-from .rules import tag_of
-from .sizes import check_state, check_step
-from .state_dtypes import STATE_DTYPES, WORD, dtype_of, set_state_dtype
-from .views import MatrixView, whole
+from .sharding.layouts import (Layout, LayoutError, Original, called_to_initialize, check_gradient, flattened_by_fsdp1, local,
+                               locate, refuse_unknown)
+from .sharding.replicas import check_replicas
+from .step.adamw import adamw_step
+from .step.finite import nonfinite
+from .step.learned import LearnedStep, Plan, factored_sizes, init_state, make_plan, reduce
+from .step.sizes import check_state, check_step
+from .step.state_dtypes import STATE_DTYPES, WORD, dtype_of, set_state_dtype
 
 logger = logging.getLogger(__name__)
 

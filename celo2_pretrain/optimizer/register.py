@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .rules import tag_model
+from .matrices.param_groups import tag_model
 
 ZERO_UTILS = "deepspeed.runtime.zero.utils"  # has the list of the optimizers that ZeRO accepts without a config key
 _enrolled: dict[type, None] = {}  # in order; a dict is safe to add to from several threads

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from celo2_pretrain.model.build import checkpoint_activations
-from celo2_pretrain.train.evaluate import training_loss
+from celo2_pretrain.model.loss import training_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

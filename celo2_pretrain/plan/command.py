@@ -3,7 +3,7 @@ import argparse
 import json
 import time
 
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.common.errors import UserError
 
 DESCRIPTION = """\
 What a run needs and how long it takes, before paying for a node: memory per GPU by part, the largest micro-batch that
@@ -45,11 +45,11 @@ def numbers(option: str, given: str, least: int, most: int) -> list[int]:
 
 
 def run(args: argparse.Namespace) -> None:
+    from celo2_pretrain.common.devices import device, with_network
+    from celo2_pretrain.config import load_config
     from celo2_pretrain.plan import report
-    from celo2_pretrain.plan.devices import device, with_network
     from celo2_pretrain.plan.estimate import estimate, subject
     from celo2_pretrain.plan.step_time import MFU
-    from celo2_pretrain.train.config import load_config
 
     counts, names = numbers("--gpus", args.gpus, 1, 1 << 16), args.gpu.split(",")
     stages = numbers("--zero", args.zero, 0, 3) if args.zero else [None]

@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from celo2_pretrain.common.devices import Device
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.config import Config, accumulation_steps
 from celo2_pretrain.data.shards import read_index
+from celo2_pretrain.deepspeed_config import deepspeed_config
 from celo2_pretrain.model.build import build_model
-from celo2_pretrain.optimizer.learned import Plan
+from celo2_pretrain.model.build_optimizer import build_optimizer
+from celo2_pretrain.optimizer.step.learned import Plan
 from celo2_pretrain.plan.activations import Activations, activations
-from celo2_pretrain.plan.devices import Device
 from celo2_pretrain.plan.memory import Memory, memory
 from celo2_pretrain.plan.shards import Group, ZERO3_SUB_GROUP, groups
 from celo2_pretrain.plan.step_time import MFU, StepTime, step_time
-from celo2_pretrain.train.config import Config, accumulation_steps
-from celo2_pretrain.train.deepspeed_config import deepspeed_config
-from celo2_pretrain.train.errors import UserError
-from celo2_pretrain.train.optim import build_optimizer
 
 ASSUMED_VOCABULARY = 50257  # GPT-2's, where neither config nor data say
 

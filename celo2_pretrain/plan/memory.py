@@ -12,11 +12,11 @@ from math import prod
 import torch
 from torch import nn
 
-from celo2_pretrain.optimizer.learned import Plan
+from celo2_pretrain.common.devices import GIB
+from celo2_pretrain.config import Config
+from celo2_pretrain.optimizer.step.learned import Plan
 from celo2_pretrain.plan.activations import Activations
-from celo2_pretrain.plan.devices import GIB
 from celo2_pretrain.plan.shards import Group
-from celo2_pretrain.train.config import Config
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 # DeepSpeed's defaults, in elements.
@@ -138,7 +138,7 @@ def states(groups: list[Group], plans: list[Plan | None], shares: torch.Tensor, 
 def step_buffers(plan: Plan) -> float:
     """Bytes that the learned step makes beside its states: the most of any rank.
 
-    Three buckets are under way: one sent, one at its owners, one on its way back (orthogonalize.py).
+    Three buckets are under way: one sent, one at its owners, one on its way back (exchange.py).
     """
     world = plan.layout.world
     held = plan.layout.ranges[..., 1] - plan.layout.ranges[..., 0]  # (ranks, tensors)

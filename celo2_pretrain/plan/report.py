@@ -4,12 +4,12 @@ from __future__ import annotations
 import textwrap
 from dataclasses import asdict, replace
 
+from celo2_pretrain.common.devices import GIB
+from celo2_pretrain.config import as_tree
 from celo2_pretrain.plan import memory, step_time
-from celo2_pretrain.plan.devices import GIB
 from celo2_pretrain.plan.estimate import Estimate, Subject
 from celo2_pretrain.plan.shards import owned_flops, sent_bytes
 from celo2_pretrain.plan.step_time import some_ranks
-from celo2_pretrain.train.config import as_tree
 
 
 def duration(seconds: float) -> str:

@@ -13,11 +13,11 @@ from torch import nn
 
 from celo2_pretrain.kernels.newton_schulz import use_gram
 from celo2_pretrain.optimizer.celo2 import Celo2
-from celo2_pretrain.optimizer.layouts import Layout, Original, Slice
-from celo2_pretrain.optimizer.learned import Plan, make_plan
-from celo2_pretrain.optimizer.orthogonalize import Exchange
-from celo2_pretrain.optimizer.rules import tag_of
-from celo2_pretrain.optimizer.views import MatrixView
+from celo2_pretrain.optimizer.matrices.param_groups import tag_of
+from celo2_pretrain.optimizer.matrices.views import MatrixView
+from celo2_pretrain.optimizer.sharding.layouts import Layout, Original, Slice
+from celo2_pretrain.optimizer.step.exchange import Exchange
+from celo2_pretrain.optimizer.step.learned import Plan, make_plan
 
 NEWTON_SCHULZ_STEPS = 5
 ZERO3_SUB_GROUP = 1_000_000_000  # DeepSpeed's default: elements of a rank that one call of the optimizer steps

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from celo2_pretrain.optimizer.learned import Plan
-from celo2_pretrain.plan.devices import Device
+from celo2_pretrain.common.devices import Device
+from celo2_pretrain.config import Config
+from celo2_pretrain.optimizer.step.learned import Plan
 from celo2_pretrain.plan.memory import BYTES
 from celo2_pretrain.plan.shards import Group, matmul_parameters, owned_flops, sent_bytes
-from celo2_pretrain.train.config import Config
 
 MFU = 0.40  # of the dense peak; large models on one node reach 0.35 to 0.5
 MEMORY_SHARE, PASSES_SHARE, LINK_SHARE = 0.7, 0.45, 0.75  # of the passes the direction's is bound by arithmetic

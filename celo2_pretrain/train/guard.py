@@ -15,12 +15,12 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from celo2_pretrain.optimizer.finite import LARGEST, nonfinite
-from celo2_pretrain.train import checkpoint
-from celo2_pretrain.train.choose import newest_good, read_state, trouble
-from celo2_pretrain.train.config import Config
-from celo2_pretrain.train.errors import UserError
-from celo2_pretrain.train.metrics import Metrics
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.config import Config
+from celo2_pretrain.optimizer.step.finite import LARGEST, nonfinite
+from celo2_pretrain.train.checkpoints import checkpoint
+from celo2_pretrain.train.checkpoints.select import newest_good, read_state, trouble
+from celo2_pretrain.train.record.metrics import Metrics
 
 WINDOW = 64  # steps whose median a loss is compared with
 FEWEST = 16  # before so many there is no comparison

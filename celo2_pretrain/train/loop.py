@@ -12,38 +12,40 @@ import deepspeed.comm as dist
 import numpy as np
 import torch
 
+from celo2_pretrain.common import errors
+from celo2_pretrain.common.errors import Stopped, UserError, one_line
+from celo2_pretrain.config import Config, dump_config
 from celo2_pretrain.data.documents import mask_documents
 from celo2_pretrain.data.loader import TrainLoader, ValLoader
 from celo2_pretrain.data.mixture import Mixture, open_mixture
 from celo2_pretrain.data.tokenizer import load_tokenizer
+from celo2_pretrain.deepspeed_config import deepspeed_config
 from celo2_pretrain.model.build import build_model, vocab_rows
+from celo2_pretrain.model.build_optimizer import Rates, build_optimizer, telling_backend
+from celo2_pretrain.model.loss import training_loss, validation_loss
 from celo2_pretrain.model.sample import sample
-from celo2_pretrain.optimizer.collective import gather
+from celo2_pretrain.optimizer.state.collective import gather
 from celo2_pretrain.plan.step_time import flops_per_token
-from celo2_pretrain.train import checkpoint, choose, errors, memory
-from celo2_pretrain.train.checks import check_node, check_ranks, check_run_dir, warn
-from celo2_pretrain.train.config import Config, dump_config
-from celo2_pretrain.train.deepspeed_config import deepspeed_config
-from celo2_pretrain.train.errors import Stopped, UserError, one_line
-from celo2_pretrain.train.evaluate import training_loss, validation_loss
-from celo2_pretrain.train.failures import join_and_look
-from celo2_pretrain.train.flops import Peak, peak_of
+from celo2_pretrain.train.checkpoints import checkpoint, select
+from celo2_pretrain.train.checkpoints.manifest import write_atomically
+from celo2_pretrain.train.checkpoints.staging import check_staging, settle
+from celo2_pretrain.train.faults import out_of_memory
+from celo2_pretrain.train.faults.failures import join_and_look
+from celo2_pretrain.train.faults.run_lock import InUse, RunLock
+from celo2_pretrain.train.faults.stop import Agreement, StopRequests
+from celo2_pretrain.train.faults.watchdog import Watchdog, forget
 from celo2_pretrain.train.guard import Guard, guarded, take_step
-from celo2_pretrain.train.insight import Insight, perplexity
-from celo2_pretrain.train.launcher import resume_command
-from celo2_pretrain.train.manifest import write_atomically
-from celo2_pretrain.train.metrics import Metrics
-from celo2_pretrain.train.optim import Rates, build_optimizer, telling_backend
-from celo2_pretrain.train.origin import remove_origin, write_origin
-from celo2_pretrain.train.plot import plot_loss
-from celo2_pretrain.train.profiler import Profiler
-from celo2_pretrain.train.ranks import world_from_environment
-from celo2_pretrain.train.run_lock import InUse, RunLock
+from celo2_pretrain.train.record.insight import Insight, perplexity
+from celo2_pretrain.train.record.metrics import Metrics
+from celo2_pretrain.train.record.peak_flops import Peak, peak_of
+from celo2_pretrain.train.record.plot import plot_loss
+from celo2_pretrain.train.record.profiler import Profiler
+from celo2_pretrain.train.record.provenance import remove_origin, write_origin
+from celo2_pretrain.train.record.trackers import check_installed, open_trackers
 from celo2_pretrain.train.schedule import BatchSizes, lr_factor
-from celo2_pretrain.train.staging import check_staging, settle
-from celo2_pretrain.train.stop import Agreement, StopRequests
-from celo2_pretrain.train.trackers import check_installed, open_trackers
-from celo2_pretrain.train.watchdog import Watchdog, forget
+from celo2_pretrain.train.start.preflight import check_node, check_ranks, check_run_dir, warn
+from celo2_pretrain.train.start.ranks import world_from_environment
+from celo2_pretrain.train.start.resume_command import resume_command
 
 LONG_SECONDS = 10.0  # a save that takes longer is announced the next time
 
@@ -60,7 +62,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     """
     rank, _ = world_from_environment()
     stop_file = Path(config.train.stop_file or Path(config.run_dir, "STOP"))
-    with (StopRequests(stop_file, rank) as requests, memory.explained(config),
+    with (StopRequests(stop_file, rank) as requests, out_of_memory.explained(config),
           RunLock(config.run_dir, rank) as lock, Watchdog(config.run_dir, rank, config.train.watchdog_seconds) as watchdog):
         run(config, resume, overwrite, requests, watchdog, lock)
 
@@ -82,22 +84,22 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     description = checkpoint.describe(config, index, world_size)
     start = {"step": 0, "samples": 0, "other_world": [], "extra": {}}
     tell = errors.tell if rank == 0 else lambda text: None
-    if resume == choose.AUTO:
+    if resume == select.AUTO:
         lock.take()
         join_and_look(config.run_dir)  # they share the reading
-        resume_from = choose.automatic(config.run_dir, overwrite, tell)
+        resume_from = select.automatic(config.run_dir, overwrite, tell)
     else:
-        resume_from = choose.find(resume) if resume else None
+        resume_from = select.find(resume) if resume else None
     own = resume_from is not None and resume_from.parent.resolve() == Path(config.run_dir, "checkpoints").resolve()
-    if own and not choose.NAMED.fullmatch(resume_from.name):
+    if own and not select.NAMED.fullmatch(resume_from.name):
         raise UserError(f"{resume_from} has no checkpoint's name, as one that was given up: rename it to step_ and its step to "
                         f"go on from it")
     if resume_from:
-        start = choose.read_state(resume_from, description)
+        start = select.read_state(resume_from, description)
         if rank == 0 and start["extra"].get("data") not in (None, mixture.digest):  # None: an older checkpoint's
             warn(f"the data is not what {resume_from} was trained on (prepared again, or mixed otherwise): its order is "
                  "another from here on, so that some windows come again and some never")
-        if start["step"] >= size.max_steps and resume == choose.AUTO:
+        if start["step"] >= size.max_steps and resume == select.AUTO:
             tell(f"{resume_from} is at step {start['step']} of {size.max_steps}: nothing left to do")
             return dist.destroy_process_group()
         if start["step"] >= size.max_steps:
@@ -105,9 +107,9 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
                 f"{resume_from} is already at step {start['step']}, train.max_steps is {size.max_steps}: to train on, "
                 f"give a larger one, for example train.max_steps={2 * start['step']}"
             )
-    elif resume == choose.AUTO:
+    elif resume == select.AUTO:
         tell(f"{config.run_dir} has no checkpoint yet: beginning anew")
-    if Path(config.run_dir, "checkpoints").exists() and not (own or overwrite or resume == choose.AUTO):
+    if Path(config.run_dir, "checkpoints").exists() and not (own or overwrite or resume == select.AUTO):
         raise UserError(f"run_dir {config.run_dir!r} already holds a run: pass --resume to continue it, --overwrite to "
                         f"replace it, or choose another run_dir=…")
     check_node(config, index, replaced=overwrite and not own)
@@ -119,9 +121,9 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
     lock.take()  # if the folder is there yet: another run's files must not be touched
     join_and_look(config.run_dir)
     check_ranks(config, index)
-    if resume_from and resume != choose.AUTO:
+    if resume_from and resume != select.AUTO:
         tell(f"reading {resume_from}, to see whether it is whole")
-        choose.verify(resume_from)
+        select.verify(resume_from)
     device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
     peak, trackers = peak_of(config, device), []
     make_run_dir(config.run_dir, lock)

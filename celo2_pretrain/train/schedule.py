@@ -1,7 +1,7 @@
 """What changes over the steps of a run: the learning rate and the global batch, as functions of the step."""
 import math
 
-from celo2_pretrain.train.config import Schedule, Train
+from celo2_pretrain.config import Schedule, Train
 
 
 def lr_factor(step: int, schedule: Schedule, max_steps: int) -> float:

@@ -17,11 +17,11 @@ from typing import Iterator
 
 import numpy as np
 
-from celo2_pretrain.train.config import Config, as_tree, flatten, load_config
-from celo2_pretrain.train.errors import EXIT_STOPPED, Stopped, UserError
-from celo2_pretrain.train.manifest import write_atomically
-from celo2_pretrain.train.metrics import read_metrics
-from celo2_pretrain.train.plot import new_figure, save
+from celo2_pretrain.common.errors import EXIT_STOPPED, Stopped, UserError
+from celo2_pretrain.config import Config, as_tree, flatten, load_config
+from celo2_pretrain.train.checkpoints.manifest import write_atomically
+from celo2_pretrain.train.record.metrics import read_metrics
+from celo2_pretrain.train.record.plot import new_figure, save
 
 PAPER_GRID = [float(f"{lr:.3g}") for lr in np.geomspace(1e-5, 1e-3, 5)]  # arXiv 2602.19142: [1e-5, 1e-3], log-spaced
 DIVERGED = "diverged.txt"  # in the folder of a run that the loop ended for its loss or gradients

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from celo2_pretrain import Celo2, param_groups
-from celo2_pretrain.optimizer.rules import tag_of
-from celo2_pretrain.optimizer.views import MatrixView
+from celo2_pretrain.optimizer.matrices.param_groups import tag_of
+from celo2_pretrain.optimizer.matrices.views import MatrixView
 
 Cut = Callable[[Tensor], list[Tensor]]
 Expected = dict[str, str | Cut]

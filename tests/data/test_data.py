@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 
+from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.data import sources
 from celo2_pretrain.data.loader import TrainLoader, ValLoader
 from celo2_pretrain.data.permutation import permute
 from celo2_pretrain.data.prepare import prepare
 from celo2_pretrain.data.shards import SPLITS, ShardWriter, TokenArray, read_index
 from celo2_pretrain.data.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
-from celo2_pretrain.train.errors import UserError
 
 
 def source() -> sources.PythonSources:

@@ -8,7 +8,7 @@ import sys
 import pytest
 from support.paths import ROOT
 
-from celo2_pretrain.train.metrics import read_metrics
+from celo2_pretrain.train.record.metrics import read_metrics
 
 
 

@@ -2,10 +2,10 @@
 import pytest
 import torch
 
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.config import Model
 from celo2_pretrain.data.documents import document_inputs, mask_documents
 from celo2_pretrain.model.build import build_model
-from celo2_pretrain.train.config import Model
-from celo2_pretrain.train.errors import UserError
 
 EOS = 1
 DOCUMENTS = [[EOS, 5, 9, 7, 30, 12], [EOS, 5, 9, 2], [EOS, EOS][:1], [EOS, 44, 45, 46, 47, 48, 49], [EOS, 3]]

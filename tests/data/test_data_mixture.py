@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.data.loader import TrainLoader, ValLoader
 from celo2_pretrain.data.mixture import BLOCK, open_mixture, shares
 from celo2_pretrain.data.prepare import prepare
 from celo2_pretrain.data.shards import read_index
 from celo2_pretrain.data.sources import Files, PythonSources
-from celo2_pretrain.train.errors import UserError
 
 WEIGHTS = (0.5, 0.3, 0.2)
 

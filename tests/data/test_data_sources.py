@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.data.files import PIECE_CHARS
 from celo2_pretrain.data.sources import Dataset, Files, Interrupted, PythonSources
-from celo2_pretrain.train.errors import UserError
 
 TEXTS = [f"document {k} ä\nand its second line\n" for k in range(700)]
 

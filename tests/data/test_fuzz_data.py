@@ -10,13 +10,13 @@ from support.fuzz import cases, snapshot, spoiled_trees, spoilers, works_or_refu
 from hypothesis import given
 from hypothesis import strategies as st
 
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.config import Model
 from celo2_pretrain.data.loader import TrainLoader, ValLoader
 from celo2_pretrain.data.mixture import open_mixture
 from celo2_pretrain.data.shards import SPLITS, ShardWriter, TokenArray, read_index
 from celo2_pretrain.data.tokenizer import load_tokenizer
-from celo2_pretrain.train.config import Model
 from celo2_pretrain.model.build import vocab_rows
-from celo2_pretrain.train.errors import UserError
 
 CONTEXT = 16
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from celo2_pretrain.kernels.newton_schulz import COEFFICIENTS, newton_schulz
 from celo2_pretrain.optimizer import reference
+from celo2_pretrain.optimizer.matrices.param_groups import tag_of
 from celo2_pretrain.optimizer.reference import MLP
-from celo2_pretrain.optimizer.rules import tag_of
 
 from . import packed
 from .cells import Cell

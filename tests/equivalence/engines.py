@@ -18,8 +18,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from celo2_pretrain import Celo2, register
+from celo2_pretrain.optimizer.matrices.param_groups import tag_of
 from celo2_pretrain.optimizer.reference import MLP
-from celo2_pretrain.optimizer.rules import tag_of
 from celo2_pretrain.weights import load_weights
 
 from .cells import Cell

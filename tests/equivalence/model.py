@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from celo2_pretrain.optimizer.rules import TAG, Tag
-from celo2_pretrain.optimizer.views import MatrixView
+from celo2_pretrain.optimizer.matrices.param_groups import TAG, Tag
+from celo2_pretrain.optimizer.matrices.views import MatrixView
 
 D, VOCAB, LENGTH, MICRO_BATCH = 13, 31, 7, 2
 

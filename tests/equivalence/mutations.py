@@ -9,10 +9,11 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from celo2_pretrain.optimizer import celo2, learned
-from celo2_pretrain.optimizer.layouts import Layout, Original, Slice
-from celo2_pretrain.optimizer.orthogonalize import Exchange
-from celo2_pretrain.optimizer.views import MatrixView
+from celo2_pretrain.optimizer import celo2
+from celo2_pretrain.optimizer.matrices.views import MatrixView
+from celo2_pretrain.optimizer.sharding.layouts import Layout, Original, Slice
+from celo2_pretrain.optimizer.step import learned
+from celo2_pretrain.optimizer.step.exchange import Exchange
 
 from .engines import DeepSpeedRun
 

@@ -16,10 +16,10 @@ from celo2_pretrain.meta.config import MetaConfig
 from celo2_pretrain.meta.evolution import Evolution
 from celo2_pretrain.meta.family import Family
 from celo2_pretrain.meta.rule import flatten
-from celo2_pretrain.optimizer.backends import backend_for
-from celo2_pretrain.optimizer.finite import nonfinite
-from celo2_pretrain.optimizer.rules import TAG, Tag
-from celo2_pretrain.optimizer.views import MatrixView
+from celo2_pretrain.optimizer.backends.choose import backend_for
+from celo2_pretrain.optimizer.matrices.param_groups import TAG, Tag
+from celo2_pretrain.optimizer.matrices.views import MatrixView
+from celo2_pretrain.optimizer.step.finite import nonfinite
 from celo2_pretrain.weights import load_weights
 from support.processes import environment
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from celo2_pretrain.kernels import cpu
-from celo2_pretrain.optimizer import backends
-from celo2_pretrain.optimizer.backends import Compiled, Reference, backend_for
-from celo2_pretrain.optimizer.learned import Part
-from celo2_pretrain.optimizer.passes import Shape, Tensors
+from celo2_pretrain.optimizer.backends import choose
+from celo2_pretrain.optimizer.backends.choose import Compiled, Reference, backend_for
+from celo2_pretrain.optimizer.backends.passes import Shape, Tensors
+from celo2_pretrain.optimizer.matrices.views import MatrixView, pieces
 from celo2_pretrain.optimizer.reference import DIMS, MLP
-from celo2_pretrain.optimizer.views import MatrixView, pieces
+from celo2_pretrain.optimizer.step.learned import Part
 
 CASES = [
     ((1, 1), MatrixView()), ((1, 9), MatrixView()), ((9, 1), MatrixView()), ((7, 13), MatrixView()),
@@ -50,7 +50,7 @@ def step(backend: Reference, t: Tensors, shape: Shape, cut: list, mlp: MLP) -> l
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape,view", CASES)
 def test_the_kernels_are_their_twins(compiled, shape, view, dtype, monkeypatch):
-    monkeypatch.setattr(backends, "JOB", 64)  # so that small matrices are cut into several calls as well
+    monkeypatch.setattr(choose, "JOB", 64)  # so that small matrices are cut into several calls as well
     torch.manual_seed(len(shape) + shape[0])
     total = torch.Size(shape).numel()
     mlp = MLP(*(torch.randn(s) / 3 for s in [DIMS[:2], DIMS[1:2], DIMS[1:3], DIMS[2:3], DIMS[2:], DIMS[3:]]))
@@ -75,7 +75,7 @@ def test_the_kernels_are_their_twins(compiled, shape, view, dtype, monkeypatch):
 @pytest.mark.parametrize("shape,view", [case for case in CASES if len(case[0]) >= 2])  # vectors stay float32
 def test_bfloat16_accumulators_are_rounded_alike_in_any_slice(compiled, shape, view, monkeypatch):
     """Kernel and twin use the same random bits, and cutting a tensor into slices changes none of them."""
-    monkeypatch.setattr(backends, "JOB", 64)
+    monkeypatch.setattr(choose, "JOB", 64)
     total = torch.Size(shape).numel()
     mlp = MLP(*(torch.randn(s) / 3 for s in [DIMS[:2], DIMS[1:2], DIMS[1:3], DIMS[2:3], DIMS[2:], DIMS[3:]]))
     base = 1 << 33  # of the slice in a huge tensor: indices are of 64 bits
@@ -122,7 +122,7 @@ def test_a_nan_passes_through_a_kernel_as_through_its_twin(compiled):
 
 def test_the_backend_is_chosen_by_name_and_said(monkeypatch, caplog):
     cpu_device = torch.device("cpu")
-    backends._choose.cache_clear()
+    choose._choose.cache_clear()
     with caplog.at_level(logging.INFO):
         monkeypatch.setenv("CELO2_BACKEND", "auto")
         assert backend_for(cpu_device).name == "compile"
@@ -139,7 +139,7 @@ def test_without_a_compiler_plain_torch_takes_over_and_says_so(monkeypatch, capl
         raise cpu.Unavailable("no C++ compiler found")
 
     monkeypatch.setattr(cpu, "library", missing)
-    backends._choose.cache_clear()
+    choose._choose.cache_clear()
     monkeypatch.setenv("CELO2_BACKEND", "auto")
     with caplog.at_level(logging.WARNING):
         assert backend_for(torch.device("cpu")).name == backend_for(torch.device("cpu")).name == "reference"
@@ -147,7 +147,7 @@ def test_without_a_compiler_plain_torch_takes_over_and_says_so(monkeypatch, capl
     monkeypatch.setenv("CELO2_BACKEND", "compile")
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
         backend_for(torch.device("cpu"))
-    backends._choose.cache_clear()
+    choose._choose.cache_clear()
 
 
 def test_a_compiler_that_fails_is_reported(monkeypatch, tmp_path):

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from celo2_pretrain import Celo2
+from celo2_pretrain.config import Optimizer
 from celo2_pretrain.kernels.newton_schulz import COEFFICIENTS, _gram, dtype_for, newton_schulz, use_gram
+from celo2_pretrain.model.build_optimizer import build_optimizer
 from celo2_pretrain.optimizer import reference
-from celo2_pretrain.train.config import Optimizer
-from celo2_pretrain.train.optim import build_optimizer
 
 
 def matrix(rows: int, cols: int, decades: float, batch: tuple[int, ...] = ()) -> torch.Tensor:

@@ -14,7 +14,7 @@ from celo2_pretrain.kernels.adamw import adamw, adamw_twin  # noqa: E402
 from celo2_pretrain.kernels.apply import apply_twin  # noqa: E402
 from celo2_pretrain.kernels.newton_schulz import COEFFICIENTS, newton_schulz  # noqa: E402
 from celo2_pretrain.kernels.symmetric_product import symmetric_product, symmetric_product_twin  # noqa: E402
-from celo2_pretrain.optimizer.triton_backend import DTYPES, Triton  # noqa: E402
+from celo2_pretrain.optimizer.backends.triton import DTYPES, Triton  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1",
                                 reason="run by test_triton_parity.py, in a process with TRITON_INTERPRET=1")

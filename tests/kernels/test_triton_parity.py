@@ -33,12 +33,12 @@ else:
     from celo2_pretrain import Celo2
     from celo2_pretrain.kernels import direction, norms
     from celo2_pretrain.kernels.tiles import Size
-    from celo2_pretrain.optimizer.backends import Reference, backend_for
-    from celo2_pretrain.optimizer.learned import Part
-    from celo2_pretrain.optimizer.passes import Shape, Tensors
+    from celo2_pretrain.optimizer.backends.choose import Reference, backend_for
+    from celo2_pretrain.optimizer.backends.passes import Shape, Tensors
+    from celo2_pretrain.optimizer.backends.triton import Triton
+    from celo2_pretrain.optimizer.matrices.views import MatrixView, pieces
     from celo2_pretrain.optimizer.reference import DIMS, MLP
-    from celo2_pretrain.optimizer.triton_backend import Triton
-    from celo2_pretrain.optimizer.views import MatrixView, pieces
+    from celo2_pretrain.optimizer.step.learned import Part
 
     CASES = [
         ((1, 1), MatrixView()), ((1, 9), MatrixView()), ((9, 1), MatrixView()), ((7, 13), MatrixView()),

@@ -14,12 +14,12 @@ from support.paths import ROOT, TESTS
 from torch import nn
 
 from celo2_pretrain import cli
+from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.meta.evaluation import analysis, evaluate, job as jobs, optimizers, runner
 from celo2_pretrain.meta.evaluation.job import Job
-from celo2_pretrain.meta.evaluation.problem import Problem, Task
 from celo2_pretrain.meta.evaluation.report import write_report
-from celo2_pretrain.meta.evaluation.suite import TASKS
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.meta.evaluation.suite.problem import Problem, Task
+from celo2_pretrain.meta.evaluation.suite.tasks import TASKS
 
 ADAMW = optimizers.SPECS["adamw"]
 

@@ -13,9 +13,10 @@ from support.processes import environment
 from support.paths import ROOT
 
 from celo2_pretrain.cli import main
-from celo2_pretrain.meta import config, estimators, evolution, images, inner, rule, tasks, train
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.meta import config, estimators, evolution, inner, rule, train
+from celo2_pretrain.meta.problems import images, tasks
 from celo2_pretrain.optimizer import reference
-from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.weights import construct, load_weights
 from celo2_pretrain.weights.files import save_weights
 

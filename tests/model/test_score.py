@@ -15,8 +15,8 @@ from celo2_pretrain.cli import main
 from celo2_pretrain.data.loader import Windows
 from celo2_pretrain.data.shards import TokenArray
 from celo2_pretrain.data.tokenizer import load_tokenizer
-from celo2_pretrain.model.export import load_trained
-from celo2_pretrain.train.metrics import read_metrics
+from celo2_pretrain.train.checkpoints.export import load_trained
+from celo2_pretrain.train.record.metrics import read_metrics
 
 TEXT = "def main(argv: list[str]) -> int:\n\n    return 'ü €'  # 25\n"
 

@@ -2,15 +2,16 @@
 import copy
 import io
 import logging
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from celo2_pretrain import Celo2
-from celo2_pretrain.optimizer.orthogonalize import Exchange
-from celo2_pretrain.optimizer.rules import TAG, Tag
-from celo2_pretrain.optimizer.views import MatrixView
+from celo2_pretrain import Celo2, param_groups
+from celo2_pretrain.optimizer.matrices.param_groups import TAG, Tag
+from celo2_pretrain.optimizer.matrices.views import MatrixView
+from celo2_pretrain.optimizer.step.exchange import Exchange
 
 
 def model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -285,6 +286,20 @@ def test_a_pickle_of_an_earlier_version_goes_on():
     restored.__setstate__(state)
     train(net, restored, range(2, 4))
     assert [len(groups) for groups in restored.user_groups] == [1, 1]
+
+
+def test_a_pickle_that_names_modules_of_earlier_versions_is_read():
+    net = model()
+    optimizer = Celo2(param_groups(net), lr=1e-2)
+    train(net, optimizer, range(2))
+    text = pickle.dumps((net, optimizer), protocol=0)  # names modules in plain text
+    for now, before in ((b"matrices.param_groups", b"rules"), (b"matrices.views", b"views"), (b"sharding.layouts", b"layouts")):
+        assert now in text
+        text = text.replace(b"celo2_pretrain.optimizer." + now, b"celo2_pretrain.optimizer." + before)
+    pair = pickle.loads(text)
+    train(net, optimizer, range(2, 4))
+    train(*pair, range(2, 4))
+    assert same(weights(net), weights(pair[0]))
 
 
 def test_matrices_spread_over_the_cores_take_the_same_step():

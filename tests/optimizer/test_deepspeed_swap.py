@@ -9,7 +9,7 @@ from support.swap_worker import unsharded
 from support.paths import SUPPORT
 
 from celo2_pretrain import Celo2
-from celo2_pretrain.optimizer.layouts import LayoutError
+from celo2_pretrain.optimizer.sharding.layouts import LayoutError
 
 WORKER = SUPPORT / "swap_worker.py"
 

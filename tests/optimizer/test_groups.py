@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler
 
 from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.optimizer.groups import CONSTRUCTOR_ONLY, OPTIONS, OTHERS
-from celo2_pretrain.optimizer.rules import tag_model, tag_of
+from celo2_pretrain.optimizer.matrices.param_groups import tag_model, tag_of
 
 
 def matrix() -> nn.Parameter:

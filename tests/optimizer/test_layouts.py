@@ -9,7 +9,7 @@ from support.processes import join, leave, spawn
 from torch import nn
 
 from celo2_pretrain import Celo2, param_groups
-from celo2_pretrain.optimizer.layouts import LayoutError
+from celo2_pretrain.optimizer.sharding.layouts import LayoutError
 
 
 def _unsharded(scale: float) -> nn.Module:

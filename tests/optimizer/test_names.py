@@ -9,10 +9,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.parallel import DistributedDataParallel
 
 from celo2_pretrain import Celo2, from_adamw, load_state, param_groups, save_state
-from celo2_pretrain.optimizer import celo2, rules, held
+from celo2_pretrain.optimizer import celo2
+from celo2_pretrain.optimizer.matrices import param_groups as rules
+from celo2_pretrain.optimizer.matrices.param_groups import tag_of
 from celo2_pretrain.optimizer.names import canonical, canonical_names, match
-from celo2_pretrain.optimizer.rules import tag_of
-from celo2_pretrain.optimizer.state_files import INDEX, StateError
+from celo2_pretrain.optimizer.state import held
+from celo2_pretrain.optimizer.state.files import INDEX, StateError
 
 
 class Net(nn.Module):

@@ -7,14 +7,14 @@ from test_celo2 import model, same, train, weights
 from torch import nn
 
 from celo2_pretrain import Celo2, param_groups
-from celo2_pretrain.kernels.packed import (FIELDS, MOMENTA, NEAREST, RMS, WORD, decode, draws, encode, pack, powers,
-                                           turn_of, unpack)
-from celo2_pretrain.optimizer import backends
-from celo2_pretrain.optimizer.backends import Compiled, Reference
-from celo2_pretrain.optimizer.learned import Part
-from celo2_pretrain.optimizer.passes import Scale, Shape, Tensors, scales
-from celo2_pretrain.optimizer.state import load_state, save_state
-from celo2_pretrain.optimizer.views import MatrixView, pieces
+from celo2_pretrain.kernels.packed import (FIELDS, MOMENTA, NEAREST, RMS, WORD, decode, draws, encode, pack, powers, turn_of,
+                                           unpack)
+from celo2_pretrain.optimizer.backends import choose
+from celo2_pretrain.optimizer.backends.choose import Compiled, Reference
+from celo2_pretrain.optimizer.backends.passes import Scale, Shape, Tensors, scales
+from celo2_pretrain.optimizer.matrices.views import MatrixView, pieces
+from celo2_pretrain.optimizer.state.save_load import load_state, save_state
+from celo2_pretrain.optimizer.step.learned import Part
 
 NAMES = ("m0", "m1", "m2", "v")
 KEYS = (11, 22, 33, 44, turn_of(5))
@@ -128,7 +128,7 @@ CASES = [((1, 1), MatrixView()), ((1, 9), MatrixView()), ((7, 13), MatrixView())
 
 @pytest.mark.parametrize("shape,view", CASES)
 def test_any_partition_of_a_tensor_gives_the_same_words_on_each_backend(shape, view, monkeypatch):
-    monkeypatch.setattr(backends, "JOB", 64)
+    monkeypatch.setattr(choose, "JOB", 64)
     total, base = torch.Size(shape).numel(), 1 << 33  # of the slice in a huge tensor: indices are of 64 bits
     generator = torch.Generator().manual_seed(total)
     g, words = torch.randn(total, generator=generator), torch.randint(-1 << 31, 1 << 31, (total,), generator=generator)

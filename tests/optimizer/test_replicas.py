@@ -5,7 +5,7 @@ import torch.distributed as dist
 from support.processes import join, leave, spawn
 
 from celo2_pretrain import Celo2
-from celo2_pretrain.optimizer.replicas import DriftError, checksum
+from celo2_pretrain.optimizer.sharding.replicas import DriftError, checksum
 
 
 def test_the_checksum_sees_one_bit():

@@ -6,8 +6,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, Phi3Config
 
 from celo2_pretrain import Celo2, param_groups, register
-from celo2_pretrain.optimizer.rules import table, tag_model, tag_of
-from celo2_pretrain.optimizer.views import MatrixView
+from celo2_pretrain.optimizer.matrices.param_groups import table, tag_model, tag_of
+from celo2_pretrain.optimizer.matrices.views import MatrixView
 
 
 def gpt2(tied: bool = True) -> nn.Module:

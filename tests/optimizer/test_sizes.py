@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.optimizer import celo2
-from celo2_pretrain.optimizer.rules import TAG, Tag
-from celo2_pretrain.optimizer.sizes import check_step
-from celo2_pretrain.optimizer.views import MatrixView
+from celo2_pretrain.optimizer.matrices.param_groups import TAG, Tag
+from celo2_pretrain.optimizer.matrices.views import MatrixView
+from celo2_pretrain.optimizer.step.sizes import check_step
 
 RULES = {"adamw": {"rule": "adamw"}, "celo2": {"rule": "celo2"}, "celo2_base": {"rule": "celo2", "orthogonalize": False}}
 STATE_DTYPES = ("fp32", "bf16", "fp8")

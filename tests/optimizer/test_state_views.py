@@ -7,11 +7,11 @@ import torch
 from support.view_cases import CASES
 
 from celo2_pretrain import Celo2
-from celo2_pretrain.optimizer.rules import TAG, Tag
-from celo2_pretrain.optimizer.state import load_state, save_state
-from celo2_pretrain.optimizer.state_files import StateError, tensor_entry
-from celo2_pretrain.optimizer.state_index import view_entry, view_of
-from celo2_pretrain.optimizer.views import MatrixView
+from celo2_pretrain.optimizer.matrices.param_groups import TAG, Tag
+from celo2_pretrain.optimizer.matrices.views import MatrixView
+from celo2_pretrain.optimizer.state.files import StateError, tensor_entry
+from celo2_pretrain.optimizer.state.index import view_entry, view_of
+from celo2_pretrain.optimizer.state.save_load import load_state, save_state
 
 QKV = MatrixView(transpose=True, split=(2, 2, 2), repeats=2)
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from celo2_pretrain import Celo2
-from celo2_pretrain.optimizer.rules import TAG, Tag
-from celo2_pretrain.optimizer.views import MatrixView
+from celo2_pretrain.optimizer.matrices.param_groups import TAG, Tag
+from celo2_pretrain.optimizer.matrices.views import MatrixView
 
 FILL = 7.0  # what stands in the gaps
 # Triton decides at import whether it interprets kernels: test_triton_parity.py runs this file in a process where it does.

@@ -5,8 +5,8 @@ import sys
 import time
 
 from celo2_pretrain import cli
+from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.train import loop
-from celo2_pretrain.train.errors import UserError
 
 bad_rank, bad_step, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 calls = 0

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
 
-from celo2_pretrain.train.errors import LONGEST, UserError
+from celo2_pretrain.common.errors import LONGEST, UserError
 
 CPU_SECONDS = 30  # of this process's own time for one case: what others do on the machine doesn't count
 SECONDS = 600  # for a case that waits without computing

@@ -11,14 +11,14 @@ import deepspeed
 import deepspeed.comm as dist
 import torch
 
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.config import load_config
+from celo2_pretrain.deepspeed_config import deepspeed_config
 from celo2_pretrain.model.build import build_model
-from celo2_pretrain.train.config import load_config
-from celo2_pretrain.train.deepspeed_config import deepspeed_config
-from celo2_pretrain.train.errors import UserError
-from celo2_pretrain.train.evaluate import training_loss
+from celo2_pretrain.model.build_optimizer import build_optimizer
+from celo2_pretrain.model.loss import training_loss
 from celo2_pretrain.train.guard import Guard, guarded
-from celo2_pretrain.train.optim import build_optimizer
-from celo2_pretrain.train.ranks import join_ranks
+from celo2_pretrain.train.start.ranks import join_ranks
 
 TINY = ["model.layers=1", "model.width=16", "model.heads=2", "model.context=8", "model.vocab_size=32", "optimizer.lr=1e-3",
         "train.micro_batch_size=1", "train.global_batch_size=2"]

@@ -25,11 +25,11 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401  (late too
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.comm.torch import build_shm_op  # noqa: E402
 
+from celo2_pretrain.config import load_config  # noqa: E402
 from celo2_pretrain.train import loop  # noqa: E402
-from celo2_pretrain.train.config import load_config  # noqa: E402
-from celo2_pretrain.train.failures import ending_all_ranks  # noqa: E402
-from celo2_pretrain.train.metrics import read_metrics  # noqa: E402
-from celo2_pretrain.train.ranks import announce_compilation, free_port  # noqa: E402
+from celo2_pretrain.train.faults.failures import ending_all_ranks  # noqa: E402
+from celo2_pretrain.train.record.metrics import read_metrics  # noqa: E402
+from celo2_pretrain.train.start.ranks import announce_compilation, free_port  # noqa: E402
 
 WHERE = ("loop", "save", "loop", "start", "loop", "save", "loop", "loop")  # one kill after the other, again and again
 NEVER = float("inf")

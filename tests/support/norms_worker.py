@@ -11,14 +11,14 @@ import sys
 import deepspeed
 import torch
 
+from celo2_pretrain.config import Config, Model
+from celo2_pretrain.deepspeed_config import deepspeed_config
 from celo2_pretrain.model.build import build_model
-from celo2_pretrain.train.config import Config, Model
-from celo2_pretrain.train.deepspeed_config import deepspeed_config
-from celo2_pretrain.train.evaluate import training_loss
-from celo2_pretrain.train.flops import Peak
-from celo2_pretrain.train.insight import Insight
-from celo2_pretrain.train.optim import build_optimizer
-from celo2_pretrain.train.ranks import join_ranks
+from celo2_pretrain.model.build_optimizer import build_optimizer
+from celo2_pretrain.model.loss import training_loss
+from celo2_pretrain.train.record.insight import Insight
+from celo2_pretrain.train.record.peak_flops import Peak
+from celo2_pretrain.train.start.ranks import join_ranks
 
 STEPS, VOCABULARY = 2, 40
 

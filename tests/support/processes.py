@@ -12,7 +12,7 @@ import torch.distributed as dist
 from support import warm
 from support.paths import ROOT
 
-from celo2_pretrain.train.ranks import free_port
+from celo2_pretrain.train.start.ranks import free_port
 
 
 

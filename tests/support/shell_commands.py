@@ -76,7 +76,7 @@ def configuration(args) -> str | None:
     if args.command == "meta-train":
         from celo2_pretrain.meta.config import load_config
     else:
-        from celo2_pretrain.train.config import load_config
+        from celo2_pretrain.config import load_config
     path, overrides = args.config, list(args.overrides)
     if path is not None and unfilled([path]):
         path = None
@@ -87,7 +87,7 @@ def configuration(args) -> str | None:
     except Exception as error:  # the message is the problem
         return str(error)
     if args.command == "plan":
-        from celo2_pretrain.plan.devices import device
+        from celo2_pretrain.common.devices import device
         for name in args.gpu.split(","):
             device(name, 1)
     if getattr(args, "launch", None):

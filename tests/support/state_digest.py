@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from celo2_pretrain.optimizer.adamw_checkpoint import load_plain
+from celo2_pretrain.optimizer.state.adamw_checkpoint import load_plain
 
 
 def digests(checkpoint: Path) -> dict[str, str]:

@@ -57,8 +57,8 @@ def batch(step, rank, world):
 def celo2(model, lr=2e-3, reread=False):
     """`reread`: make it read two tensors as other matrices than it would by itself."""
     from celo2_pretrain import Celo2, param_groups
-    from celo2_pretrain.optimizer.rules import TAG, tag_of
-    from celo2_pretrain.optimizer.views import MatrixView
+    from celo2_pretrain.optimizer.matrices.param_groups import TAG, tag_of
+    from celo2_pretrain.optimizer.matrices.views import MatrixView
 
     # Random weights look at every feature, so that a state which isn't restored shows; good ones ignore some.
     generator = torch.Generator().manual_seed(7)
@@ -147,7 +147,7 @@ def dump(model, path):
 
 def run(job):
     """Train `steps` steps from step `first`, after `load`; then `save`, train `more` steps, and write `out`."""
-    from celo2_pretrain.optimizer.state import StateError, load_state, save_state
+    from celo2_pretrain.optimizer.state.save_load import StateError, load_state, save_state
 
     model, optimizer, step = start(job)
     if "error" in job:  # both ranks must get it, and none may hang

@@ -7,7 +7,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from celo2_pretrain.optimizer.views import MatrixView
+from celo2_pretrain.optimizer.matrices.views import MatrixView
 
 
 @dataclass

@@ -11,8 +11,8 @@ import torch
 from support.processes import drive
 
 from celo2_pretrain.cli import main
-from celo2_pretrain.train import choose, manifest
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.train.checkpoints import manifest, select
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def run(whole, tmp_path) -> Path:
 def refused(path: Path) -> str:
     """The line with which a checkpoint is refused."""
     with pytest.raises(UserError) as error:
-        choose.verify(choose.find(str(path)))
+        select.verify(select.find(str(path)))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -66,7 +66,7 @@ def mix(path: Path, other: Path) -> None:
 
 
 def test_whole_checkpoint_has_the_files_that_are_damaged_here(run):
-    assert choose.trouble(run / "checkpoints" / NEW) is None
+    assert select.trouble(run / "checkpoints" / NEW) is None
     assert sorted(manifest.listing(run / "checkpoints" / NEW)) == FILES
 
 
@@ -90,7 +90,7 @@ def test_damaged_file_is_named_and_the_older_checkpoint_offered_and_taken(run, n
         assert f"it is the one of {OLD}" in message
     assert message.endswith(f"the newest whole checkpoint is {folder / OLD}: --resume {folder / OLD}")
     said = []
-    assert choose.newest_good(run, say=said.append) == folder / OLD
+    assert select.newest_good(run, say=said.append) == folder / OLD
     assert len(said) == 1 and said[0].startswith(f"passing over {folder / NEW}: ")
 
 
@@ -199,4 +199,4 @@ def test_full_disk_leaves_the_earlier_checkpoint(data, tmp_path, small_disk, on_
     assert told == 1 and "cannot save" in output and "the newest whole checkpoint is" in output, output
     assert ("training goes on" in output) == (on_error == "continue")
     assert [path.name for path in (run / "checkpoints").glob("*step_*")] == ["step_00000001"]
-    assert choose.trouble(run / "checkpoints" / "step_00000001") is None
+    assert select.trouble(run / "checkpoints" / "step_00000001") is None

@@ -9,10 +9,10 @@ from support.processes import environment, torchrun
 
 from celo2_pretrain import param_groups
 from celo2_pretrain.cli import main
-from celo2_pretrain.train import checks
-from celo2_pretrain.train.config import load_config
-from celo2_pretrain.train.errors import UserError
-from celo2_pretrain.train.ranks import free_port
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.config import load_config
+from celo2_pretrain.train.start import preflight
+from celo2_pretrain.train.start.ranks import free_port
 
 SMALL = ["model.layers=1", "model.width=16", "model.heads=1", "model.context=16", "train.micro_batch_size=2",
          "train.global_batch_size=4", "train.max_steps=1", "eval.sequences=4", "optimizer.adamw_lr_multiplier=2"]
@@ -39,8 +39,8 @@ def test_a_checkpoint_is_as_large_as_estimated(run, data):
     model = build_model(config.model, index["vocab_size"], index["eos_id"])
     parameters = sum(p.numel() for p in model.parameters())
     hidden = sum(p.numel() for group in param_groups(model) if group["rule"] == "celo2" for p in group["params"])
-    least, most = checks.checkpoint_bytes(config, parameters, hidden)
-    assert least < checks.folder_bytes(run / "checkpoints") < most + 300_000  # files have headers
+    least, most = preflight.checkpoint_bytes(config, parameters, hidden)
+    assert least < preflight.folder_bytes(run / "checkpoints") < most + 300_000  # files have headers
 
 
 @pytest.mark.slow
@@ -71,8 +71,8 @@ def test_ranks_that_dont_agree_are_refused_on_all(data, tmp_path, other, folder,
 
 def test_differences_name_values_and_ranks():
     found = [{"torch": "2.13", "python": "3.11"}, {"torch": "2.13", "python": "3.11"}, {"torch": "2.12", "python": "3.11"}]
-    assert checks.differences(found, ["a", "b", "c"]) == ["torch is 2.13 on rank 0 (a and 1 more), 2.12 on rank 2 (c)"]
-    assert checks.differences(found[:2], ["a", "b"]) == []
+    assert preflight.differences(found, ["a", "b", "c"]) == ["torch is 2.13 on rank 0 (a and 1 more), 2.12 on rank 2 (c)"]
+    assert preflight.differences(found[:2], ["a", "b"]) == []
 
 
 @pytest.mark.parametrize("where, why", [
@@ -85,8 +85,8 @@ def test_differences_name_values_and_ranks():
 def test_a_run_dir_that_cannot_be_written_is_refused_in_a_line(data, tmp_path, capsys, where, why):
     (tmp_path / "file").touch()
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone" / "far")
-    checks.check_run_dir(str(tmp_path / "not/yet"))
-    checks.check_run_dir(str(tmp_path))
+    preflight.check_run_dir(str(tmp_path / "not/yet"))
+    preflight.check_run_dir(str(tmp_path))
     before = sorted(tmp_path.rglob("*"))
     for more in ([], ["--overwrite"], ["--resume", "auto"]):
         assert main(["train", *more, f"data.path={data}", f"run_dir={tmp_path / where}"]) == 2
@@ -98,17 +98,17 @@ def test_a_run_dir_that_cannot_be_written_is_refused_in_a_line(data, tmp_path, c
 def test_disk_space_is_looked_at_before_training(tmp_path):
     config = load_config(None, [f"run_dir={tmp_path}"])
     # 4 for the model's file, twice 4 for float32 weights, 16 for the states of hidden matrices and 8 or 16 for others
-    assert checks.checkpoint_bytes(config, 10**6, 10**6) == (44 * 10**6, 44 * 10**6)
-    assert checks.checkpoint_bytes(config, 10**6, 0) == (28 * 10**6, 44 * 10**6)
+    assert preflight.checkpoint_bytes(config, 10**6, 10**6) == (44 * 10**6, 44 * 10**6)
+    assert preflight.checkpoint_bytes(config, 10**6, 0) == (28 * 10**6, 44 * 10**6)
     most = 44 * 10**6
-    assert checks.check_disk(config, 10**6, 0, 2 * most) is None
-    assert "up to 0.04 GB: there may be no room for two" in checks.check_disk(config, 10**6, 0, 2 * most - 1)
-    assert "0.03 to 0.04 GB: it may not fit" in checks.check_disk(config, 10**6, 0, 28 * 10**6)
+    assert preflight.check_disk(config, 10**6, 0, 2 * most) is None
+    assert "up to 0.04 GB: there may be no room for two" in preflight.check_disk(config, 10**6, 0, 2 * most - 1)
+    assert "0.03 to 0.04 GB: it may not fit" in preflight.check_disk(config, 10**6, 0, 28 * 10**6)
     with pytest.raises(UserError, match="0.03 GB free, and a checkpoint of 1 M parameters takes at least 0.03 GB"):
-        checks.check_disk(config, 10**6, 0, 28 * 10**6 - 1)
+        preflight.check_disk(config, 10**6, 0, 28 * 10**6 - 1)
     config.checkpoint.on_error = "continue"
-    assert "takes at least 0.03 GB" in checks.check_disk(config, 10**6, 0, 28 * 10**6 - 1)
-    assert checks.free_bytes(str(tmp_path / "not/yet/there")) > 0
+    assert "takes at least 0.03 GB" in preflight.check_disk(config, 10**6, 0, 28 * 10**6 - 1)
+    assert preflight.free_bytes(str(tmp_path / "not/yet/there")) > 0
 
 
 @pytest.mark.parametrize("options, least, most", [
@@ -117,7 +117,7 @@ def test_disk_space_is_looked_at_before_training(tmp_path):
     (["optimizer.state_dtype=fp8"], 32, 32), (["optimizer.state_dtype=bf16", "checkpoint.any_world=false"], 16, 16),
 ])
 def test_a_checkpoints_size_follows_from_stage_precision_and_states(options, least, most):
-    assert checks.checkpoint_bytes(load_config(None, options), 1, 1) == (least, most)
+    assert preflight.checkpoint_bytes(load_config(None, options), 1, 1) == (least, most)
 
 
 def test_memory_that_the_ranks_cannot_have_is_refused(monkeypatch):
@@ -125,24 +125,24 @@ def test_memory_that_the_ranks_cannot_have_is_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     need = 2 * 10**6 * (4 + 4 + 4 + 16)
     for limit, free, expected in ((need, need, None), (need, need - 1, "are free")):
-        monkeypatch.setattr(checks, "host_memory", lambda: (limit, free))
-        warning = checks.check_memory(config, 10**6, 2)
+        monkeypatch.setattr(preflight, "host_memory", lambda: (limit, free))
+        warning = preflight.check_memory(config, 10**6, 2)
         assert warning is None if expected is None else expected in warning
-    monkeypatch.setattr(checks, "host_memory", lambda: (need - 1, 0))
+    monkeypatch.setattr(preflight, "host_memory", lambda: (need - 1, 0))
     with pytest.raises(UserError, match="need at least 0.06 GB of its memory for 1 M parameters"):
-        checks.check_memory(config, 10**6, 2)
+        preflight.check_memory(config, 10**6, 2)
 
 
 def test_the_machines_memory_is_found():
-    total, free = checks.host_memory()
+    total, free = preflight.host_memory()
     assert 0 <= free <= total and total > 1e8
 
 
 def test_small_shared_memory_is_warned_of(monkeypatch):
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: Usage(64 << 20, 0, 64 << 20))
-    assert checks.check_shared_memory("/") is None  # one rank
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(64 << 20, 0, 64 << 20))
+    assert preflight.check_shared_memory("/") is None  # one rank
     monkeypatch.setenv("LOCAL_SIZE", "2")
-    assert "has 64 MiB, and 2 ranks may use" in checks.check_shared_memory("/")
+    assert "has 64 MiB, and 2 ranks may use" in preflight.check_shared_memory("/")
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
@@ -153,20 +153,20 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         def device_count(self):
             return 2
 
-    monkeypatch.setattr(checks, "get_accelerator", Accelerator)
+    monkeypatch.setattr(preflight, "get_accelerator", Accelerator)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    checks.check_gpus()
+    preflight.check_gpus()
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="4 ranks on .*, but 2 GPU.s. are visible there"):
-        checks.check_gpus()
+        preflight.check_gpus()
 
 
 def test_open_files_are_raised_to_what_is_allowed(monkeypatch, capsys):
     given = []
-    monkeypatch.setattr(checks.resource, "setrlimit", lambda kind, limits: given.append(limits))
+    monkeypatch.setattr(preflight.resource, "setrlimit", lambda kind, limits: given.append(limits))
     for limits in ((256, 65536), (256, 512), (8192, 8192)):
-        monkeypatch.setattr(checks.resource, "getrlimit", lambda kind: limits)
-        checks.raise_open_files()
+        monkeypatch.setattr(preflight.resource, "getrlimit", lambda kind: limits)
+        preflight.raise_open_files()
     assert given == [(4096, 65536), (512, 512)]
     assert capsys.readouterr().err.count("allows 512 open files a process") == 1

@@ -7,8 +7,8 @@ import torch
 from support.paths import ROOT
 from support.processes import drive
 
-from celo2_pretrain.optimizer.state_files import StateReader, element_keys
-from celo2_pretrain.train.metrics import read_metrics
+from celo2_pretrain.optimizer.state.files import StateReader, element_keys
+from celo2_pretrain.train.record.metrics import read_metrics
 
 STEPS = 4
 CONFIG = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32", "train.micro_batch_size=2",

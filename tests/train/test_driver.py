@@ -12,14 +12,15 @@ import torch
 from support.processes import drive
 
 from celo2_pretrain.cli import main
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.config import Optimizer
 from celo2_pretrain.data.loader import Windows
-from celo2_pretrain.optimizer import backends
-from celo2_pretrain.train import deepspeed_files, once
-from celo2_pretrain.train.config import Optimizer
-from celo2_pretrain.train.errors import UserError
-from celo2_pretrain.train.metrics import read_metrics
-from celo2_pretrain.train.optim import Rates, build_optimizer, telling_backend
-from celo2_pretrain.train.ranks import free_port
+from celo2_pretrain.model.build_optimizer import Rates, build_optimizer, telling_backend
+from celo2_pretrain.optimizer.backends import choose
+from celo2_pretrain.train.checkpoints import deepspeed_files
+from celo2_pretrain.train.faults import once
+from celo2_pretrain.train.record.metrics import read_metrics
+from celo2_pretrain.train.start.ranks import free_port
 
 MODEL = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32"]
 SMALL = [*MODEL, "train.micro_batch_size=2", "train.global_batch_size=4", "train.log_every=1", "eval.sequences=8",
@@ -173,7 +174,7 @@ def test_generate_continues_the_prompt(run, capsys):
 def test_exported_model_gives_equal_logits_and_the_same_text(run, data, tmp_path, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from celo2_pretrain.model.export import load_trained
+    from celo2_pretrain.train.checkpoints.export import load_trained
 
     out = str(tmp_path / "exported")
     assert main(["export", run, "--out", out]) == 0
@@ -204,7 +205,7 @@ def test_random_states_are_restored():
 
 
 def test_srun_without_a_launcher_is_refused(monkeypatch):
-    from celo2_pretrain.train.ranks import world_from_environment
+    from celo2_pretrain.train.start.ranks import world_from_environment
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")
@@ -219,13 +220,13 @@ def test_srun_without_a_launcher_is_refused(monkeypatch):
 @pytest.mark.parametrize("active", [True, False])
 def test_rank_0_says_which_backend_computes_the_passes(monkeypatch, active):
     monkeypatch.setenv("CELO2_BACKEND", "reference")
-    backends._choose.cache_clear()  # it is said once in a process
+    choose._choose.cache_clear()  # it is said once in a process
     said = []
     with telling_backend(SimpleNamespace(active=active, say=said.append)):
-        backends.backend_for(torch.device("cpu"))
-        backends.backend_for(torch.device("cpu"))
+        choose.backend_for(torch.device("cpu"))
+        choose.backend_for(torch.device("cpu"))
     assert said == ["Celo2 backend on cpu: reference (CELO2_BACKEND asks for it)"] * active
-    assert not logging.getLogger(backends.__name__).handlers
+    assert not logging.getLogger(choose.__name__).handlers
 
 
 def test_this_runs_options_count_after_a_checkpoint_brought_its_own():

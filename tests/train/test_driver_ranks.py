@@ -5,7 +5,7 @@ import pytest
 import torch
 from support.processes import drive
 
-from celo2_pretrain.train.metrics import read_metrics
+from celo2_pretrain.train.record.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 

@@ -5,7 +5,7 @@ import io
 import os
 import sys
 
-from celo2_pretrain.train.errors import LONGEST, UserError, one_line, say, tell
+from celo2_pretrain.common.errors import LONGEST, UserError, one_line, say, tell
 
 
 def test_a_user_error_is_one_line_of_bounded_length():

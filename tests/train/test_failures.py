@@ -9,7 +9,8 @@ from support.processes import deepspeed, environment, torchrun
 from support.paths import SUPPORT
 
 from celo2_pretrain import cli
-from celo2_pretrain.train import failures, loop
+from celo2_pretrain.train import loop
+from celo2_pretrain.train.faults import failures
 
 WORKER = SUPPORT / "failing_worker.py"
 SMALL = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32", "train.micro_batch_size=2",

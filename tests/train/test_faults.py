@@ -6,7 +6,7 @@ import pytest
 from support.processes import deepspeed, drive
 from support.running import Driver
 
-from celo2_pretrain.train.metrics import read_metrics
+from celo2_pretrain.train.record.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 

@@ -10,10 +10,10 @@ from support.fuzz import PATHS, cases, snapshot, spoiled_trees, spoilers, works_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celo2_pretrain.train import manifest
-from celo2_pretrain.train.choose import find, newest_good, read_state, verify
-from celo2_pretrain.train.errors import UserError
-from celo2_pretrain.train.hostfile import read_hostfile
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.train.checkpoints import manifest
+from celo2_pretrain.train.checkpoints.select import find, newest_good, read_state, verify
+from celo2_pretrain.train.start.hostfile import read_hostfile
 
 DESCRIPTION = {"model.layers": 2, "number of ranks": 1}
 STATE = {"step": 2, "samples": 8, "description": DESCRIPTION, "extra": {}}

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celo2_pretrain import Celo2, param_groups
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.config import Model, load_config
 from celo2_pretrain.data.prepare import fingerprint, prepare
 from celo2_pretrain.data.sources import Files, Interrupted
 from celo2_pretrain.data.tokenizer import load_tokenizer
 from celo2_pretrain.model.build import build_model
-from celo2_pretrain.optimizer.state import StateError, load_state, save_state
-from celo2_pretrain.train.config import Model, load_config
-from celo2_pretrain.train.errors import UserError
-from celo2_pretrain.train.metrics import Metrics, read_metrics
-from celo2_pretrain.train.plot import plot_runs
+from celo2_pretrain.optimizer.state.save_load import StateError, load_state, save_state
+from celo2_pretrain.train.record.metrics import Metrics, read_metrics
+from celo2_pretrain.train.record.plot import plot_runs
 
 RECORDS = [{"step": 0, "val_loss": 6.2, "val_bits_per_byte": 4.0}] + [
     {"step": k, "loss": 6.0 - k / 10, "lr": 1e-3, "grad_norm": 1.0, "samples": 4 * k, "tokens_per_s": 100.0}

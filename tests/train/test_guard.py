@@ -10,11 +10,11 @@ from support.guard_worker import BAD, BAD_STEP, STEPS
 from support.processes import on_ranks
 from support.paths import SUPPORT
 
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.config import Config, Train
 from celo2_pretrain.train import guard as guards
-from celo2_pretrain.train.config import Config, Train
-from celo2_pretrain.train.errors import UserError
 from celo2_pretrain.train.guard import Guard, GuardedAdamW
-from celo2_pretrain.train.metrics import read_metrics
+from celo2_pretrain.train.record.metrics import read_metrics
 
 WORKER = SUPPORT / "guard_worker.py"
 SETTINGS = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16", "fp16")

@@ -10,15 +10,15 @@ from support.processes import drive
 from support.paths import ROOT
 
 from celo2_pretrain.cli import main
-from celo2_pretrain.train import flops, origin, trackers
-from celo2_pretrain.train.config import Config, load_config, profiled_steps
-from celo2_pretrain.train.errors import UserError
-from celo2_pretrain.train.insight import perplexity
-from celo2_pretrain.train.metrics import read_metrics
-from celo2_pretrain.train.norms import CHUNK, sum_of_squares
-from celo2_pretrain.train.plot import PANELS
-from celo2_pretrain.train.profiler import Profiler
-from celo2_pretrain.train.timers import COMMUNICATION, PHASES, Timers
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.config import Config, load_config, profiled_steps
+from celo2_pretrain.train.record import peak_flops, provenance, trackers
+from celo2_pretrain.train.record.insight import perplexity
+from celo2_pretrain.train.record.metrics import read_metrics
+from celo2_pretrain.train.record.norms import CHUNK, sum_of_squares
+from celo2_pretrain.train.record.plot import PANELS
+from celo2_pretrain.train.record.profiler import Profiler
+from celo2_pretrain.train.record.timers import COMMUNICATION, PHASES, Timers
 
 SMALL = ["model.layers=1", "model.width=24", "model.heads=2", "model.context=16", "train.micro_batch_size=2",
          "train.global_batch_size=4", "train.log_every=2", "train.max_steps=5", "eval.sequences=2", "eval.every=5",
@@ -158,13 +158,13 @@ def test_running_run_is_traced_on_request(tmp_path):
 
 
 def test_git_diff_is_kept_for_each_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(origin, "git", lambda *arguments: {"status": " M a.py", "diff": "-a\n+b"}.get(arguments[0], "c0ffee"))
+    monkeypatch.setattr(provenance, "git", lambda *arguments: {"status": " M a.py", "diff": "-a\n+b"}.get(arguments[0], "c0ffee"))
     for _ in range(2):
-        origin.write_origin(tmp_path, 1, flops.Peak(None, "unknown"))
+        provenance.write_origin(tmp_path, 1, peak_flops.Peak(None, "unknown"))
     lines = [json.loads(line) for line in (tmp_path / "origin.jsonl").read_text().splitlines()]
     assert [line["git_diff"] for line in lines] == ["git.diff", "git.2.diff"]
     assert (tmp_path / "git.2.diff").read_text() == "-a\n+b\n"
-    origin.remove_origin(tmp_path)
+    provenance.remove_origin(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -174,13 +174,13 @@ def test_git_diff_is_kept_for_each_start(tmp_path, monkeypatch):
 def test_peak_is_the_data_sheets_of_a_known_gpu(monkeypatch, name, tflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     config = load_config(None, ["train.precision=bf16"])
-    assert flops.peak_of(config, torch.device("cuda", 0)).flops == (tflops and tflops * 1e12)
+    assert peak_flops.peak_of(config, torch.device("cuda", 0)).flops == (tflops and tflops * 1e12)
     config.track.peak_tflops = 100.0
-    assert flops.peak_of(config, torch.device("cuda", 0)).flops == 1e14
+    assert peak_flops.peak_of(config, torch.device("cuda", 0)).flops == 1e14
 
 
 def test_a_measured_peak_is_one_a_cpu_can_have():
-    assert 1e8 < flops.peak_of(Config(), torch.device("cpu")).flops < 1e14
+    assert 1e8 < peak_flops.peak_of(Config(), torch.device("cpu")).flops < 1e14
 
 
 def test_nothing_is_timed_between_logged_steps():

@@ -12,8 +12,8 @@ from support.paths import ROOT
 from support.processes import environment
 
 from celo2_pretrain import cli
-from celo2_pretrain.train import hostfile
-from celo2_pretrain.train.config import accumulation_steps, load_config
+from celo2_pretrain.config import accumulation_steps, load_config
+from celo2_pretrain.train.start import hostfile
 
 # In the place of Python: takes any hostfile, and shows what DeepSpeed's launcher would hand on.
 PYTHON = """#!/usr/bin/env bash

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from celo2_pretrain.train import metrics as module
-from celo2_pretrain.train.metrics import Metrics, read_metrics
+from celo2_pretrain.train.record import metrics as module
+from celo2_pretrain.train.record.metrics import Metrics, read_metrics
 
 RECORD = {"loss": 5.0, "lr": 1e-3, "tokens_per_s": 100.0}
 

@@ -1,8 +1,8 @@
 """A trace is of one stretch of steps."""
 import torch
 
-from celo2_pretrain.train.config import load_config
-from celo2_pretrain.train.profiler import Profiler
+from celo2_pretrain.config import load_config
+from celo2_pretrain.train.record.profiler import Profiler
 
 
 def test_a_rollback_inside_of_the_trace_starts_no_second_one(tmp_path):

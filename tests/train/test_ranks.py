@@ -2,7 +2,7 @@
 import os
 import time
 
-from celo2_pretrain.train import ranks
+from celo2_pretrain.train.start import ranks
 
 
 def test_a_lock_that_nobody_holds_is_cleared_and_one_that_somebody_holds_is_told(tmp_path, monkeypatch, capsys):

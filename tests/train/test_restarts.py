@@ -13,10 +13,10 @@ from support.paths import SUPPORT
 from test_failures import SMALL
 
 from celo2_pretrain.cli import main
-from celo2_pretrain.train import failures, restarts
-from celo2_pretrain.train.metrics import read_metrics
-from celo2_pretrain.train.ranks import free_port
-from celo2_pretrain.train.stop import StopRequests
+from celo2_pretrain.train.faults import failures, supervisor
+from celo2_pretrain.train.faults.stop import StopRequests
+from celo2_pretrain.train.record.metrics import read_metrics
+from celo2_pretrain.train.start.ranks import free_port
 
 
 
@@ -46,8 +46,8 @@ class Supervised:
 
 @pytest.fixture
 def supervised(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(restarts, "FIRST_WAIT", 0.1)
-    monkeypatch.setattr(restarts, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(supervisor, "FIRST_WAIT", 0.1)
+    monkeypatch.setattr(supervisor, "LOOK_SECONDS", 0.05)
     return Supervised(tmp_path, capfd)
 
 
@@ -60,7 +60,7 @@ def test_a_failed_run_goes_on_from_its_own_checkpoint(supervised):
     assert "exit code 1; rank 1 on here: ValueError: why; starting again in 0.1 s, from step_00000002" in supervised.told
     assert "killed by SIGKILL (for memory? `dmesg` tells)" in supervised.told
     assert supervised.told.endswith("finished after 3 restart(s)\n") and "Traceback" not in supervised.told
-    assert restarts.FIRST_ERROR == failures.FIRST
+    assert supervisor.FIRST_ERROR == failures.FIRST
 
 
 @pytest.mark.parametrize("given", [["--overwrite"], ["--resume", "another"], []])
@@ -115,7 +115,7 @@ def test_fewer_ranks_follow_a_start_that_saved_nothing_new(supervised):
 
 
 def test_processes_that_a_launcher_left_are_gone_before_the_next_start(supervised, monkeypatch):
-    monkeypatch.setattr(restarts, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(supervisor, "GRACE_SECONDS", 0.2)
     leave = "(folder / 'pid').write_text(str(python('import time; time.sleep(200)').pid)); sys.exit(1)"
     assert supervised(leave, "gone((folder / 'pid').read_text()) and save(4)", restarts=1) == 0
 
@@ -157,7 +157,7 @@ def test_a_signal_asks_the_ranks_and_not_their_launcher(supervised, unharmed, na
 
 def test_a_signal_between_two_starts_ends_the_supervisor(supervised, unharmed):
     ask = f"import os, time; time.sleep(5); os.kill({os.getpid()}, 15)"
-    restarts.FIRST_WAIT = 200  # the fixture sets it back
+    supervisor.FIRST_WAIT = 200  # the fixture sets it back
     # It isn't one of the run's processes, so that nobody waits for it.
     line = f"subprocess.Popen([sys.executable, '-S', '-c', {ask!r}], env={{}}); sys.exit(1)"
     assert supervised(line) == 75
@@ -192,7 +192,7 @@ def test_wrong_arguments_are_refused_before_a_start(arguments, message, tmp_path
 
 def test_ranks_note_how_they_end(tmp_path, monkeypatch):
     notes = tmp_path / "notes"
-    monkeypatch.setenv(restarts.NOTES, str(notes))
+    monkeypatch.setenv(supervisor.NOTES, str(notes))
     assert main(["train", "optimizer.lrr=1"]) == 2
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit):  # in a rank that can't return: it waits for others

@@ -7,8 +7,9 @@ from support.paths import ROOT
 import yaml
 
 from celo2_pretrain.cli import main
-from celo2_pretrain.train import choose, loop
-from celo2_pretrain.train.config import as_tree, flatten, load_config
+from celo2_pretrain.config import as_tree, flatten, load_config
+from celo2_pretrain.train import loop
+from celo2_pretrain.train.checkpoints import select
 
 CONFIG = ROOT / "configs/gpt2_124m.yaml"
 
@@ -21,7 +22,7 @@ def resumed(tmp_path, monkeypatch):
     begun = load_config(str(CONFIG), ["run_dir=runs/x", "schedule.warmup=0.125"])
     Path("runs/x/config.yaml").write_text(yaml.safe_dump(as_tree(begun)))
     asked = []
-    monkeypatch.setattr(choose, "find", lambda path: Path(path))  # there are no checkpoints
+    monkeypatch.setattr(select, "find", lambda path: Path(path))  # there are no checkpoints
     monkeypatch.setattr(loop, "train", lambda config, resume, overwrite: asked.append((flatten(as_tree(config), ""), resume)))
 
     def call(*arguments: str) -> tuple[dict, str | None]:

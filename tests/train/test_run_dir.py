@@ -16,11 +16,13 @@ import pytest
 import torch
 from support.fuzz import snapshot
 
-from celo2_pretrain.train import checkpoint, choose, failures, loop, manifest, run_lock
-from celo2_pretrain.train.config import load_config
-from celo2_pretrain.train.errors import UserError
-from celo2_pretrain.train.metrics import Metrics
-from celo2_pretrain.train.run_lock import InUse, RunLock
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.config import load_config
+from celo2_pretrain.train import loop
+from celo2_pretrain.train.checkpoints import checkpoint, manifest, select
+from celo2_pretrain.train.faults import failures, run_lock
+from celo2_pretrain.train.faults.run_lock import InUse, RunLock
+from celo2_pretrain.train.record.metrics import Metrics
 
 SMALL = ["model.layers=1", "model.width=16", "model.heads=2", "model.context=16", "train.micro_batch_size=1", "train.max_steps=2",
          "train.global_batch_size=2", "train.log_every=1", "eval.sequences=2", "optimizer.adamw_lr_multiplier=2",
@@ -66,8 +68,8 @@ def test_a_finished_run_is_finished_also_without_sample_and_picture(tmp_path, mo
 
 HOLD = """
 import sys, time
-from celo2_pretrain.train.metrics import Metrics
-from celo2_pretrain.train.run_lock import RunLock
+from celo2_pretrain.train.faults.run_lock import RunLock
+from celo2_pretrain.train.record.metrics import Metrics
 RunLock(sys.argv[1], 0).take()
 print("held", flush=True)
 time.sleep(10000)
@@ -160,7 +162,7 @@ def test_what_a_run_leaves_by_resuming_from_an_earlier_step_is_not_gone_on_from(
         path.mkdir(parents=True)
     (folder / "latest").write_text(steps[1234].name)
     checkpoint.go_on_from(steps[1000], said.append)
-    assert [choose.step_of(path) for path in choose.in_order(folder)] == [500, 1000] and choose.latest(folder) == "step_00001000"
+    assert [select.step_of(path) for path in select.in_order(folder)] == [500, 1000] and select.latest(folder) == "step_00001000"
     assert sorted(path.name for path in folder.glob("ab*")) == ["abandoned_step_00001234", "abandoned_step_00001300"]
     assert len(said) == 1 and "abandoned_step_00001234, abandoned_step_00001300, which are removed when the run has come as far again" in said[0]
     new = folder / "step_00001500"
@@ -180,11 +182,11 @@ def test_a_run_killed_in_its_first_save_is_told_how_to_go_on(tmp_path):
     first = tmp_path / "checkpoints" / "step_00000002"
     first.parent.mkdir()
     with pytest.raises(UserError, match="no checkpoint yet: begin it with --resume auto"):
-        choose.find(str(tmp_path))
+        select.find(str(tmp_path))
     first.mkdir()
     manifest.write(first, 2, {"state.json": manifest.write_file(first / "state.json", lambda file: file.write(b"{}"))})
     with pytest.raises(UserError, match=f"no file checkpoints/latest; the newest whole checkpoint is {first}: --resume {first}$"):
-        choose.find(str(tmp_path))
+        select.find(str(tmp_path))
 
 
 @pytest.mark.parametrize("error, kind", [

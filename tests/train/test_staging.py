@@ -9,12 +9,13 @@ import deepspeed.comm as dist
 import pytest
 from support.processes import drive
 
-from celo2_pretrain.optimizer.state import StateError
-from celo2_pretrain.train import checkpoint, choose, failures, manifest, staging
-from celo2_pretrain.train.config import Checkpoint, Config
-from celo2_pretrain.train.errors import UserError
-from celo2_pretrain.train.metrics import read_metrics
-from celo2_pretrain.train.staging import Copy, check_staging, settle
+from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.config import Checkpoint, Config
+from celo2_pretrain.optimizer.state.save_load import StateError
+from celo2_pretrain.train.checkpoints import checkpoint, manifest, select, staging
+from celo2_pretrain.train.checkpoints.staging import Copy, check_staging, settle
+from celo2_pretrain.train.faults import failures
+from celo2_pretrain.train.record.metrics import read_metrics
 
 CONFIG = ["model.layers=1", "model.width=16", "model.heads=2", "model.context=16", "train.micro_batch_size=1", "schedule.steps=6",
           "train.global_batch_size=4", "train.log_every=1", "eval.every=100000", "eval.sequences=4", "checkpoint.every=2",
@@ -40,7 +41,7 @@ def test_a_run_goes_on_from_staged_checkpoints_bit_for_bit(data, tmp_path):
     names = sorted(path.name for path in (staged / "checkpoints").iterdir())
     assert names == ["latest", "step_00000004", "step_00000006"]
     for name in names[1:]:
-        assert choose.trouble(staged / "checkpoints" / name) is None
+        assert select.trouble(staged / "checkpoints" / name) is None
         # Of the same steps: the same files, also byte by byte where nothing but tensors is in them.
         ours, theirs = (manifest.read(run / "checkpoints" / name)["files"] for run in (staged, plain))
         assert ours.keys() == theirs.keys()
@@ -155,11 +156,11 @@ def test_a_wait_for_the_copy_is_told_and_is_no_hang(slow, monkeypatch):
 
 def test_verifying_is_no_hang_and_ranks_that_share_it_come_to_one_answer(folder, monkeypatch):
     beats, names = [], sorted(manifest.structure(folder)["files"])
-    assert choose.trouble(folder, beat=lambda: beats.append(1)) is None and len(beats) == len(names)
+    assert select.trouble(folder, beat=lambda: beats.append(1)) is None and len(beats) == len(names)
     (folder / names[1]).write_bytes(b"x" * (folder / names[1]).stat().st_size)
-    assert f"{names[1]} is damaged" in choose.trouble(folder)
+    assert f"{names[1]} is damaged" in select.trouble(folder)
     # Rank 0 of two reads the other file; what rank 1 finds is told to both.
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(choose, "gather", lambda value: [value, "found on rank 1" if value is None else value])
-    assert choose.trouble(folder, shared=True) == "found on rank 1"
+    monkeypatch.setattr(select, "gather", lambda value: [value, "found on rank 1" if value is None else value])
+    assert select.trouble(folder, shared=True) == "found on rank 1"

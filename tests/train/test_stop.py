@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from test_restarts import supervised  # noqa: F401
 
-from celo2_pretrain.train import restarts
-from celo2_pretrain.train.errors import Stopped
-from celo2_pretrain.train.stop import Agreement, StopRequests
+from celo2_pretrain.common.errors import Stopped
+from celo2_pretrain.train.faults import supervisor as restarts
+from celo2_pretrain.train.faults.stop import Agreement, StopRequests
 
 
 @pytest.mark.parametrize("when", ["just before a failure", "between two starts"])
@@ -97,7 +97,7 @@ def test_a_signal_is_heard_unless_it_was_ignored_before(defaults, tmp_path, numb
 HUNG_UP = """
 import sys, time
 from pathlib import Path
-from celo2_pretrain.train.stop import StopRequests
+from celo2_pretrain.train.faults.stop import StopRequests
 with StopRequests(Path(sys.argv[1], "STOP"), 0) as requests:
     requests.at_boundaries = True
     print("ready", flush=True)

@@ -13,7 +13,7 @@ from support.warm import default_signals
 from support.paths import ROOT
 
 from celo2_pretrain.cli import main
-from celo2_pretrain.train.metrics import read_metrics
+from celo2_pretrain.train.record.metrics import read_metrics
 from celo2_pretrain.train.sweep import PAPER_GRID
 
 

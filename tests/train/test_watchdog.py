@@ -8,13 +8,13 @@ import torch
 from support.processes import environment
 from support.paths import SUPPORT
 
-from celo2_pretrain.train.config import load_config
-from celo2_pretrain.train.memory import explained
-from celo2_pretrain.train.ranks import free_port
+from celo2_pretrain.config import load_config
+from celo2_pretrain.train.faults.out_of_memory import explained
+from celo2_pretrain.train.start.ranks import free_port
 
 WATCHED = """
 import sys, time
-from celo2_pretrain.train.watchdog import Watchdog
+from celo2_pretrain.train.faults.watchdog import Watchdog
 with Watchdog(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])) as watchdog:
     watchdog.begin()
     watchdog.beat("testing")

@@ -4,14 +4,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.common.errors import UserError
 
 from .job import Job
 from .optimizers import DEFAULT, FACTORS, SPECS, Spec, named_theta, with_weights
-from .problem import Task
 from .report import write_report
 from .runner import duration, print_line, read_results, remaining, run_all
-from .suite import QUICK, QUICK_STEPS, TASKS
+from .suite.problem import Task
+from .suite.tasks import QUICK, QUICK_STEPS, TASKS
 
 SEEDS = (0, 1, 2)
 

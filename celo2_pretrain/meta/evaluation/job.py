@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .optimizers import Spec, build
-from .problem import Task
+from .suite.problem import Task
 
 CLIP, WARMUP = 1.0, 0.05
 POINTS = 20  # measures along a curve

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from celo2_pretrain import Celo2, param_groups
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.weights import load_weights
 
 EMBEDDING = 6e-3  # AdamW's rate of embeddings, heads and vectors, at the middle of every grid

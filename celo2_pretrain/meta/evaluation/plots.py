@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 from .analysis import Entry
-from .suite import TASKS
+from .suite.tasks import TASKS
 
 Entries = dict[tuple[str, str], Entry]
 

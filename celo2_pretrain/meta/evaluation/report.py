@@ -9,12 +9,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.common.errors import UserError
 
 from . import analysis
 from .analysis import Entry
 from .runner import read_results
-from .suite import TASKS
+from .suite.tasks import TASKS
 
 COLUMNS = ("task", "optimizer", "lr", "seed", "steps", "theta", "status", "loss", "seconds", "cpu_seconds", "error")
 Entries = dict[tuple[str, str], Entry]

@@ -17,11 +17,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Callable
 
-from celo2_pretrain.train.errors import UserError
+from celo2_pretrain.common.errors import UserError
 
 from .job import Job, record, run
-from .problem import Task
-from .suite import TASKS
+from .suite.problem import Task
+from .suite.tasks import TASKS
 
 RESULTS = "results.jsonl"
 

@@ -1,0 +1,1 @@
+"""What every room uses: errors, settings, text files, devices. Imports no other room."""

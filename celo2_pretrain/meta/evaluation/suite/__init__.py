@@ -1,0 +1,1 @@
+"""The tasks of the evaluation suite, none of them in meta-training."""

@@ -1,0 +1,1 @@
+"""The inner problems that meta-training optimizes, and their data."""

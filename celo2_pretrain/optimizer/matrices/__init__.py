@@ -1,0 +1,1 @@
+"""Which tensors of a model get the learned rule, and as which matrices."""

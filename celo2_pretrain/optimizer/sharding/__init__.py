@@ -1,0 +1,1 @@
+"""Where the elements of each tensor lie among the ranks."""

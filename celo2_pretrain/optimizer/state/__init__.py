@@ -1,0 +1,1 @@
+"""The optimizer's state in files that any world can read."""

@@ -1,0 +1,1 @@
+"""One step of each rule on what a rank holds."""

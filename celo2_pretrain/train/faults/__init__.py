@@ -1,0 +1,1 @@
+"""What ends a run, and how a run goes on afterwards."""

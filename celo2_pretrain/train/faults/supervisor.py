@@ -1,0 +1,336 @@
+"""`train --max-restarts N`: start the driver, and start it again from its last checkpoint when it fails.
+
+Not started again is what another start would not mend, or what was wished:
+    0 and the last step's checkpoint   finished            75    stopped on request
+    2                                  wrong input, told   130   interrupted
+Launchers give exit codes of their own, so each rank also notes its code in the file that CELO2_SUPERVISOR names. The same
+variable tells the processes of a start from all others, whatever started them.
+"""
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from celo2_pretrain.common.errors import EXIT_HUNG, EXIT_STOPPED, EXIT_USER_ERROR, UserError, say
+from celo2_pretrain.config import Config, accumulation_steps
+
+NOTES = "CELO2_SUPERVISOR"
+SINCE = "CELO2_SUPERVISOR_SINCE"  # when it began: a stop file that is newer is for the run, whichever start is under way
+FIRST_ERROR = "error_first.txt"  # failures.FIRST; to import it would load DeepSpeed into a process that only waits
+INTERRUPTED = 130  # what shells give for SIGINT
+FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds before a restart; doubled as long as no start brings a new checkpoint
+GRACE_SECONDS = 20.0  # for the other ranks, when the launcher has ended
+LOOK_SECONDS = 0.5
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def note(code: int) -> int:
+    """Tell a supervisor, where there is one, how this rank ends; returns `code`."""
+    if NOTES in os.environ:
+        with contextlib.suppress(OSError), open(os.environ[NOTES], "a") as file:  # other nodes have no such folder
+            file.write(f"{code}\n")
+    return code
+
+
+def file_asks(path: Path, since: float) -> bool | None:
+    """Whether the stop file was made after `since`, or is an earlier run's; None where there is none."""
+    try:
+        return path.stat().st_mtime >= since - 1  # file systems count in up to a second
+    except OSError:
+        return None
+
+
+def not_ignored() -> list[signal.Signals]:
+    """The signals to hear: what is ignored (by nohup, in a background job of a script) stays so."""
+    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def leave_lost_terminal() -> None:
+    """Where the terminal is gone, as after SIGHUP, write to nothing: print would raise, and end a run before it has saved."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, descriptor)
+            os.close(nothing)
+
+
+def parse_ranks(text: str | None, launch: str | None, config: Config) -> list[int]:
+    """`--ranks 8,8,4` as numbers; [] where it isn't given. Raises UserError, also where the configuration can't be run so."""
+    if (text is None) != ("{ranks}" not in (launch or "")):
+        raise UserError("--ranks and {ranks} in --launch need each other, for example --ranks 8,4 --launch "
+                        "'deepspeed --no_local_rank --num_gpus {ranks} launch/pretrain.py'")
+    if text is None:
+        return []
+    try:
+        ranks = [int(part) for part in text.split(",")]
+    except ValueError:
+        ranks = [0]
+    if min(ranks) < 1:
+        raise UserError(f"--ranks {text}: give whole numbers above 0, separated by commas, for example --ranks 8,8,4")
+    for number in ranks:
+        accumulation_steps(config, number)
+    if len(set(ranks)) > 1 and not config.checkpoint.any_world:
+        raise UserError(f"--ranks {text}: checkpoint.any_world=false saves nothing that goes on with another number")
+    return ranks
+
+
+class Asked:
+    """The signals that ask this process to stop, while it is entered; and the stop file, which the ranks read and remove."""
+
+    def __init__(self, file: Path):
+        self.file, self.since = file, time.time()
+
+    def to_stop(self) -> bool:
+        """Also by a stop file that no rank has seen: the run failed before, or waits for its next start."""
+        return bool(self.names or file_asks(self.file, self.since))
+
+    def forget_file(self) -> None:
+        if file_asks(self.file, self.since):
+            with contextlib.suppress(OSError):
+                self.file.unlink()
+
+    def __enter__(self):
+        self.names: list[str] = []
+        self.before = {number: signal.signal(number, self._hear) for number in not_ignored()}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, _) -> None:
+        leave_lost_terminal()
+        self.names.append(signal.Signals(number).name)
+
+
+class Start:
+    """One start of the driver: all processes that come of `command`."""
+
+    def __init__(self, command: list[str], notes: Path, supervised_since: float):
+        self.notes, self.since = notes, time.time()
+        notes.write_text("")
+        self.signalled: set[int] = set()
+        self.saw_ranks = False
+        try:  # a group of its own: Ctrl-C is for this process, which asks the ranks
+            env = os.environ | {NOTES: str(notes), SINCE: str(supervised_since)}
+            self.process = subprocess.Popen(command, env=env, process_group=0)
+        except OSError as error:
+            raise UserError(f"--launch {shlex.join(command)!r}: {error.strerror}: give the command of a driver") from None
+
+    def living(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get(NOTES) == str(self.notes):
+                    found.append(process)
+        return found
+
+    def ask(self) -> None:
+        """Send SIGTERM once to each rank, not to launchers: those kill the ranks some seconds later, saved or not."""
+        parents, ranks = {}, set()
+        for process in self.living():
+            with contextlib.suppress(psutil.Error):
+                parents[process.pid] = process.ppid()
+                if "RANK" in process.environ():
+                    ranks.add(process.pid)
+        self.saw_ranks |= bool(ranks)
+        if ranks:
+            targets = {pid for pid in ranks if parents[pid] not in ranks}
+        else:  # a driver without a launcher; or a launcher that hasn't started any yet, unless it is about to end
+            targets = set() if self.saw_ranks else parents.keys() - set(parents.values())
+        for pid in targets - self.signalled:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGTERM)
+        self.signalled |= targets
+
+    def kill(self) -> None:
+        while living := self.living():
+            for process in living:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            self.process.poll()
+            time.sleep(0.1)
+
+    def wait(self, asked: Asked) -> int:
+        """Until all of its processes have ended: the exit code of the first."""
+        told, ended = False, None
+        while self.process.poll() is None or self.living():
+            ended = ended or (self.process.returncode is not None and time.monotonic())
+            if asked.names and not told:
+                say(f"{asked.names[0]}: the run is asked to save and stop; a second signal ends it at once")
+                told = True
+            if len(asked.names) > 1 or (ended and not asked.names and time.monotonic() - ended > GRACE_SECONDS):
+                self.kill()
+            elif asked.names:
+                self.ask()
+            time.sleep(LOOK_SECONDS)
+        return self.process.returncode
+
+    def noted(self) -> set[int]:
+        return {int(line) for line in self.notes.read_text().split() if line.isdecimal()}
+
+
+class Checkpoints:
+    """What the run has saved, as checkpoints/latest tells; what an earlier run saved doesn't count.
+
+    Each start that goes on with a checkpoint writes `latest` again, so that its time tells nothing: the manifest's does.
+    """
+
+    def __init__(self, run_dir: str):
+        self.path = Path(run_dir, "checkpoints", "latest")
+        self.old, self.new_run = self._read(), not self.path.parent.exists()
+
+    def _read(self) -> tuple[str, int] | None:
+        """The checkpoint's name, and when it was written: one of the same step may have taken its place."""
+        try:
+            name = self.path.read_text().strip()
+        except (OSError, ValueError):
+            return None
+        with contextlib.suppress(OSError, ValueError):
+            return name, Path(self.path.parent, name, "manifest.json").stat().st_mtime_ns
+        return name, 0
+
+    def newest(self) -> str | None:
+        found = self._read()
+        return found[0] if found and found != self.old else None
+
+    def half_saved(self) -> bool:
+        """Whether this run has begun to save and `latest` doesn't tell of it: that looks like a run not to be replaced."""
+        return self.new_run and self.path.parent.exists() and not self.newest()
+
+    def finished(self, steps: int, auto: bool) -> bool:
+        """Whether the last step's checkpoint is there; with `auto` (--resume) an earlier run's counts, which is left as it is."""
+        found = self._read()
+        if found == self.old and not auto:
+            return False
+        number = found[0].removeprefix("step_") if found else ""
+        return number.isdecimal() and int(number) >= steps
+
+
+def arguments(args, run_dir: str, go_on: bool, replace: bool) -> list[str]:
+    """Train's arguments for the next start.
+
+    Args:
+        args: what the command line asked for.
+        go_on: go on with what is in run_dir; else an earlier run there is treated as the command line says.
+        replace: what is in run_dir, also where the command line doesn't say so.
+    """
+    resume, overwrite = ("auto", False) if go_on else (args.resume, args.overwrite or replace)
+    out = ["--config", args.config] if args.config else []
+    if resume is not None:
+        out += ["--resume", resume or run_dir]
+    if overwrite:
+        out.append("--overwrite")
+    named = any(text.startswith("run_dir=") for text in args.overrides)
+    return [*out, *args.overrides, *([] if named else [f"run_dir={run_dir}"])]
+
+
+def outcome(code: int, noted: set[int], asked: bool, finished: bool) -> int | None:
+    """The exit code to end with; None for another start."""
+    codes = noted | {code}
+    if code == 0 and finished:
+        return 0
+    if EXIT_USER_ERROR in codes:
+        return EXIT_USER_ERROR
+    if asked or EXIT_STOPPED in codes:
+        return EXIT_STOPPED
+    return INTERRUPTED if INTERRUPTED in codes else None
+
+
+def reason(code: int, run_dir: str, since: float) -> str:
+    """Why a start failed, as far as this process knows."""
+    number = -code if code < 0 else code - 128 if 128 < code < 192 else 256 - code if code >= 192 else 0
+    names = {int(number): number.name for number in signal.Signals}
+    text = f"it was killed by {names[number]}" if code < 0 and number in names else f"exit code {code}"
+    if code == EXIT_HUNG:
+        text += ": a rank made no progress"
+    elif code == 0:
+        text += " before the last step: its launcher was killed"
+    elif code > 0 and number in names:
+        text += f": a rank was ended by {names[number]}"
+    if number == signal.SIGKILL:
+        text += " (for memory? `dmesg` tells)"
+    with contextlib.suppress(OSError, IndexError):
+        path = Path(run_dir, FIRST_ERROR)
+        if path.stat().st_mtime >= since - 1:  # file systems count in up to a second
+            text += f"; {path.read_text().splitlines()[0][:300]}"  # all of it is above, in the ranks' output
+    return text
+
+
+def pause(seconds: float, asked: Asked) -> None:
+    until = time.monotonic() + seconds
+    while not asked.to_stop() and time.monotonic() < until:
+        time.sleep(min(LOOK_SECONDS, seconds))
+
+
+def supervise(args, config: Config) -> int:
+    """Train, with at most args.max_restarts restarts; returns the exit code.
+
+    Args:
+        args: of the command line: config, resume, overwrite and overrides as for `train`; launch, a driver's command that
+            they are added to (None: this program); ranks, what {ranks} in it stands for, as "8,8,4": the next number is
+            taken when a start has brought no new checkpoint, the last one stays.
+        config: what they stand for.
+
+    Raises UserError when the driver can't be started.
+    """
+    if "RANK" in os.environ:
+        raise UserError("--max-restarts is not for the ranks of a launcher: celo2-pretrain train --max-restarts N --launch "
+                        "'…' starts the launcher")
+    if args.max_restarts < 0:
+        raise UserError(f"--max-restarts {args.max_restarts}: must be at least 0")
+    ranks = parse_ranks(args.ranks, args.launch, config)
+    launch = shlex.split(args.launch) if args.launch else [sys.executable, "-m", "celo2_pretrain.cli", "train"]
+    checkpoints = Checkpoints(config.run_dir)
+    wait, restarts = FIRST_WAIT, 0
+    stop_file = Path(config.train.stop_file or Path(config.run_dir, "STOP"))
+    with tempfile.TemporaryDirectory(prefix="celo2-supervisor-") as folder, Asked(stop_file) as asked:
+        while True:
+            own = checkpoints.newest()
+            command = [part.replace("{ranks}", str(ranks[0])) if ranks else part for part in launch]
+            half_saved = restarts > 0 and not args.overwrite and checkpoints.half_saved()
+            # One that was begun from another run's checkpoint has nothing else to begin from.
+            replace = half_saved and args.resume not in (None, "auto") and not any(checkpoints.path.parent.glob("step_*"))
+            command += arguments(args, config.run_dir, bool(own) or half_saved and not replace, replace)
+            say(f"start {restarts + 1} of at most {args.max_restarts + 1}: {shlex.join(command)}")
+            start = Start(command, Path(folder, f"start_{restarts + 1}"), asked.since)
+            code = start.wait(asked)
+            finished = checkpoints.finished(config.train.max_steps, args.resume == "auto")
+            end = outcome(code, start.noted(), asked.to_stop(), finished)
+            saved = checkpoints.newest()
+            if end is None:
+                failed = f"the run failed: {reason(code, config.run_dir, start.since)}"
+                if restarts == args.max_restarts:
+                    say(f"error: {failed}; --max-restarts {args.max_restarts} is used up; {went(saved)}")
+                    return code if code > 0 else 128 - code if code else 1
+                if saved and saved != own:
+                    wait = FIRST_WAIT
+                elif len(ranks) > 1:
+                    ranks = ranks[1:]
+                with_ranks = f" with {ranks[0]} rank(s)" if ranks else ""
+                say(f"{failed}; starting again in {wait:g} s{with_ranks}, "
+                    f"{f'from {saved}' if saved else 'as before: it had saved nothing'}")
+                pause(wait, asked)
+                wait, restarts = min(2 * wait, LONGEST_WAIT), restarts + 1
+                if not asked.to_stop():
+                    continue
+                end = EXIT_STOPPED
+            if end == EXIT_STOPPED:
+                asked.forget_file()
+                say(f"stopped on request, not started again; {went(saved)}")
+            elif restarts and end == 0:
+                say(f"finished after {restarts} restart(s)")
+            return 128 + getattr(signal, asked.names[1]) if end == EXIT_STOPPED and len(asked.names) > 1 else end
+
+
+def went(saved: str | None) -> str:
+    return f"{saved} is its newest checkpoint: --resume auto goes on from it" if saved else "it has saved nothing"

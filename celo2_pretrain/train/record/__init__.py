@@ -1,0 +1,1 @@
+"""What a run records: metrics, norms, timings, pictures."""
