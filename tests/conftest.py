@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import warm
+from support import fuzz, warm
 from support.paths import TESTS
 
 GOLDEN = TESTS / "golden/celo2_reference.npz"
@@ -19,6 +19,10 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--everything", action="store_true", help="run the tests that are marked slow, too")
+
+
+def pytest_configure(config) -> None:
+    fuzz.EVERYTHING = config.getoption("everything")
 
 
 def pytest_collection_modifyitems(config, items) -> None:

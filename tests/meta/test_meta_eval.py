@@ -181,7 +181,7 @@ def test_results_of_another_length_are_not_mixed():
 
 @pytest.mark.multiprocess
 def test_control_c_ends_the_workers_and_keeps_what_was_done(tmp_path):
-    code = ("import signal, sys; sys.path.insert(0, 'tests'); import test_meta_eval as t; from pathlib import Path\n"
+    code = ("import signal, sys; sys.path[:0] = ['tests', 'tests/meta']; import test_meta_eval as t; from pathlib import Path\n"
             "if __name__ == '__main__':\n"
             "    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
             "    try: t.runner.run_all(t.toy_jobs('toy', 'slow', 'toy', seeds=(0,)), Path(sys.argv[1]), 1, "

@@ -18,38 +18,44 @@ DEFAULT = [(2, "", cell) for cell in pairwise_cells()] + share_of_this_commit(EV
 
 
 @pytest.fixture(scope="module")
-def worlds():
-    """Gives the ranks for so many ranks and a backend; they live on from test to test, one world at a time."""
-    alive: dict[tuple[int, str], World] = {}
+def alive():
+    """The one world of ranks that is running, by their number and backend."""
+    worlds: dict[tuple[int, str], World] = {}
+    yield worlds
+    end(worlds)
 
-    def world(ranks: int, backend: str) -> World:
-        if (ranks, backend) not in alive:
-            while alive:
-                alive.popitem()[1].end()
-            alive[ranks, backend] = World(ranks, backend=backend)
-        return alive[ranks, backend]
 
-    yield world
-    while alive:
-        alive.popitem()[1].end()
+def end(worlds: dict[tuple[int, str], World]) -> None:
+    while worlds:
+        worlds.popitem()[1].end()
+
+
+@pytest.fixture
+def world(alive, ranks, backend) -> World:
+    """The ranks that a test asks for; they live on to the next test that asks for the same."""
+    if (ranks, backend) not in alive:
+        end(alive)
+        alive[ranks, backend] = World(ranks, backend=backend)
+    return alive[ranks, backend]
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("ranks, backend, cell", [
     pytest.param(*case, id=f"{case[0]}-{case[1]}-{case[2].name}", marks=() if case in DEFAULT else pytest.mark.slow)
     for case in EVERYTHING])
-def test_sharded_step_is_the_unsharded_step(worlds, ranks, backend, cell):
-    assert worlds(ranks, backend).run(cell).failures() == []
+def test_sharded_step_is_the_unsharded_step(world, cell):
+    assert world.run(cell).failures() == []
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("ranks, backend", [(2, "triton")])
 @pytest.mark.parametrize("name, flipped", [("zero2,fp32,acc4,allreduce,offload", False), ("zero3,bf16,acc1,rs", True)])
-def test_sharded_step_is_the_unsharded_step_by_the_triton_kernels(worlds, name, flipped):
+def test_sharded_step_is_the_unsharded_step_by_the_triton_kernels(world, name, flipped):
     """In the interpreter, which needs most of a minute for a cell. In these two every param group is orthogonalised once."""
     pytest.importorskip("triton", reason="Triton is not installed")
     assert from_name(name).flipped == flipped
-    assert worlds(2, "triton").run(from_name(name)).failures() == []
+    assert world.run(from_name(name)).failures() == []
 
 
 def test_every_cell_of_the_matrix_is_run_by_some_commit():

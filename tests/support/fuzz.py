@@ -21,13 +21,16 @@ CPU_SECONDS = 30  # of this process's own time for one case: what others do on t
 SECONDS = 600  # for a case that waits without computing
 MEMORY = 1 << 30  # bytes by which all cases of a test may raise the process's peak
 TIMES = int(os.environ.get("FUZZ_TIMES", 0))
+EVERYTHING = False  # set by conftest.py
+BY_DEFAULT = 5  # one case in so many
 if not TIMES:  # hypothesis also draws constants of the modules imported so far: any edit would change the cases
     providers._get_local_constants = lambda: providers.Constants()
 
 
 def cases(count: int) -> settings:
-    """Decorator: that many generated cases; with FUZZ_TIMES, that many times as many, which are others each time."""
-    return settings(max_examples=count * max(TIMES, 1), derandomize=not TIMES, database=None, deadline=None,
+    """Decorator: that many generated cases with `--everything`, else a fifth of them; with FUZZ_TIMES, that many times as
+    many, which are others each time."""
+    return settings(max_examples=count * TIMES or count if EVERYTHING else max(count // BY_DEFAULT, 1), derandomize=not TIMES, database=None, deadline=None,
                     suppress_health_check=list(HealthCheck))
 
 

@@ -123,7 +123,6 @@ def test_ranks_of_a_node_say_the_same_once_and_what_only_one_found_too(monkeypat
     assert "rank" not in lines[0] and lines[1].endswith(" (found on rank 1)")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arguments, message", [
     (["model.layers=3"], "was written with model.layers = 2, this run has 3"),
     (["optimizer.name=adamw"], "was written with optimizer.name = 'celo2', this run has 'adamw'"),
@@ -135,12 +134,10 @@ def test_checkpoint_that_does_not_fit_is_refused(run, capsys, arguments, message
     assert before == {p: p.read_bytes() for p in Path(run).rglob("*") if p.is_file()}
 
 
-@pytest.mark.slow
 def test_run_is_not_replaced_unasked(run, data, capsys):
     assert "already holds a run" in refused(capsys, "train", *SMALL, f"data.path={data}", f"run_dir={run}")
 
 
-@pytest.mark.slow
 def test_run_folder_tells_what_was_run(run, data):
     records = read_metrics(run)
     losses = [r["loss"] for r in records if "loss" in r]
@@ -154,14 +151,12 @@ def test_run_folder_tells_what_was_run(run, data):
     assert sorted(p.name for p in (Path(run) / "checkpoints").glob("step_*")) == ["step_00000004", "step_00000006"]
 
 
-@pytest.mark.slow
 def test_eval_of_the_checkpoint_is_the_validation_loss_of_the_run(run, capsys):
     assert main(["eval", run]) == 0
     last = [r["val_loss"] for r in read_metrics(run) if "val_loss" in r][-1]
     assert float(re.search(r"validation loss ([\d.]+)", capsys.readouterr().out)[1]) == pytest.approx(last, abs=2e-4)
 
 
-@pytest.mark.slow
 def test_generate_continues_the_prompt(run, capsys):
     assert main(["generate", run, "--prompt", "import os", "--tokens", "8"]) == 0
     first = capsys.readouterr().out
@@ -170,7 +165,6 @@ def test_generate_continues_the_prompt(run, capsys):
     assert capsys.readouterr().out == first
 
 
-@pytest.mark.slow
 def test_exported_model_gives_equal_logits_and_the_same_text(run, data, tmp_path, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -189,7 +183,6 @@ def test_exported_model_gives_equal_logits_and_the_same_text(run, data, tmp_path
     assert "exists: choose another --out" in refused(capsys, "export", run, "--out", out)
 
 
-@pytest.mark.slow
 def test_plot_draws_several_runs_or_refuses(run, tmp_path, capsys):
     assert main(["plot", run, run, "--out", str(tmp_path / "both.png")]) == 0
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")

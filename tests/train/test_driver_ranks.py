@@ -7,7 +7,7 @@ from support.processes import drive
 
 from celo2_pretrain.train.record.metrics import read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+pytestmark = pytest.mark.multiprocess
 
 CONFIG = ["model.layers=2", "model.width=48", "model.heads=4", "model.context=64", "train.micro_batch_size=2",
           "train.global_batch_size=8", "train.log_every=1", "train.zero_stage=2", "schedule.steps=8", "eval.every=4",

@@ -8,7 +8,7 @@ from support.running import Driver
 
 from celo2_pretrain.train.record.metrics import read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+pytestmark = pytest.mark.multiprocess
 
 CONFIG = ["model.layers=1", "model.width=32", "model.heads=2", "model.context=32", "train.micro_batch_size=2",
           "train.global_batch_size=4", "train.log_every=1", "eval.sequences=8", "optimizer.adamw_lr_multiplier=2",
@@ -65,6 +65,7 @@ def test_second_interrupt_ends_at_once(data, tmp_path):
         assert driver.end() in (130, 75), driver.output  # 75 where the first was obeyed before the second came
 
 
+@pytest.mark.slow
 def test_stop_file_stops_all_ranks_through_the_launcher(data, tmp_path):
     run = tmp_path / "run"
     with Driver(line=deepspeed(*arguments(data, run), ranks=2)) as driver:

@@ -8,7 +8,7 @@ import pytest
 from support.processes import environment
 from support.paths import SUPPORT
 
-pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+pytestmark = pytest.mark.multiprocess
 
 SMALL = ["model.layers=1", "model.width=16", "model.heads=2", "model.context=16", "train.micro_batch_size=1",
          "train.log_every=1", "eval.every=100000", "eval.sequences=2", "checkpoint.every=1",
@@ -25,6 +25,12 @@ def kill_and_compare(data: str, folder: Path, ranks: int, kills: int, *overrides
     assert result.stdout.count("kill ") == kills and "values are the same" in result.stdout
 
 
+def test_run_killed_four_times_is_the_run_that_nobody_killed(data, tmp_path):
+    kill_and_compare(data, tmp_path, 1, 4, "train.max_steps=6", "train.global_batch_size=2", "train.zero_stage=2",
+                     "train.precision=bf16")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, precision, more", [
     (0, "bf16", ["checkpoint.any_world=false"]),
     (1, "fp16", ["checkpoint.any_world=false", "deepspeed.fp16.initial_scale_power=20",
@@ -37,6 +43,7 @@ def test_run_killed_fifty_times_is_the_run_that_nobody_killed(data, tmp_path, st
                      f"train.precision={precision}", *more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, more", [(2, ["checkpoint.any_world=false"]), (3, ["optimizer.state_dtype=bf16"])])
 def test_ranks_killed_alone_or_together_go_on_as_if_nobody_was_killed(data, tmp_path, stage, more):
     kill_and_compare(data, tmp_path, 2, 12, "train.max_steps=30", "train.global_batch_size=4", f"train.zero_stage={stage}",
