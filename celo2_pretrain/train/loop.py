@@ -21,11 +21,11 @@ from celo2_pretrain.data.mixture import Mixture, open_mixture
 from celo2_pretrain.data.tokenizer import load_tokenizer
 from celo2_pretrain.deepspeed_config import deepspeed_config
 from celo2_pretrain.model.build import build_model, vocab_rows
-from celo2_pretrain.model.build_optimizer import Rates, build_optimizer, telling_backend
+from celo2_pretrain.model.build_optimizer import build_optimizer
+from celo2_pretrain.model.flops import flops_per_token
 from celo2_pretrain.model.loss import training_loss, validation_loss
 from celo2_pretrain.model.sample import sample
 from celo2_pretrain.optimizer.state.collective import gather
-from celo2_pretrain.plan.step_time import flops_per_token
 from celo2_pretrain.train.checkpoints import checkpoint, select
 from celo2_pretrain.train.checkpoints.manifest import write_atomically
 from celo2_pretrain.train.checkpoints.staging import check_staging, settle
@@ -35,6 +35,8 @@ from celo2_pretrain.train.faults.run_lock import InUse, RunLock
 from celo2_pretrain.train.faults.stop import Agreement, StopRequests
 from celo2_pretrain.train.faults.watchdog import Watchdog, forget
 from celo2_pretrain.train.guard import Guard, guarded, take_step
+from celo2_pretrain.train.rates import Rates
+from celo2_pretrain.train.record.backend import telling_backend
 from celo2_pretrain.train.record.insight import Insight, perplexity
 from celo2_pretrain.train.record.metrics import Metrics
 from celo2_pretrain.train.record.peak_flops import Peak, peak_of

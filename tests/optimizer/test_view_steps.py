@@ -17,13 +17,15 @@ from support.view_cases import CASES, FLATTENED, INTERLEAVED, Case
 from celo2_pretrain.kernels.packed import WORD, draws, pack, turn_of, unpack
 from celo2_pretrain.kernels.rounding import key_of, stochastic_round
 from celo2_pretrain.optimizer import reference
-from celo2_pretrain.optimizer.backends.passes import Shape, scales
+from celo2_pretrain.optimizer.backends.passes import scales
 from celo2_pretrain.optimizer.matrices.views import MatrixView
-from celo2_pretrain.optimizer.reference import DIMS, MLP, State
+from celo2_pretrain.optimizer.reference import State
 from celo2_pretrain.optimizer.sharding.layouts import Layout, Original, Slice
+from celo2_pretrain.optimizer.sharding.shape import Shape
 from celo2_pretrain.optimizer.step import learned
 from celo2_pretrain.optimizer.step.exchange import Exchange
 from celo2_pretrain.optimizer.step.state_dtypes import pack_range, unpack_range
+from celo2_pretrain.weights.mlp import DIMS, MLP
 
 STEPS, LR = 2, 0.5  # a large rate: a parameter's own rounding is small beside its update
 
