@@ -12,6 +12,7 @@ from support.paths import SUPPORT
 
 from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.config import Config, Train
+from celo2_pretrain.model import guarded_adamw
 from celo2_pretrain.model.guarded_adamw import GuardedAdamW
 from celo2_pretrain.train import guard as guards
 from celo2_pretrain.train.guard import Guard
@@ -158,9 +159,9 @@ def test_adamw_leaves_a_step_out_that_another_rank_leaves_out(monkeypatch):
         told.append(int(flag))
         flag.fill_(other)
 
-    monkeypatch.setattr(guards.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(guards.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(guards.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(guarded_adamw.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(guarded_adamw.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(guarded_adamw.dist, "all_reduce", all_reduce)
     p = torch.nn.Parameter(torch.zeros(2))
     optimizer = GuardedAdamW([p], lr=1.0)
     p.grad, other = torch.ones(2), 0
