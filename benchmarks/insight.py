@@ -21,8 +21,8 @@ from celo2_pretrain.config import load_config
 from celo2_pretrain.deepspeed_config import deepspeed_config
 from celo2_pretrain.model.build import build_model
 from celo2_pretrain.model.build_optimizer import build_optimizer
+from celo2_pretrain.model.flops import flops_per_token
 from celo2_pretrain.model.loss import training_loss
-from celo2_pretrain.plan.step_time import flops_per_token
 from celo2_pretrain.train.record.insight import Insight
 from celo2_pretrain.train.record.peak_flops import Peak
 from celo2_pretrain.train.start.ranks import join_ranks

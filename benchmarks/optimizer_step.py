@@ -143,7 +143,7 @@ def profile(name: str, device: torch.device, rounds: int) -> list[dict]:
     optimizer = Celo2(param_groups(model), lr=1e-6, newton_schulz_dtype="fp32")
     optimizer.step()
     group = optimizer.param_groups[0]
-    plan, = optimizer._plan(group, group["params"])
+    plan, = optimizer.plans_of(group, group["params"])
     step = LearnedStep(plan, optimizer.state, optimizer._mlp_on(device), group)
     count = sum(p.numel() for p in group["params"])
     x, y = torch.empty(1 << 26, device=device), torch.empty(1 << 26, device=device)

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.optimizer.sharding.layouts import Layout, Slice
-from celo2_pretrain.optimizer.step.learned import LearnedStep, make_plan
+from celo2_pretrain.optimizer.sharding.plan import make_plan
+from celo2_pretrain.optimizer.step.learned import LearnedStep
 from celo2_pretrain.plan.shards import plan_for, ranges, sent_bytes
 from celo2_pretrain.train.start.ranks import free_port
 from report import RESULTS, write_csv
@@ -43,7 +44,7 @@ def count(ranks: int, stage: int, bucket_size: int) -> list[dict]:
     model = gpt3_xl()
     optimizer = Celo2(param_groups(model))
     group, = [g for g in optimizer.param_groups if g["rule"] == "celo2"]
-    originals = optimizer._originals[group["group"]]
+    originals = optimizer.originals_of(group)
     held = ranges([original.shape for original in originals], ranks, stage)
     busiest, peak = Counter(), 0.0
     # The plan's owners are the same on every rank; what a rank sends differs, so look at several.
@@ -79,7 +80,7 @@ def _check_rank(rank: int, port: int) -> None:
                                                         bos_token_id=None, eos_token_id=None))
     optimizer = Celo2(param_groups(model))
     group, = [g for g in optimizer.param_groups if g["rule"] == "celo2"]
-    originals = optimizer._originals[group["group"]]
+    originals = optimizer.originals_of(group)
     held = ranges([original.shape for original in originals], 2, 2)
     flat = torch.nn.Parameter(torch.cat([original.param.detach().flatten()[slice(*held[rank, k].tolist())]
                                          for k, original in enumerate(originals)]))

@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 
 from ..common.errors import UserError
-from ..optimizer.reference import MLP
-from ..weights.construct import MOMENTA, ODD, RECIPES, construct
+from ..optimizer.reference import MOMENTUM_DECAYS
+from ..weights.construct import ODD, RECIPES, construct
+from ..weights.mlp import MLP
 from .config import MetaConfig
 from .family import Family
 from .initial import initial_theta
 from .rule import flatten, unflatten
 
+# The decays of the features that are momenta: plain, over the second moment's root, and over the factored moments.
+MOMENTA = {first + k: decay for first in (3, 7, 27) for k, decay in enumerate(MOMENTUM_DECAYS)}
 BEGIN = 0.5  # the length of the first combination: features have a root mean square of 1, so few elements are above 1
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..optimizer import reference
-from ..optimizer.reference import DIMS, MLP, State
+from ..optimizer.reference import State
+from ..weights.mlp import DIMS, MLP
 
 SHAPES = ((DIMS[0], DIMS[1]), (DIMS[1],), (DIMS[1], DIMS[2]), (DIMS[2],), (DIMS[2], DIMS[3]), (DIMS[3],))
 SIZES = tuple(torch.Size(shape).numel() for shape in SHAPES)

@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from ..common.errors import UserError
-from ..optimizer.reference import MLP
 from ..weights import save_weights
+from ..weights.mlp import MLP
 from . import config as configs
 from .config import MetaConfig
 from .evolution import Evolution

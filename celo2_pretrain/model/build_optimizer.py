@@ -1,15 +1,10 @@
-"""The optimizer of a run, and how its rates are set (train/schedule.py says to what)."""
-import contextlib
-import logging
-
+"""The optimizer of a run."""
 import torch
 
 from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.config import Optimizer
-from celo2_pretrain.optimizer.backends import choose
-from celo2_pretrain.train.guard import GuardedAdamW
-from celo2_pretrain.train.record.metrics import Metrics
+from celo2_pretrain.model.guarded_adamw import GuardedAdamW
 
 
 def build_optimizer(model: torch.nn.Module, config: Optimizer) -> torch.optim.Optimizer:
@@ -35,37 +30,3 @@ def build_optimizer(model: torch.nn.Module, config: Optimizer) -> torch.optim.Op
                      nonfinite="skip")  # train/guard.py counts them
     except (ValueError, OSError) as error:  # the weights: a path or repository that isn't there, or holds other arrays
         raise UserError(f"optimizer.weights={config.weights!r}: {error}") from None
-
-
-@contextlib.contextmanager
-def telling_backend(metrics: Metrics):
-    """On rank 0 say what computes Celo2's passes, and why: Celo2 logs it in its first step, when it sees where its tensors
-    are, and a log at that level is shown to nobody."""
-    log, handler = logging.getLogger(choose.__name__), logging.Handler()
-    handler.emit = lambda record: metrics.say(record.getMessage())
-    if metrics.active:  # other ranks' warnings stay where they are
-        log.setLevel(logging.INFO)
-        log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-
-
-class Rates:
-    """Sets the rates of DeepSpeed's optimizer. The peaks are those at construction: a checkpoint that is loaded
-    afterwards brings its own, and `set` puts this run's back, with the other options that may change between runs.
-
-    A Celo2-base checkpoint of an earlier version keeps `weight_decay` on all tensors, as its run had it."""
-
-    KEYS = ("lr", "weight_decay", "adamw_weight_decay", "adamw_lr_multiplier", "newton_schulz_dtype")
-
-    def __init__(self, optimizer):
-        self.optimizer = optimizer
-        self.peaks = [{key: group[key] for key in self.KEYS if key in group} for group in optimizer.param_groups]
-
-    def set(self, factor: float) -> None:
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            earlier = group.get("rule") == "celo2" and group.get("adamw_weight_decay") is None
-            kept = {"adamw_weight_decay": None} if earlier and "adamw_weight_decay" in peak else {}
-            group.update(peak | kept, lr=peak["lr"] * factor)

@@ -12,18 +12,20 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..weights import load_weights
+from ..weights.mlp import MLP
+from .enroll import enroll
 from .groups import IGNORED, Assignment, check_keys, check_options, named_in_config, named_tensors, refuse_other_length, report
 from .matrices.param_groups import tag_of
 from .matrices.views import MatrixView, whole
 from .names import canonical_names
-from .reference import MLP
-from .register import enroll
 from .sharding.layouts import (Layout, LayoutError, Original, called_to_initialize, check_gradient, flattened_by_fsdp1, local,
                                locate, refuse_unknown)
+from .sharding.plan import Plan, factored_sizes, make_plan
 from .sharding.replicas import check_replicas
+from .step.accumulators import init_state
 from .step.adamw import adamw_step
 from .step.finite import nonfinite
-from .step.learned import LearnedStep, Plan, factored_sizes, init_state, make_plan, reduce
+from .step.learned import LearnedStep, reduce
 from .step.sizes import check_state, check_step
 from .step.state_dtypes import STATE_DTYPES, WORD, dtype_of, set_state_dtype
 
@@ -161,6 +163,10 @@ class Celo2(torch.optim.Optimizer):
         groups = self.__dict__["param_groups"]
         return [[groups[number] for number in numbers] for numbers in self._user_groups]
 
+    def originals_of(self, group: Mapping[str, Any]) -> list[Original]:
+        """The tensors that one of `param_groups` was made of, whatever a wrapper has put in their place since."""
+        return self._originals[group["group"]]
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters (also later, in training), split by rule as the class says."""
         given = {key: value for key, value in param_group.items() if key != "params"}
@@ -249,7 +255,7 @@ class Celo2(torch.optim.Optimizer):
             if params:
                 for number, param in enumerate(params):
                     check_gradient(f"tensor {number} of param group {group['group']}", param)
-                ready.append((group, params, self._plan(group, params)))
+                ready.append((group, params, self.plans_of(group, params)))
         if not ready and not self._told_idle:
             self._told_idle = True
             if flattened_by_fsdp1():
@@ -402,7 +408,8 @@ class Celo2(torch.optim.Optimizer):
 
     # ---- plans ------------------------------------------------------------------------------------------------
 
-    def _plan(self, group: dict[str, Any], params: list[Tensor]) -> list[Plan]:
+    def plans_of(self, group: dict[str, Any], params: list[Tensor]) -> list[Plan]:
+        """The plans by which `params`, tensors of one of `param_groups`, are stepped."""
         key = (group["group"], group["orthogonalize"], *map(id, params))
         if key in self._plans:
             self._plans.move_to_end(key)

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..weights.mlp import MLP
+
 MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
 RMS_DECAY = 0.95
 FACTORED_DECAYS = (0.9, 0.99, 0.999)
@@ -21,19 +23,6 @@ GRAD_CLAMP = 1000.0
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 NORM_EPS = 1e-9
-FEATURES_ND, FEATURES_1D = 30, 15
-DIMS = (FEATURES_ND, 8, 8, 3)  # the MLP, 347 weights
-
-
-class MLP(NamedTuple):
-    """Weights of the learned rule, input-major: `h = relu(x @ w0 + b0)` …  (30,8) (8,) (8,8) (8,) (8,3) (3,)."""
-
-    w0: Tensor
-    b0: Tensor
-    w1: Tensor
-    b1: Tensor
-    w2: Tensor
-    b2: Tensor
 
 
 class State(NamedTuple):

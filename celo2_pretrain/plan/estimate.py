@@ -15,7 +15,7 @@ from celo2_pretrain.data.shards import read_index
 from celo2_pretrain.deepspeed_config import deepspeed_config
 from celo2_pretrain.model.build import build_model
 from celo2_pretrain.model.build_optimizer import build_optimizer
-from celo2_pretrain.optimizer.step.learned import Plan
+from celo2_pretrain.optimizer.sharding.plan import Plan
 from celo2_pretrain.plan.activations import Activations, activations
 from celo2_pretrain.plan.memory import Memory, memory
 from celo2_pretrain.plan.shards import Group, ZERO3_SUB_GROUP, groups

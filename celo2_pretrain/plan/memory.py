@@ -14,7 +14,7 @@ from torch import nn
 
 from celo2_pretrain.common.devices import GIB
 from celo2_pretrain.config import Config
-from celo2_pretrain.optimizer.step.learned import Plan
+from celo2_pretrain.optimizer.sharding.plan import Plan
 from celo2_pretrain.plan.activations import Activations
 from celo2_pretrain.plan.shards import Group
 

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import nn
 
 from celo2_pretrain.kernels.newton_schulz import use_gram
 from celo2_pretrain.optimizer.celo2 import Celo2
 from celo2_pretrain.optimizer.matrices.param_groups import tag_of
 from celo2_pretrain.optimizer.matrices.views import MatrixView
 from celo2_pretrain.optimizer.sharding.layouts import Layout, Original, Slice
+from celo2_pretrain.optimizer.sharding.plan import Plan, make_plan
 from celo2_pretrain.optimizer.step.exchange import Exchange
-from celo2_pretrain.optimizer.step.learned import Plan, make_plan
 
 NEWTON_SCHULZ_STEPS = 5
 ZERO3_SUB_GROUP = 1_000_000_000  # DeepSpeed's default: elements of a rank that one call of the optimizer steps
@@ -74,7 +73,7 @@ def groups(optimizer: torch.optim.Optimizer, ranks: int, stage: int, sub_group_s
     for group in optimizer.param_groups:
         if isinstance(optimizer, Celo2):
             rule, orthogonalize = group["rule"], group["orthogonalize"]
-            bucket_size, originals = optimizer.bucket_size, optimizer._originals[group["group"]]
+            bucket_size, originals = optimizer.bucket_size, optimizer.originals_of(group)
         else:
             rule, orthogonalize, bucket_size = "adamw", False, 1
             originals = [Original(p, tag_of(p).name, MatrixView()) for p in group["params"]]
@@ -107,7 +106,7 @@ def sent_bytes(plan: Plan) -> dict[str, float]:
             "pass B all-reduce": ring * sum(len(p.shape.elementwise) * prod(p.shape.lead) for p in plan.parts),
             "to owners": 0.0, "back": 0.0}
     for units in plan.units:
-        to, come = Exchange(units, plan.layout, [])._plan()
+        to, come = Exchange(units, plan.layout, []).counts()
         sent["to owners"] += 4 * sum(to)
         sent["back"] += 4 * sum(come)
     return sent
@@ -132,12 +131,3 @@ def owned_flops(plan: Plan) -> list[float]:
         for unit in units:
             out[unit.owner] += newton_schulz_flops(unit.shape)
     return out
-
-
-def matmul_parameters(model: nn.Module) -> int:
-    """Elements of the weights that activations are multiplied with: all but embeddings that are only looked up."""
-    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = model.get_output_embeddings()
-    if head is not None:
-        looked_up.discard(id(head.weight))
-    return sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in looked_up)

@@ -18,9 +18,10 @@ from torch import nn
 
 from celo2_pretrain.common.devices import Device
 from celo2_pretrain.config import Config
-from celo2_pretrain.optimizer.step.learned import Plan
+from celo2_pretrain.model.flops import flops_per_token
+from celo2_pretrain.optimizer.sharding.plan import Plan
 from celo2_pretrain.plan.memory import BYTES
-from celo2_pretrain.plan.shards import Group, matmul_parameters, owned_flops, sent_bytes
+from celo2_pretrain.plan.shards import Group, owned_flops, sent_bytes
 
 MFU = 0.40  # of the dense peak; large models on one node reach 0.35 to 0.5
 MEMORY_SHARE, PASSES_SHARE, LINK_SHARE = 0.7, 0.45, 0.75  # of the passes the direction's is bound by arithmetic
@@ -52,15 +53,6 @@ class StepTime:
     @property
     def step(self) -> float:
         return self.compute + self.gradients + self.optimizer
-
-
-def flops_per_token(model: nn.Module, context: int) -> float:
-    """6 a parameter that is multiplied with, and 12 × layers × width × context of attention, its causal half not deducted
-    (PaLM, arXiv 2204.02311, appendix B)."""
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim * context
-    return 6.0 * matmul_parameters(model) + attention
 
 
 def zero_bytes(parameters: int, stage: int, ranks: int, accumulation: int, size: int, zero: dict) -> float:

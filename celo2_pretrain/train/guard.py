@@ -11,43 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Literal
 
-import deepspeed.comm as dist
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.config import Config
-from celo2_pretrain.optimizer.step.finite import LARGEST, nonfinite
+from celo2_pretrain.optimizer.step.finite import LARGEST
 from celo2_pretrain.train.checkpoints import checkpoint
 from celo2_pretrain.train.checkpoints.select import newest_good, read_state, trouble
 from celo2_pretrain.train.record.metrics import Metrics
 
 WINDOW = 64  # steps whose median a loss is compared with
 FEWEST = 16  # before so many there is no comparison
-
-
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that leaves a step out, on all ranks, when a gradient is not finite or too large to be squared; it counts them."""
-
-    skipped_steps = 0
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        bad = nonfinite(grads).any() if grads else False
-        if not on_every_rank(not bool(bad)):
-            self.skipped_steps += 1
-            return None
-        return super().step(closure)
-
-
-def on_every_rank(fine: bool) -> bool:
-    """Whether it is so on all ranks: under ZeRO each looks at its own part of the gradient only."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return fine
-    flag = torch.tensor(int(fine), device=get_accelerator().current_device_name())
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag)
 
 
 def guarded(engine) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from celo2_pretrain.optimizer.reference import DIMS, MLP, MOMENTUM_DECAYS
 from celo2_pretrain.weights.files import save_weights
 from celo2_pretrain.weights.load import BUNDLED
+from celo2_pretrain.weights.mlp import DIMS, MLP
 
 # Rows of w0, in the order of `reference.features`; of three decays, 0.9 comes first.
 G, M_FAST, M_FAST_RSQRT_V, G_RSQRT_V = 0, 3, 7, 14
@@ -29,8 +29,6 @@ RECIPES = {
 # Those that change sign with the gradient: g, clipped g, m, m rsqrt(v), g and m over the factored moments, g rsqrt(v).
 # The parameter itself is left out: it makes weights grow or decay, and growth looks good in short trainings only.
 ODD = (0, 1, 3, 4, 5, 7, 8, 9, 11, 12, 13, 14, 27, 28, 29)
-# The decays of those that are momenta: plain, over the second moment's root, and over the factored moments.
-MOMENTA = {first + k: decay for first in (3, 7, 27) for k, decay in enumerate(MOMENTUM_DECAYS)}
 
 
 def construct(coefficients: dict[int, float], slope: float = 1.0) -> MLP:

@@ -7,7 +7,6 @@ import pickle
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgpack
 import safetensors
@@ -16,9 +15,7 @@ import torch
 from torch import Tensor
 
 from celo2_pretrain.weights.layouts import SHAPES, to_canonical
-
-if TYPE_CHECKING:
-    from celo2_pretrain.optimizer.reference import MLP
+from celo2_pretrain.weights.mlp import MLP
 
 FLAX_NDARRAY = 1  # the msgpack extension code of flax.serialization for (shape, dtype name, bytes)
 FLAX_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32,

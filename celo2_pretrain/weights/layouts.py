@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from celo2_pretrain.optimizer.reference import DIMS
+from celo2_pretrain.weights.mlp import DIMS
 
 _FEATURES, _FIRST, _SECOND, _OUTPUTS = DIMS
 SHAPES = {"w0": (_FEATURES, _FIRST), "b0": (_FIRST,), "w1": (_FIRST, _SECOND), "b1": (_SECOND,),

@@ -5,15 +5,12 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from celo2_pretrain.weights.files import READERS, read_file
 from celo2_pretrain.weights.layouts import to_canonical
-
-if TYPE_CHECKING:
-    from celo2_pretrain.optimizer.reference import MLP
+from celo2_pretrain.weights.mlp import MLP
 
 _HERE = Path(__file__).parent
 # Names of the bundled weights; celo2.md says how they were made.
@@ -25,7 +22,7 @@ HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
 def load_weights(weights: str | os.PathLike | Mapping = "default") -> MLP:
-    """The MLP of the learned rule, as float32 CPU tensors of the shapes in `reference.MLP`.
+    """The MLP of the learned rule, as float32 CPU tensors of the shapes in `mlp.MLP`.
 
     Args: `weights` is
     - "default" (for Celo2) or "default-base" (without orthogonalisation): bundled, see celo2.md beside this file;
@@ -37,9 +34,6 @@ def load_weights(weights: str | os.PathLike | Mapping = "default") -> MLP:
     Raises ValueError (wrong keys, shapes, dtype, NaN, damaged file, a pickle of more than tensors) or
     FileNotFoundError (no such file; hub not reached), both saying what was found and what was expected.
     """
-    # Not at the top: celo2_pretrain.optimizer imports this module.
-    from celo2_pretrain.optimizer.reference import MLP
-
     return MLP(**_canonical(weights))
 
 

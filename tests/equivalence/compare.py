@@ -11,7 +11,8 @@ from torch import Tensor
 from celo2_pretrain.kernels.newton_schulz import COEFFICIENTS, newton_schulz
 from celo2_pretrain.optimizer import reference
 from celo2_pretrain.optimizer.matrices.param_groups import tag_of
-from celo2_pretrain.optimizer.reference import MLP
+from celo2_pretrain.optimizer.state.held import at_rest
+from celo2_pretrain.weights.mlp import MLP
 
 from . import packed
 from .cells import Cell
@@ -250,8 +251,8 @@ def _factored(run: DeepSpeedRun | FSDP2Run) -> list[tuple[str, Tensor, list[str]
     """("v_row" or "v_col", the state, the parameters it covers in order) of every storage."""
     by_param = {id(p): name for name, p in run.params.items()}
     found = []
-    for params, plans in run.celo2._plans.values():
-        for plan in plans:
+    for group, params in at_rest(run.celo2):
+        for plan in run.celo2.plans_of(group, params):
             storages: dict[int, list] = {}
             for held in plan.layout.slices:
                 storages.setdefault(id(held.storage), []).append(held)

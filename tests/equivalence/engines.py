@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from celo2_pretrain import Celo2, register
 from celo2_pretrain.optimizer.matrices.param_groups import tag_of
-from celo2_pretrain.optimizer.reference import MLP
 from celo2_pretrain.weights import load_weights
+from celo2_pretrain.weights.mlp import MLP
 
 from .cells import Cell
 from .model import MICRO_BATCH, Awkward, option_groups, theta

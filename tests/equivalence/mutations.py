@@ -79,7 +79,7 @@ def swap_ranks() -> None:
     def wrong_wait(self: Exchange, device: torch.device) -> Tensor:
         received = wait(self, device)
         if getattr(self, "turning", False):
-            received = torch.cat(received.split(self._plan()[1])[::-1])
+            received = torch.cat(received.split(self.counts()[1])[::-1])
         return received
 
     Exchange.turn, Exchange._wait = wrong_turn, wrong_wait

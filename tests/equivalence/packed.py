@@ -11,9 +11,11 @@ from torch import Tensor
 from celo2_pretrain.kernels.packed import draws, pack, turn_of, unpack
 from celo2_pretrain.kernels.rounding import key_of
 from celo2_pretrain.optimizer import reference
-from celo2_pretrain.optimizer.backends.passes import Shape, scales
+from celo2_pretrain.optimizer.backends.passes import scales
 from celo2_pretrain.optimizer.matrices.views import Block
-from celo2_pretrain.optimizer.reference import MLP, State
+from celo2_pretrain.optimizer.reference import State
+from celo2_pretrain.optimizer.sharding.shape import Shape
+from celo2_pretrain.weights.mlp import MLP
 
 
 def step(name: str, number: int, block: Block, shape: tuple[int, ...], p: Tensor, g: Tensor, state: State, mlp: MLP,

@@ -5,12 +5,15 @@ import pytest
 import torch
 
 from celo2_pretrain.kernels import cpu
-from celo2_pretrain.optimizer.backends import choose
-from celo2_pretrain.optimizer.backends.choose import Compiled, Reference, backend_for
-from celo2_pretrain.optimizer.backends.passes import Shape, Tensors
+from celo2_pretrain.optimizer.backends import boxes, choose
+from celo2_pretrain.optimizer.backends.choose import backend_for
+from celo2_pretrain.optimizer.backends.compiled import Compiled
+from celo2_pretrain.optimizer.backends.passes import Tensors
+from celo2_pretrain.optimizer.backends.plain import Reference
 from celo2_pretrain.optimizer.matrices.views import MatrixView, pieces
-from celo2_pretrain.optimizer.reference import DIMS, MLP
-from celo2_pretrain.optimizer.step.learned import Part
+from celo2_pretrain.optimizer.sharding.plan import Part
+from celo2_pretrain.optimizer.sharding.shape import Shape
+from celo2_pretrain.weights.mlp import DIMS, MLP
 
 CASES = [
     ((1, 1), MatrixView()), ((1, 9), MatrixView()), ((9, 1), MatrixView()), ((7, 13), MatrixView()),
@@ -50,7 +53,7 @@ def step(backend: Reference, t: Tensors, shape: Shape, cut: list, mlp: MLP) -> l
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape,view", CASES)
 def test_the_kernels_are_their_twins(compiled, shape, view, dtype, monkeypatch):
-    monkeypatch.setattr(choose, "JOB", 64)  # so that small matrices are cut into several calls as well
+    monkeypatch.setattr(boxes, "JOB", 64)  # so that small matrices are cut into several calls as well
     torch.manual_seed(len(shape) + shape[0])
     total = torch.Size(shape).numel()
     mlp = MLP(*(torch.randn(s) / 3 for s in [DIMS[:2], DIMS[1:2], DIMS[1:3], DIMS[2:3], DIMS[2:], DIMS[3:]]))
@@ -75,7 +78,7 @@ def test_the_kernels_are_their_twins(compiled, shape, view, dtype, monkeypatch):
 @pytest.mark.parametrize("shape,view", [case for case in CASES if len(case[0]) >= 2])  # vectors stay float32
 def test_bfloat16_accumulators_are_rounded_alike_in_any_slice(compiled, shape, view, monkeypatch):
     """Kernel and twin use the same random bits, and cutting a tensor into slices changes none of them."""
-    monkeypatch.setattr(choose, "JOB", 64)
+    monkeypatch.setattr(boxes, "JOB", 64)
     total = torch.Size(shape).numel()
     mlp = MLP(*(torch.randn(s) / 3 for s in [DIMS[:2], DIMS[1:2], DIMS[1:3], DIMS[2:3], DIMS[2:], DIMS[3:]]))
     base = 1 << 33  # of the slice in a huge tensor: indices are of 64 bits

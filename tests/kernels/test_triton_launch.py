@@ -21,9 +21,9 @@ from celo2_pretrain.kernels.resources import kernels  # noqa: E402
 from celo2_pretrain.kernels.symmetric_product import symmetric_product  # noqa: E402
 from celo2_pretrain.optimizer.backends import choose, triton as triton_backend  # noqa: E402
 from celo2_pretrain.optimizer.backends.choose import backend_for  # noqa: E402
-from celo2_pretrain.optimizer.backends.passes import Shape  # noqa: E402
 from celo2_pretrain.optimizer.matrices.views import MatrixView, pieces  # noqa: E402
-from celo2_pretrain.optimizer.step.learned import Part  # noqa: E402
+from celo2_pretrain.optimizer.sharding.plan import Part  # noqa: E402
+from celo2_pretrain.optimizer.sharding.shape import Shape  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1",
                                 reason="the interpreter replaces the compiler")

@@ -33,12 +33,14 @@ else:
     from celo2_pretrain import Celo2
     from celo2_pretrain.kernels import direction, norms
     from celo2_pretrain.kernels.tiles import Size
-    from celo2_pretrain.optimizer.backends.choose import Reference, backend_for
-    from celo2_pretrain.optimizer.backends.passes import Shape, Tensors
+    from celo2_pretrain.optimizer.backends.choose import backend_for
+    from celo2_pretrain.optimizer.backends.passes import Tensors
+    from celo2_pretrain.optimizer.backends.plain import Reference
     from celo2_pretrain.optimizer.backends.triton import Triton
     from celo2_pretrain.optimizer.matrices.views import MatrixView, pieces
-    from celo2_pretrain.optimizer.reference import DIMS, MLP
-    from celo2_pretrain.optimizer.step.learned import Part
+    from celo2_pretrain.optimizer.sharding.plan import Part
+    from celo2_pretrain.optimizer.sharding.shape import Shape
+    from celo2_pretrain.weights.mlp import DIMS, MLP
 
     CASES = [
         ((1, 1), MatrixView()), ((1, 9), MatrixView()), ((9, 1), MatrixView()), ((7, 13), MatrixView()),

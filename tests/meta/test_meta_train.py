@@ -238,7 +238,7 @@ def test_a_rule_of_another_width_is_trained_and_deployed(tmp_path):
     root = ROOT
     shutil.copytree(root / "celo2_pretrain", tmp_path / "celo2_pretrain", ignore=shutil.ignore_patterns("__pycache__", "kernels"))
     shutil.copytree(root / "kernels", tmp_path / "celo2_pretrain/kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    path = tmp_path / "celo2_pretrain/optimizer/reference.py"
+    path = tmp_path / "celo2_pretrain/weights/mlp.py"
     source = path.read_text()
     assert source.count("DIMS = (FEATURES_ND, 8, 8, 3)") == 1
     path.write_text(source.replace("DIMS = (FEATURES_ND, 8, 8, 3)", "DIMS = (FEATURES_ND, 12, 10, 3)"))

@@ -304,7 +304,8 @@ def test_reordered_tensors_keep_their_names():
     for p in (first, second):
         p.grad = torch.randn(4, 4)
     optimizer.step()
-    assert {id(o.param): o.name for o in optimizer._originals[0]} == {id(first): "first", id(second): "second"}
+    originals = optimizer.originals_of(optimizer.param_groups[0])
+    assert {id(o.param): o.name for o in originals} == {id(first): "first", id(second): "second"}
 
 
 def test_tensors_that_torch_swaps_have_no_weak_references():

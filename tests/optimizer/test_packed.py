@@ -9,12 +9,14 @@ from torch import nn
 from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.kernels.packed import (FIELDS, MOMENTA, NEAREST, RMS, WORD, decode, draws, encode, pack, powers, turn_of,
                                            unpack)
-from celo2_pretrain.optimizer.backends import choose
-from celo2_pretrain.optimizer.backends.choose import Compiled, Reference
-from celo2_pretrain.optimizer.backends.passes import Scale, Shape, Tensors, scales
+from celo2_pretrain.optimizer.backends import boxes
+from celo2_pretrain.optimizer.backends.compiled import Compiled
+from celo2_pretrain.optimizer.backends.passes import Scale, Tensors, scales
+from celo2_pretrain.optimizer.backends.plain import Reference
 from celo2_pretrain.optimizer.matrices.views import MatrixView, pieces
+from celo2_pretrain.optimizer.sharding.plan import Part
+from celo2_pretrain.optimizer.sharding.shape import Shape
 from celo2_pretrain.optimizer.state.save_load import load_state, save_state
-from celo2_pretrain.optimizer.step.learned import Part
 
 NAMES = ("m0", "m1", "m2", "v")
 KEYS = (11, 22, 33, 44, turn_of(5))
@@ -128,7 +130,7 @@ CASES = [((1, 1), MatrixView()), ((1, 9), MatrixView()), ((7, 13), MatrixView())
 
 @pytest.mark.parametrize("shape,view", CASES)
 def test_any_partition_of_a_tensor_gives_the_same_words_on_each_backend(shape, view, monkeypatch):
-    monkeypatch.setattr(choose, "JOB", 64)
+    monkeypatch.setattr(boxes, "JOB", 64)
     total, base = torch.Size(shape).numel(), 1 << 33  # of the slice in a huge tensor: indices are of 64 bits
     generator = torch.Generator().manual_seed(total)
     g, words = torch.randn(total, generator=generator), torch.randint(-1 << 31, 1 << 31, (total,), generator=generator)
@@ -157,7 +159,7 @@ def test_any_partition_of_a_tensor_gives_the_same_words_on_each_backend(shape, v
 def test_the_passes_read_words_alike_on_each_backend():
     from test_kernels_cpu import step
 
-    from celo2_pretrain.optimizer.reference import DIMS, MLP
+    from celo2_pretrain.weights.mlp import DIMS, MLP
 
     torch.manual_seed(0)
     mlp = MLP(*(torch.randn(s) / 3 for s in [DIMS[:2], DIMS[1:2], DIMS[1:3], DIMS[2:3], DIMS[2:], DIMS[3:]]))

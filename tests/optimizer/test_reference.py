@@ -5,6 +5,7 @@ from support.golden import CASES, TOLERANCE, Case, close, repeat
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.optimizer import reference
+from celo2_pretrain.weights.mlp import FEATURES_ND
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_reference_repeats_the_golden_trajectories(golden, name):
@@ -34,7 +35,7 @@ def test_a_feature_that_the_weights_ignore_still_counts(golden):
     case = Case(golden, "celo2_random")
     p, g = case.tensor("t0/p0"), case.tensor("t0/g1")
     steps = []
-    for row in range(-1, reference.FEATURES_ND):
+    for row in range(-1, FEATURES_ND):
         theta = {key: x.clone() for key, x in case.theta.items()}
         if row >= 0:
             theta["w0"][row] = 0

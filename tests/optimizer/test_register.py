@@ -11,7 +11,7 @@ from support.processes import environment
 
 import celo2_pretrain
 from celo2_pretrain import Celo2, register
-from celo2_pretrain.optimizer.register import ZERO_UTILS, enroll
+from celo2_pretrain.optimizer.enroll import ZERO_UTILS, enroll
 
 
 def python(code: str) -> str:
@@ -67,7 +67,7 @@ def test_each_class_is_enrolled_once_and_a_subclass_too(package):
         make()
         Mine([torch.nn.Parameter(torch.ones(2, 3))])
     assert [supported().count(kind) for kind in (torch.optim.Adam, Celo2, Mine)] == [1, 1, 1]
-    assert sum(type(finder).__module__ == "celo2_pretrain.optimizer.register" for finder in sys.meta_path) == 1
+    assert sum(type(finder).__module__ == "celo2_pretrain.optimizer.enroll" for finder in sys.meta_path) == 1
 
 
 def test_the_module_keeps_its_own_loader(package):
@@ -83,7 +83,7 @@ def test_a_celo2_made_while_another_thread_imports_deepspeed_is_accepted(package
         "import threading, torch\nfrom test_register import began, go_on\nbegan.set()\nassert go_on.wait(30)\n"
         "ZERO_SUPPORTED_OPTIMIZERS = [torch.optim.Adam]\n")
     make()
-    finder = next(finder for finder in sys.meta_path if type(finder).__module__ == "celo2_pretrain.optimizer.register")
+    finder = next(finder for finder in sys.meta_path if type(finder).__module__ == "celo2_pretrain.optimizer.enroll")
     sys.meta_path.remove(finder)  # as before the first Celo2 of a process
     first = threading.Thread(target=importlib.import_module, args=("deepspeed",))
     second = threading.Thread(target=make)

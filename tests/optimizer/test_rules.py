@@ -213,7 +213,7 @@ def test_the_optimizer_follows_the_tags_of_a_registered_model():
     assert torch.optim.Celo2 is Celo2
     optimizer = Celo2(model.parameters())
     assert [(g["rule"], len(g["params"])) for g in optimizer.param_groups] == [("celo2", 8), ("adamw", 20)]
-    names = [o.name for o in optimizer._originals[0]]
+    names = [o.name for o in optimizer.originals_of(optimizer.param_groups[0])]
     assert names[0] == "transformer.h.0.attn.c_attn.weight"
 
 

@@ -16,6 +16,7 @@ from celo2_pretrain.optimizer.matrices.views import MatrixView
 from celo2_pretrain.optimizer.state import files as state_files
 from celo2_pretrain.optimizer.state.files import StateReader
 from celo2_pretrain.optimizer.state.save_load import StateError, load_state, save_state
+from celo2_pretrain.optimizer.step.accumulators import element_keys
 
 WORKER = SUPPORT / "state_worker.py"
 ROUND_OFF = 1e-5  # relative to the largest element; measured: below 2e-6
@@ -76,7 +77,7 @@ def test_each_world_saves_what_the_others_save(continued, name):
     other.verify()
     assert one.tensors == {name: other.tensors[name] for name in one.tensors}  # in any order of the files
     for tensor, entry in one.tensors.items():
-        keys = state_files.element_keys(entry["rule"], entry["vector"])
+        keys = element_keys(entry["rule"], entry["vector"])
         pairs = [(key, one.whole(tensor, key), other.whole(tensor, key)) for key in keys]
         pairs += [(key, one.shared(f"{tensor}|{key}"), other.shared(f"{tensor}|{key}"))
                   for key in ("v_row", "v_col", "step")]

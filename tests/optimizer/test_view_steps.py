@@ -17,13 +17,17 @@ from support.view_cases import CASES, FLATTENED, INTERLEAVED, Case
 from celo2_pretrain.kernels.packed import WORD, draws, pack, turn_of, unpack
 from celo2_pretrain.kernels.rounding import key_of, stochastic_round
 from celo2_pretrain.optimizer import reference
-from celo2_pretrain.optimizer.backends.passes import Shape, scales
+from celo2_pretrain.optimizer.backends.passes import scales
 from celo2_pretrain.optimizer.matrices.views import MatrixView
-from celo2_pretrain.optimizer.reference import DIMS, MLP, State
+from celo2_pretrain.optimizer.reference import State
 from celo2_pretrain.optimizer.sharding.layouts import Layout, Original, Slice
+from celo2_pretrain.optimizer.sharding.plan import make_plan
+from celo2_pretrain.optimizer.sharding.shape import Shape
 from celo2_pretrain.optimizer.step import learned
+from celo2_pretrain.optimizer.step.accumulators import ACCUMULATORS, init_state
 from celo2_pretrain.optimizer.step.exchange import Exchange
 from celo2_pretrain.optimizer.step.state_dtypes import pack_range, unpack_range
+from celo2_pretrain.weights.mlp import DIMS, MLP
 
 STEPS, LR = 2, 0.5  # a large rate: a parameter's own rounding is small beside its update
 
@@ -111,8 +115,8 @@ def sharded(ranks: Ranks, case: Case, cuts: list[int], orthogonalize: bool, dtyp
         storage = torch.nn.Parameter(p[start:stop].clone())
         original = Original(torch.empty(case.shape), "w", case.view)
         layout = Layout("ranks of a test", [Slice(original, start, stop, 0, storage)], None, rank, len(ranges), ranges)
-        plan = learned.make_plan(layout, orthogonalize, 1 << 30)
-        state = learned.init_state(storage, plan.parts, lambda x, dtype: torch.zeros_like(x, dtype=dtype), dtype)
+        plan = make_plan(layout, orthogonalize, 1 << 30)
+        state = init_state(storage, plan.parts, lambda x, dtype: torch.zeros_like(x, dtype=dtype), dtype)
         for g in gradients:
             storage.grad = g[start:stop].clone()
             learned.LearnedStep(plan, {storage: state}, mlp, group).run()
@@ -226,7 +230,7 @@ def test_rounded_states_follow_the_places_in_the_stored_tensor(case, dtype, orth
 def test_rounded_states_have_the_same_bits_on_any_ranks_with_kernels(case, dtype, ranks, monkeypatch):
     monkeypatch.setenv("CELO2_BACKEND", "compile")
     whole, *others = (sharded(ranks, case, cuts, False, dtype)[1] for cuts in few_shares(case.numel))
-    keys = ["packed"] if dtype == WORD else learned.ACCUMULATORS
+    keys = ["packed"] if dtype == WORD else ACCUMULATORS
     assert all(torch.equal(state[key], whole[key]) for state in others for key in keys)
 
 

@@ -7,8 +7,9 @@ from torch import nn
 
 from celo2_pretrain import Celo2, load_state, param_groups, register, save_state
 from celo2_pretrain.config import Optimizer, load_config
-from celo2_pretrain.model.build_optimizer import Rates, build_optimizer
+from celo2_pretrain.model.build_optimizer import build_optimizer
 from celo2_pretrain.optimizer.state.files import INDEX, StateError
+from celo2_pretrain.train.rates import Rates
 
 LR, DECAY = 0.01, 0.5
 OTHERS = {"embedding.weight", "norm.weight", "norm.bias", "lm_head.weight"}

@@ -12,13 +12,13 @@ from celo2_pretrain.cli import main
 from celo2_pretrain.common.devices import DEVICES, device
 from celo2_pretrain.config import Model, load_config
 from celo2_pretrain.model.build import build_model
+from celo2_pretrain.model.flops import flops_per_token
 from celo2_pretrain.model.loss import training_loss
 from celo2_pretrain.plan.activations import LiveBytes, activations
 from celo2_pretrain.plan.estimate import estimate, subject
 from celo2_pretrain.plan.memory import step_buffers
 from celo2_pretrain.plan.report import rank_rows
 from celo2_pretrain.plan.shards import groups, newton_schulz_flops
-from celo2_pretrain.plan.step_time import flops_per_token
 
 CONFIGS = ROOT / "configs"
 TINY = ["model.layers=2", "model.width=64", "model.heads=4", "model.context=32", "model.vocab_size=256",

@@ -20,7 +20,7 @@ def note(optimizer, args, kwargs) -> None:
     if isinstance(optimizer, Celo2):
         seen["steps"] += 1
         for group in optimizer.param_groups:
-            originals = optimizer._originals[group["group"]]
+            originals = optimizer.originals_of(group)
             seen["rules"].update({original.name: group["rule"] for original in originals})
             seen["flat"] |= any(id(p) not in {id(o.param) for o in originals} for p in group["params"])
 

@@ -6,11 +6,11 @@ import time
 
 from celo2_pretrain import cli
 from celo2_pretrain.common.errors import UserError
-from celo2_pretrain.train import loop
+from celo2_pretrain.train import trainer
 
 bad_rank, bad_step, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 calls = 0
-real = loop.training_loss
+real = trainer.training_loss
 
 
 def training_loss(*arguments):
@@ -30,5 +30,5 @@ def training_loss(*arguments):
     return real(*arguments)
 
 
-loop.training_loss = training_loss
+trainer.training_loss = training_loss
 sys.exit(cli.main(["train", *sys.argv[4:]]))

@@ -26,7 +26,8 @@ from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.comm.torch import build_shm_op  # noqa: E402
 
 from celo2_pretrain.config import load_config  # noqa: E402
-from celo2_pretrain.train import loop  # noqa: E402
+from celo2_pretrain.train import finish, loop  # noqa: E402
+from celo2_pretrain.train.checkpoints import checkpoint  # noqa: E402
 from celo2_pretrain.train.faults.failures import ending_all_ranks  # noqa: E402
 from celo2_pretrain.train.record.metrics import read_metrics  # noqa: E402
 from celo2_pretrain.train.start.ranks import announce_compilation, free_port  # noqa: E402
@@ -56,7 +57,7 @@ def train_counted(config, where: str, at: float) -> dict[str, int]:
 
     Returns the numbers of calls: before the loop, until the first checkpoint was there, in the second one, and in all.
     """
-    counter, steps, save, saves, told = Counter(at), loop.run_steps, loop.checkpoint.save, [], {}
+    counter, steps, save, saves, told = Counter(at), loop.run_steps, checkpoint.save, [], {}
 
     def count(when: str) -> None:  # it makes Python slow
         if where == when and at < NEVER:
@@ -75,7 +76,7 @@ def train_counted(config, where: str, at: float) -> dict[str, int]:
         count("loop")
         return steps(*arguments)
 
-    loop.run_steps, loop.checkpoint.save = counted, saving
+    loop.run_steps, checkpoint.save = counted, saving
     if where == "start":
         sys.setprofile(counter)
     with ending_all_ranks(config.run_dir):
@@ -145,7 +146,7 @@ def trajectory(run: str) -> list[tuple]:
 def main(data: str, folder: str, world: str, kills: str, *overrides: str) -> None:
     torch.set_num_threads(1)
     get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but it computes
-    loop.plot_loss = lambda *arguments: None  # it comes after all that is compared, and takes longer than that
+    finish.plot_loss = lambda *arguments: None  # it comes after all that is compared, and takes longer than that
     os.environ.setdefault("RANK", "0")  # for the announcement
     announce_compilation()
     build_shm_op()  # a rank killed in it would leave torch's lock in the cache that all programs share: the next would wait

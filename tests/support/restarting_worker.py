@@ -10,10 +10,10 @@ if os.environ["RANK"] == "1" and broken.exists():
     os.kill(os.getpid(), signal.SIGKILL)
 
 from celo2_pretrain import cli  # noqa: E402
-from celo2_pretrain.train import loop  # noqa: E402
+from celo2_pretrain.train import trainer  # noqa: E402
 
 calls = 0
-real = loop.training_loss
+real = trainer.training_loss
 
 
 def training_loss(*arguments):
@@ -25,5 +25,5 @@ def training_loss(*arguments):
     return real(*arguments)
 
 
-loop.training_loss = training_loss
+trainer.training_loss = training_loss
 sys.exit(cli.main(["train", *sys.argv[2:]]))

@@ -4,10 +4,10 @@ import sys
 
 from celo2_pretrain import cli
 from celo2_pretrain.data.loader import TrainLoader
-from celo2_pretrain.train import loop
+from celo2_pretrain.train import trainer
 
 spike, at = int(sys.argv[1]), -1
-real_batch, real_loss = TrainLoader.batch, loop.training_loss
+real_batch, real_loss = TrainLoader.batch, trainer.training_loss
 
 
 def batch(self, samples, micro):
@@ -21,7 +21,7 @@ def training_loss(*arguments):
     return (loss + 5, cross_entropy + 5) if at == spike else (loss, cross_entropy)
 
 
-TrainLoader.batch, loop.training_loss = batch, training_loss
+TrainLoader.batch, trainer.training_loss = batch, training_loss
 code = cli.main(["train", *sys.argv[2:]])
 sys.stdout.flush()
 sys.stderr.flush()

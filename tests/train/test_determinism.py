@@ -7,7 +7,8 @@ import torch
 from support.paths import ROOT
 from support.processes import drive
 
-from celo2_pretrain.optimizer.state.files import StateReader, element_keys
+from celo2_pretrain.optimizer.state.files import StateReader
+from celo2_pretrain.optimizer.step.accumulators import element_keys
 from celo2_pretrain.train.record.metrics import read_metrics
 
 STEPS = 4

@@ -15,10 +15,12 @@ from celo2_pretrain.cli import main
 from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.config import Optimizer
 from celo2_pretrain.data.loader import Windows
-from celo2_pretrain.model.build_optimizer import Rates, build_optimizer, telling_backend
+from celo2_pretrain.model.build_optimizer import build_optimizer
 from celo2_pretrain.optimizer.backends import choose
 from celo2_pretrain.train.checkpoints import deepspeed_files
 from celo2_pretrain.train.faults import once
+from celo2_pretrain.train.rates import Rates
+from celo2_pretrain.train.record.backend import telling_backend
 from celo2_pretrain.train.record.metrics import read_metrics
 from celo2_pretrain.train.start.ranks import free_port
 

@@ -9,8 +9,8 @@ from support.processes import deepspeed, environment, torchrun
 from support.paths import SUPPORT
 
 from celo2_pretrain import cli
-from celo2_pretrain.train import loop
 from celo2_pretrain.train.faults import failures
+from celo2_pretrain.train.start import prepare, ranks
 
 WORKER = SUPPORT / "failing_worker.py"
 SMALL = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32", "train.micro_batch_size=2",
@@ -43,7 +43,7 @@ def test_one_ranks_failure_ends_all_and_is_told_first(data, tmp_path, launcher, 
         assert told.startswith("celo2-pretrain: error on rank 1: ZeroDivisionError: made to fail\nTraceback ")
         assert "ZeroDivisionError: made to fail" in (run / "error_rank_1.txt").read_text()
         assert told.split("torch/distributed/elastic")[0].count("Traceback") == 1
-        assert failures.LOST.search((run / "error_rank_0.txt").read_text())
+        assert ranks.LOST.search((run / "error_rank_0.txt").read_text())
         # The launcher may have ended the other rank before it said anything.
         assert all(line.startswith("celo2-pretrain: rank 0 ends too, after rank 1 on ") for line in ours[1:]), told
     elif how == "killed":
@@ -95,7 +95,7 @@ def test_a_lack_of_memory_is_told_in_a_line(data, tmp_path, monkeypatch, capsys)
 
     run = tmp_path / "run"
     run.mkdir()
-    monkeypatch.setattr(loop, "build_model", fails)
+    monkeypatch.setattr(prepare, "build_model", fails)
     monkeypatch.setattr(failures, "leave", lambda text, code: print(f"celo2-pretrain: {text}", file=sys.stderr))
     assert cli.main(["train", *SMALL, f"data.path={data}", f"run_dir={run}"]) == 1
     line, = capsys.readouterr().err.splitlines()

@@ -12,8 +12,10 @@ from support.paths import SUPPORT
 
 from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.config import Config, Train
+from celo2_pretrain.model import guarded_adamw
+from celo2_pretrain.model.guarded_adamw import GuardedAdamW
 from celo2_pretrain.train import guard as guards
-from celo2_pretrain.train.guard import Guard, GuardedAdamW
+from celo2_pretrain.train.guard import Guard
 from celo2_pretrain.train.record.metrics import read_metrics
 
 WORKER = SUPPORT / "guard_worker.py"
@@ -157,11 +159,11 @@ def test_adamw_leaves_a_step_out_that_another_rank_leaves_out(monkeypatch):
         told.append(int(flag))
         flag.fill_(other)
 
-    monkeypatch.setattr(guards.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(guards.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(guards.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(guarded_adamw.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(guarded_adamw.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(guarded_adamw.dist, "all_reduce", all_reduce)
     p = torch.nn.Parameter(torch.zeros(2))
-    optimizer = guards.GuardedAdamW([p], lr=1.0)
+    optimizer = GuardedAdamW([p], lr=1.0)
     p.grad, other = torch.ones(2), 0
     optimizer.step()
     assert optimizer.skipped_steps == 1 and not p.any()

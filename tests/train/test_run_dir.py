@@ -18,7 +18,7 @@ from support.fuzz import snapshot
 
 from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.config import load_config
-from celo2_pretrain.train import loop
+from celo2_pretrain.train import finish, loop
 from celo2_pretrain.train.checkpoints import checkpoint, manifest, select
 from celo2_pretrain.train.faults import failures, run_lock
 from celo2_pretrain.train.faults.run_lock import InUse, RunLock
@@ -48,7 +48,7 @@ def test_an_old_run_stays_when_the_one_that_replaces_it_cannot_begin(data, tmp_p
     for name in ("checkpoints/step_00000002/state.json", "metrics.jsonl", "origin.jsonl", "config.yaml"):
         (run / name).write_text("old")
     before = snapshot(run)
-    monkeypatch.setattr(f"celo2_pretrain.train.loop.{fails}", refuse)
+    monkeypatch.setattr(f"celo2_pretrain.train.assemble.{fails}", refuse)
     with pytest.raises(UserError, match="cannot begin"):
         loop.train(load_config(None, [*SMALL, f"data.path={data}", f"run_dir={run}"]), overwrite=True)
     assert snapshot(run, leave_out=(".lock",)) == before
@@ -58,10 +58,10 @@ def test_a_finished_run_is_finished_also_without_sample_and_picture(tmp_path, mo
     def fail(*_, **__):
         raise OSError("no space left\nfor it")
 
-    monkeypatch.setattr(loop, "load_tokenizer", fail)
-    monkeypatch.setattr(loop, "plot_loss", fail)
-    loop.finish(None, load_config(None, [f"run_dir={tmp_path}", "eval.prompt=def"]), SimpleNamespace(index={}, paths=[""]),
-                Metrics(str(tmp_path), 2, 2, True))
+    monkeypatch.setattr(finish, "load_tokenizer", fail)
+    monkeypatch.setattr(finish, "plot_loss", fail)
+    finish.finish(None, load_config(None, [f"run_dir={tmp_path}", "eval.prompt=def"]), SimpleNamespace(index={}, paths=[""]),
+                  Metrics(str(tmp_path), 2, 2, True))
     assert capsys.readouterr().out.splitlines()[:2] == [
         "warning: no sample: no space left for it", "warning: no loss curve: no space left for it"]
 

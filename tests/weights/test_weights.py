@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 
 from celo2_pretrain.optimizer import reference
-from celo2_pretrain.optimizer.reference import MLP
 from celo2_pretrain.weights import construct, load_weights, save_weights
 from celo2_pretrain.weights.layouts import GROUPS, SHAPES
+from celo2_pretrain.weights.mlp import MLP
 
 
 @pytest.fixture

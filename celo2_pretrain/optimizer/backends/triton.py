@@ -12,7 +12,7 @@ import os
 import weakref
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 import triton.language as tl
@@ -31,16 +31,15 @@ from ...kernels.packed import WORD
 from ...kernels.repack import repack
 from ...kernels.rescale import output_squares, rescale
 from ...kernels.tiles import Size, Tiles, make_tiles
+from ...weights.mlp import MLP
 from ..groups import decay_of
-from ..reference import MLP
 from ..sharding.layouts import local
-from .choose import Reference
-from .passes import Scale, Shape, Tensors
+from ..sharding.plan import Part
+from ..sharding.shape import Shape
+from .passes import Scale, Tensors
+from .plain import Reference
 from .triton_tables import (Vectors, boxes_aligned, by_storage, element_pointers, make_buffer, make_table, on_device,
                             pointer_row, scale_pointers, storage_boxes, vector_row)
-
-if TYPE_CHECKING:
-    from ..step.learned import Part
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
           WORD: tl.int32}  # packed accumulators

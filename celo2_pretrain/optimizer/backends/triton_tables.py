@@ -8,18 +8,17 @@ import contextlib
 import functools
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...kernels.factored import VECTORS
 from ...kernels.tiles import Box
-from .choose import boxes_of
-from .passes import Scale, Shape, Tensors
-
-if TYPE_CHECKING:
-    from ..step.learned import Part
+from ..sharding.plan import Part
+from ..sharding.shape import Shape
+from .boxes import boxes_of
+from .passes import Scale, Tensors
 
 
 @dataclass

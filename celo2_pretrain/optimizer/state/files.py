@@ -29,20 +29,11 @@ from .index import check_index, check_options, view_entry
 
 FORMAT, VERSION = "celo2-optimizer-state", 1
 INDEX, SHARED = "index.json", "shared.safetensors"
-MOMENTA = ("momentum_0", "momentum_1", "momentum_2")
-V_FULL = ("v_full_0", "v_full_1", "v_full_2")
 FILE_BYTES = 1 << 28  # what a rank gathers in memory before it writes it out
 
 
 class StateError(RuntimeError):
     """A saved optimizer state is incomplete, damaged, or of another model."""
-
-
-def element_keys(rule: str, vector: bool) -> tuple[str, ...]:
-    """What is stored for each element of a tensor: the float32 parameter and its accumulators."""
-    if rule == "adamw":
-        return ("param", "exp_avg", "exp_avg_sq")
-    return ("param", *MOMENTA, "rms", *(V_FULL if vector else ()))
 
 
 def tensor_entry(shape: Iterable[int], rule: str, view: MatrixView) -> dict[str, Any]:

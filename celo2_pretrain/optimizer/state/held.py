@@ -13,8 +13,9 @@ from ..celo2 import Celo2
 from ..matrices.views import MatrixView
 from ..names import canonical_names
 from ..sharding.layouts import Original, Slice, local, locate
+from ..step.accumulators import element_keys
 from .collective import gather, together
-from .files import StateError, element_keys, tensor_entry
+from .files import StateError, tensor_entry
 
 
 @dataclass
@@ -87,7 +88,7 @@ def examine(optimizer: Any) -> tuple[torch.optim.Optimizer, Any, list[Held]]:
 
 def of_celo2(optimizer: Celo2) -> Iterator[Held]:
     for group, params in at_rest(optimizer):
-        plans = optimizer._plan(group, params)
+        plans = optimizer.plans_of(group, params)
         for param in params:
             optimizer._init_state(group, param, plans)
         for plan in plans:
@@ -98,7 +99,8 @@ def of_celo2(optimizer: Celo2) -> Iterator[Held]:
 
 def at_rest(optimizer: Celo2) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
     """(param group, tensors as a step would find them); between steps ZeRO-3 leaves the groups empty."""
-    originals = [original for some in optimizer._originals.values() for original in some if original.trainable]
+    originals = [original for group in optimizer.param_groups for original in optimizer.originals_of(group)
+                 if original.trainable]
     zero3 = getattr(originals[0].param, "_z3_optimizer", None) if originals else None
     if zero3 is not None:
         for number, flat in enumerate(zero3.fp32_partitioned_groups_flat):

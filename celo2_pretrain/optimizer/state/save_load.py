@@ -20,7 +20,8 @@ from ...weights import load_weights
 from ..celo2 import Celo2
 from ..matrices.views import MatrixView
 from ..sharding.layouts import collective_device
-from ..step.learned import ACCUMULATORS, factored_sizes
+from ..sharding.plan import factored_sizes
+from ..step.accumulators import ACCUMULATORS
 from ..step.state_dtypes import pack_range, unpack_range
 from . import files as state_files
 from .collective import gather, this_rank, together, world_size
@@ -251,7 +252,7 @@ def _take_views(optimizer: torch.optim.Optimizer, held: list[Held], reader: Stat
     for h in changed:
         h.slice.original.view = _saved_view(reader, h)
     optimizer._plans.clear()
-    for plan in (plan for group, params in at_rest(optimizer) for plan in optimizer._plan(group, params)):
+    for plan in (plan for group, params in at_rest(optimizer) for plan in optimizer.plans_of(group, params)):
         for piece in plan.layout.slices:
             state = optimizer.state[piece.storage]
             for key, columns in zip(("v_row", "v_col"), plan.factored.get(id(piece.storage), ())):

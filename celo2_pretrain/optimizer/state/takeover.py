@@ -23,14 +23,15 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..backends.passes import Shape
 from ..celo2 import Celo2
 from ..matrices.views import MatrixView
 from ..reference import FACTORED_DECAYS, MOMENTUM_DECAYS, RMS_DECAY
 from ..sharding.layouts import Original
+from ..sharding.shape import Shape
+from ..step.accumulators import element_keys
 from . import files as state_files
 from .adamw_checkpoint import AdamWCheckpoint, SavedAdamW
-from .files import INDEX, SHARED, StateError, StateReader, element_keys
+from .files import INDEX, SHARED, StateError, StateReader
 
 
 def from_adamw(checkpoint: str | Path, folder: str | Path, optimizer: Any, tag: str | None = None,
@@ -130,9 +131,8 @@ def _targets(optimizer: Any) -> tuple[Celo2, dict[str, tuple[Original, str]]]:
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Celo2):
         raise TypeError(f"expected the Celo2 (or its engine) that will go on, got {type(optimizer).__name__}")
-    rules = {group["group"]: group["rule"] for group in optimizer.param_groups}
-    return optimizer, {original.name: (original, rules[number]) for number, rule in rules.items()
-                       for original in optimizer._originals[number] if original.trainable}
+    return optimizer, {original.name: (original, group["rule"]) for group in optimizer.param_groups
+                       for original in optimizer.originals_of(group) if original.trainable}
 
 
 def _compare(source: AdamWCheckpoint | SavedAdamW, targets: dict[str, tuple[Original, str]]) -> None:

@@ -1,11 +1,10 @@
 """One learned step for a layout's tensors: the three passes, the collectives between them, and the update.
 
-`make_plan` works out, once for a layout, which pieces a rank holds, which slices form a bucket and who owns which
-matrix; `LearnedStep` carries the plan out. Neither knows what a wrapper or a parameter group is.
+`LearnedStep` carries a plan (sharding/plan.py) out. It doesn't know what a wrapper or a parameter group is.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import prod
 from typing import Any, Mapping
 
@@ -14,113 +13,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.newton_schulz import COEFFICIENTS, dtype_for
-from ...kernels.packed import WORD, turn_of
+from ...kernels.packed import turn_of
 from ...kernels.rounding import key_of
+from ...weights.mlp import MLP
 from ..backends.choose import backend_for
-from ..backends.passes import Scale, Shape, Tensors
+from ..backends.passes import Scale, Tensors
 from ..groups import decay_of
-from ..matrices.views import MatrixView, Piece, pieces
-from ..reference import MLP
 from ..sharding.layouts import Layout, Slice, collective_device, local
-from .exchange import Exchange, Unit, choose_owners, units_of
-
-
-ACCUMULATORS = ("momentum_0", "momentum_1", "momentum_2", "rms")
-
-
-@dataclass
-class Part:
-    """One block of a slice with what the passes need of it."""
-
-    held: int  # which slice of the layout
-    shape: Shape
-    pieces: list[Piece]
-    row_at: int  # where its v_row and v_col begin in the storage's
-    col_at: int
-
-
-@dataclass
-class Plan:
-    """A layout made ready for the passes."""
-
-    layout: Layout
-    parts: list[Part]
-    buckets: list[list[int]]  # slices whose directions exist at the same time
-    units: list[list[Unit]]  # of each bucket; empty without orthogonalisation
-    factored: dict[int, tuple[int, int]] = field(default_factory=dict)  # columns of v_row, v_col by the storage's id; 0 for vectors
-    memory: dict[int, Tensor] = field(default_factory=dict)  # on the CPU: for directions, kept from step to step
-
-    def parts_of(self, bucket: list[int]) -> list[int]:
-        """Numbers of the parts that a bucket's slices consist of."""
-        chosen = set(bucket)
-        return [number for number, part in enumerate(self.parts) if part.held in chosen]
-
-    def columns(self, number: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Where the v_row and the v_col of a slice's tensor begin and end in its storage's; empty for a vector."""
-        parts = [part for part in self.parts if part.held == number and part.shape.matrix]
-        if not parts:
-            return (0, 0), (0, 0)
-        row, col = parts[0].row_at, parts[0].col_at
-        return ((row, row + sum(prod(part.shape.row) for part in parts)),
-                (col, col + sum(prod(part.shape.col) for part in parts)))
-
-    def parts_in(self, storage: Tensor) -> list[Part]:
-        return [part for part in self.parts if self.layout.slices[part.held].storage is storage]
-
-
-def make_plan(layout: Layout, orthogonalize: bool, bucket_size: int) -> Plan:
-    """Plan the learned step of a layout; the same buckets and owners on every rank."""
-    plan = Plan(layout, [], [[]], [])
-    rows: dict[int, int] = {}
-    cols: dict[int, int] = {}
-    for number, held in enumerate(layout.slices):
-        for block in held.original.view.blocks(held.shape):
-            shape, storage = Shape(block), id(held.storage)
-            plan.parts.append(Part(number, shape, pieces(block, held.start, held.stop),
-                                   rows.get(storage, 0), cols.get(storage, 0)))
-            rows[storage] = rows.get(storage, 0) + prod(shape.row)
-            cols[storage] = cols.get(storage, 0) + prod(shape.col)
-    plan.factored = {storage: (rows[storage], cols[storage]) for storage in rows}
-    size = 0
-    for number, held in enumerate(layout.slices):
-        if plan.buckets[-1] and size + prod(held.shape) > bucket_size:
-            plan.buckets.append([])
-            size = 0
-        plan.buckets[-1].append(number)
-        size += prod(held.shape)
-    if orthogonalize and any(part.shape.matrix for part in plan.parts):
-        for bucket in plan.buckets:
-            plan.units.append([unit for part in map(plan.parts.__getitem__, plan.parts_of(bucket))
-                               for unit in units_of(bucket.index(part.held), part.shape, part.held, layout)])
-        choose_owners(plan.units, layout.world)
-    return plan
-
-
-def factored_sizes(tensor: tuple[int, ...], view: MatrixView) -> tuple[int, int]:
-    """Columns of v_row and of v_col of a whole tensor of this shape under the learned rule; 0 for a vector."""
-    shapes = [Shape(block) for block in view.blocks(tensor)]
-    return sum(prod(shape.row) for shape in shapes), sum(prod(shape.col) for shape in shapes)
-
-
-def init_state(param: Tensor, parts: list[Part], zeros_like: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Zero accumulators for a storage (a tensor, or a flat partition of several) that consists of `parts`.
-
-    momentum_0, _1, _2 (decays 0.9, 0.99, 0.999) and rms are of the storage's shape and lie like it; of `dtype`, or,
-    where that is kernels.packed.WORD, one tensor `packed` holds all four. Unless they are float32 there is a step
-    count, which stochastic rounding needs. v_row and v_col are (3, n): the factored second moments of all its matrices,
-    replicated over the ranks, float32. Vectors have v_full_0, _1, _2, all float32.
-    """
-    vectors = any(not part.shape.matrix for part in parts)
-    if vectors:
-        dtype = torch.float32
-    state = {key: zeros_like(param, dtype) for key in (("packed",) if dtype == WORD else ACCUMULATORS)}
-    if dtype != torch.float32:
-        state["step"] = torch.zeros((), dtype=torch.float32)
-    if vectors:
-        return {**state, **{f"v_full_{k}": zeros_like(param, dtype) for k in range(3)}}
-    device = local(param).device
-    return {**state, "v_row": torch.zeros(3, sum(prod(part.shape.row) for part in parts), device=device),
-            "v_col": torch.zeros(3, sum(prod(part.shape.col) for part in parts), device=device)}
+from ..sharding.plan import Part, Plan
+from .accumulators import row_col
+from .exchange import Exchange
 
 
 class LearnedStep:
@@ -260,13 +162,6 @@ class LearnedStep:
             return torch.empty(0), torch.empty(0)
         state = self.state[self.layout.slices[part.held].storage]
         return row_col(part, state["v_row"], state["v_col"])
-
-
-def row_col(part: Part, v_row: Tensor, v_col: Tensor) -> tuple[Tensor, Tensor]:
-    """A block's views (3, *row), (3, *col) of what holds the factored second moments of its storage."""
-    shape = part.shape
-    return (v_row[:, part.row_at:part.row_at + prod(shape.row)].unflatten(1, shape.row),
-            v_col[:, part.col_at:part.col_at + prod(shape.col)].unflatten(1, shape.col))
 
 
 def _tensors(held: Slice, state: Mapping[str, Tensor], step: int | None) -> Tensors:

@@ -13,8 +13,8 @@ from torch import Tensor
 from ...kernels.packed import WORD
 from ..matrices.views import whole
 from ..sharding.layouts import local
-from ..state.files import element_keys
-from .learned import Plan
+from ..sharding.plan import Plan
+from .accumulators import element_keys
 
 # What there is for each element, behind the parameter.
 ADAMW = element_keys("adamw", vector=False)[1:]

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ...kernels.packed import NEAREST, WORD, pack, unpack
 from ..backends import passes
-from ..backends.passes import Shape
 from ..matrices.views import pieces
 from ..sharding.layouts import Slice, local
-from .learned import ACCUMULATORS, Part, Plan, row_col
+from ..sharding.plan import Part, Plan
+from ..sharding.shape import Shape
+from .accumulators import ACCUMULATORS, row_col
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": WORD}
 

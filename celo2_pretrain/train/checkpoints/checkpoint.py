@@ -32,7 +32,7 @@ from celo2_pretrain.train.checkpoints.deepspeed_files import Files, files_of, ra
 from celo2_pretrain.train.checkpoints.manifest import write_atomically
 from celo2_pretrain.train.checkpoints.select import ANY_WORLD, in_order, latest, step_of
 from celo2_pretrain.train.checkpoints.staging import Copy, staged_folder
-from celo2_pretrain.train.faults.failures import lost_connection
+from celo2_pretrain.train.start.ranks import lost_connection
 
 # How the model is computed or began: a resumed run may have it otherwise.
 NOT_OF_THE_MODEL = ("activation_checkpointing", "attention", "compile", "scaled_init")

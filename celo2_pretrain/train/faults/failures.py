@@ -20,7 +20,7 @@ from celo2_pretrain.common.errors import Stopped, UserError, say
 from celo2_pretrain.optimizer.sharding.replicas import DriftError
 from celo2_pretrain.train.checkpoints.staging import settle
 from celo2_pretrain.train.faults.run_lock import InUse
-from celo2_pretrain.train.start.ranks import join_ranks, world_from_environment
+from celo2_pretrain.train.start.ranks import join_ranks, lost_connection, world_from_environment
 
 FIRST = "error_first.txt"
 LOOK_SECONDS = 2.0  # between looks for another rank's error
@@ -28,15 +28,7 @@ GRACE_SECONDS = 10  # for the other ranks to find out by themselves
 GRACE_AFTER_USER_ERROR = 120  # it may have come on all ranks: they end in order, and may have a checkpoint to finish
 REASON_SECONDS = 3.0  # for the reason of a lost connection to appear on a shared file system
 FOLLOW_SECONDS = 2.0  # behind the first rank, so that launchers report its exit code
-LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|gloo/transport|ncclRemoteError|remote process exit|"
-                  r"recvValue failed|sendBytes failed|failed to (recv|send), got", re.IGNORECASE)
 _left_training = threading.Event()
-
-
-def lost_connection(error: BaseException) -> bool:
-    """Whether `error` says that another rank went away, so that the reason lies elsewhere."""
-    kinds = (RuntimeError, ConnectionError)  # torch's DistError is a RuntimeError
-    return isinstance(error, kinds) and bool(LOST.search(str(error)))
 
 
 @contextlib.contextmanager

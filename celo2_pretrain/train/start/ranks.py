@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import random
+import re
 import socket
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from celo2_pretrain.common.errors import UserError, one_line
 
 STALE_LOCK_SECONDS = 600  # a compilation, which another machine with the same home may be at, takes less
 STALE_LOAD_SECONDS = 30
+LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|gloo/transport|ncclRemoteError|remote process exit|"
+                  r"recvValue failed|sendBytes failed|failed to (recv|send), got", re.IGNORECASE)
 
 
 def world_from_environment() -> tuple[int, int]:
@@ -105,3 +108,9 @@ def is_open(path: Path) -> bool:
             if os.readlink(handle) == str(path):
                 return True
     return False
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether `error` says that another rank went away, so that the reason lies elsewhere."""
+    kinds = (RuntimeError, ConnectionError)  # torch's DistError is a RuntimeError
+    return isinstance(error, kinds) and bool(LOST.search(str(error)))
