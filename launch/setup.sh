@@ -5,6 +5,7 @@
 #   bash launch/setup.sh       set up if needed
 #
 # Needs Python 3.11 or newer and g++. The environment is .venv in the repo, or $VENV; PYTHON names the interpreter.
+# CELO2_EXTRA names the extra of pyproject.toml to install: train (the default), or dev to run the tests, meta, eval, track.
 # A stamp in the environment makes a second call return at once, until pyproject.toml or setup.py change.
 
 _celo2_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -21,10 +22,15 @@ _celo2_setup() (  # a subshell: neither its options nor its variables reach a sh
 
     gpu=no
     if nvidia-smi >/dev/null 2>&1; then gpu=yes; fi
-    stamp="$venv/.celo2-setup"
-    # The path is part of it because an editable install points into one clone.
+    extra="${CELO2_EXTRA:-train}"
+    # One stamp for each extra. The path is part of it because an editable install points into one clone.
+    stamp="$venv/.celo2-setup-$extra"
     wanted="$(cat pyproject.toml setup.py launch/setup.sh | cksum) gpu=$gpu $_celo2_root"
-    if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+    if [ -x "$venv/bin/python" ]; then
+        if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+        # dev, meta and eval include train.
+        if [ "$extra" = train ] && grep -qxF "$wanted" "$venv"/.celo2-setup-{dev,meta,eval} 2>/dev/null; then exit 0; fi
+    fi
 
     recent='import sys; sys.exit(sys.version_info < (3, 11))'
     if [ ! -x "$venv/bin/python" ]; then
@@ -61,8 +67,8 @@ _celo2_setup() (  # a subshell: neither its options nor its variables reach a sh
     constraint="$(mktemp)"
     trap 'rm -f "$constraint"' EXIT
     echo "torch==$version" >"$constraint"
-    say "installing this package and its dependencies (torch stays $version)"
-    "$python" -m pip install -q -c "$constraint" -e ".[test]" || fail "pip could not install the package; see above"
+    say "installing this package with its extra $extra (torch stays $version)"
+    "$python" -m pip install -q -c "$constraint" -e ".[$extra]" || fail "pip could not install the package; see above"
     echo "$wanted" >"$stamp"
     say "done; activate with: source $venv/bin/activate"
 )

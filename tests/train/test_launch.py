@@ -225,7 +225,7 @@ def test_resume_command_is_for_the_launcher_that_started_the_run(monkeypatch, la
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shellcheck_finds_nothing(script):
     checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert checker, "shellcheck is missing: pip install -e .[test]"
+    assert checker, "shellcheck is missing: pip install -e .[dev]"
     # SC2317, SC2329: it takes what follows a sourced setup.sh, which ends in `return || exit`, for unreachable.
     result = subprocess.run([checker, "-x", "-e", "SC2317,SC2329", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
