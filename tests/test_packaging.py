@@ -95,7 +95,7 @@ def test_the_kernels_folder_gives_way_to_the_installed_package(tmp_path):
     assert printed == "theirs 9"
 
 
-@pytest.mark.parametrize("script", ["launch/setup.sh", "launch/test.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["launch/setup.sh", "launch/test.sh", "launch/lint.sh", ".ci/run"])
 def test_scripts_are_executable_and_parse(script):
     assert os.access(ROOT / script, os.X_OK)
     assert subprocess.run(["bash", "-n", str(ROOT / script)]).returncode == 0
