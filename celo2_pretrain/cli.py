@@ -5,10 +5,12 @@ import sys
 import threading
 
 from celo2_pretrain.common.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError, flush, say
+from celo2_pretrain.common.extras import install_line
 from celo2_pretrain.meta import command as meta_train
 from celo2_pretrain.meta.evaluation import command as meta_eval
 from celo2_pretrain.plan import command as planning
-from celo2_pretrain.train.faults import once, supervisor
+from celo2_pretrain.train.faults import once
+from celo2_pretrain.train.faults.exit_code import note
 
 INTRODUCTION = """\
 Pretrain GPT-style models with Celo2, a learned optimizer, under DeepSpeed.
@@ -191,7 +193,9 @@ def run_train(args) -> int | None:
     if path and not args.config and not folders:
         config.run_dir = os.path.dirname(path) or "."  # the folder may have been moved since
     if args.max_restarts is not None:
-        return supervisor.supervise(args, config)
+        from celo2_pretrain.train.faults.supervisor import supervise
+
+        return supervise(args, config)
     if args.launch or args.ranks:
         raise UserError("--launch and --ranks are for --max-restarts N: give it too, or start the launcher itself")
     from celo2_pretrain.train.faults.failures import ending_all_ranks
@@ -265,7 +269,7 @@ def quiet_libraries() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns 0, or after a line on standard error 2 (wrong input) or 75 (stopped on request)."""
-    code = supervisor.note(run(argv))
+    code = note(run(argv))
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and "torch" in sys.modules:  # not in a test
         leave(code)
     return code
@@ -292,6 +296,11 @@ def run(argv: list[str] | None) -> int:
         if os.environ.get("RANK", "0") == "0":
             say(str(stopped))
         return EXIT_STOPPED
+    except ModuleNotFoundError as error:
+        if not (needed := install_line(error, "meta" if args.command.startswith("meta-") else "train")):
+            raise
+        say(f"error: {args.command} needs {needed}")
+        return EXIT_USER_ERROR
     except MemoryError as error:  # train/faults/out_of_memory.py says what to do
         say(f"error: {error or 'out of memory'}")
         return 1

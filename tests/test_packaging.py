@@ -7,6 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import celo2_pretrain
 from support.paths import ROOT
 
 BUNDLED = ("celo2.safetensors", "celo2_base.safetensors", "celo2.md")
@@ -45,6 +47,10 @@ def wheel(source, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(source))
     return next(out.glob("*.whl"))
+
+
+def test_the_wheel_has_the_version_that_the_package_says(wheel):
+    assert wheel.name.split("-")[1] == celo2_pretrain.__version__
 
 
 def test_the_wheel_holds_the_weights_and_their_card(wheel):
@@ -95,6 +101,66 @@ def test_the_kernels_folder_gives_way_to_the_installed_package(tmp_path):
     assert printed == "theirs 9"
 
 
+CORE = """
+import sys, torch
+import celo2_pretrain
+from celo2_pretrain import Celo2, load_state, param_groups, register, save_state, table
+
+def new():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(7, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 7))
+    return model, Celo2(param_groups(model), lr=1e-3, adamw_lr_multiplier=2.0)
+
+def step(model, optimizer):
+    model(torch.arange(7)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+model, optimizer = new()
+register(model)
+assert "celo2" in table(model)
+step(model, optimizer)
+save_state(optimizer, sys.argv[0] + "/state")
+other, resumed = new()
+other.load_state_dict(model.state_dict())
+load_state(resumed, sys.argv[0] + "/state")
+step(model, optimizer)
+step(other, resumed)
+assert all(a.equal(b) for a, b in zip(model.parameters(), other.parameters()))
+for name in celo2_pretrain.__all__:
+    getattr(celo2_pretrain, name)
+print(celo2_pretrain.__version__)
+"""
+
+
+def with_the_core_only(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "tests/support/core_only.py", *arguments], capture_output=True, text=True)
+
+
+def test_the_optimizer_and_its_state_need_torch_numpy_and_safetensors_only(tmp_path):
+    done = with_the_core_only("-c", CORE.replace("sys.argv[0]", repr(str(tmp_path))))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == celo2_pretrain.__version__
+
+
+COMMANDS = ["prepare --stdlib --out {out}", "train run_dir={out}", "train --max-restarts 1", "sweep --out {out}", "plan",
+            "eval {out}", "generate {out}", "plot {out} --out {out}/x.png", "export {out} --out {out}/x", "meta-train out={out}",
+            "meta-select {out}", "meta-eval --out {out}"]
+
+
+def test_a_command_without_its_packages_says_what_to_install(tmp_path):
+    commands = [command.format(out=tmp_path).split() for command in COMMANDS]
+    done = with_the_core_only("-c", f"from celo2_pretrain.cli import main\nprint([main(command) for command in {commands}])")
+    assert done.stdout.strip() == str([2] * len(COMMANDS)), done.stdout + done.stderr
+    for command, line in zip(COMMANDS, done.stderr.splitlines(), strict=True):
+        extra = "meta" if command.startswith("meta") else "train"
+        assert f'pip install "celo2-pretrain[{extra}]"' in line, line
+
+
+def test_without_any_extra_the_command_line_still_helps():
+    assert "meta-eval" in with_the_core_only("-m", "celo2_pretrain", "--help").stdout
+
+
 @pytest.mark.parametrize("script", ["launch/setup.sh", "launch/test.sh", "launch/lint.sh", ".ci/run"])
 def test_scripts_are_executable_and_parse(script):
     assert os.access(ROOT / script, os.X_OK)
@@ -103,6 +169,6 @@ def test_scripts_are_executable_and_parse(script):
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
 def test_the_committed_results_take_less_than_a_megabyte():
-    listed = subprocess.run(["git", "ls-files", "-z", "benchmarks/results"], cwd=ROOT, capture_output=True, text=True, check=True)
-    sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name}
+    listed = subprocess.check_output(["git", "ls-files", "-z", "benchmarks/results"], cwd=ROOT, text=True)
+    sizes = {name: (ROOT / name).stat().st_size for name in listed.split("\0") if name}
     assert sum(sizes.values()) < 1_000_000, sorted(sizes.items(), key=lambda item: -item[1])[:5]

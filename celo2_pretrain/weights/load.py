@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from celo2_pretrain.common.extras import install_line
 from celo2_pretrain.weights.files import READERS, read_file
 from celo2_pretrain.weights.layouts import to_canonical
 
@@ -66,10 +67,12 @@ def _canonical(weights) -> dict[str, Tensor]:
 
 def _download(repo: str, revision: str | None) -> Path:
     """The first of KNOWN_FILES in a hub repo, through the hub's cache (which also serves offline)."""
-    import huggingface_hub
-    from huggingface_hub import errors
-
     name = f"{repo}@{revision}" if revision else repo
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError(f"no weights file {name}, and the hub takes {install_line(error, 'train')}") from None
     offline = None
     try:
         for local_only in (False, True):  # a second round once the hub is found unreachable: cached files
