@@ -27,7 +27,7 @@ def source(tmp_path_factory) -> Path:
     """A copy of the files a build reads, so that building leaves nothing in the working tree."""
     copy = tmp_path_factory.mktemp("source")
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for folder in ("celo2_pretrain", "kernels"):
+    for folder in ("celo2_pretrain", "kernels", "configs"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
     for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         if (ROOT / file).exists():
@@ -70,6 +70,12 @@ def test_the_wheel_holds_every_module_of_the_repo(wheel):
     assert not any(name.startswith("kernels/") for name in names), "a top-level kernels would replace Hugging Face's"
 
 
+def test_the_wheel_holds_the_configs_and_the_source_of_the_kernels(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    configs = {f"celo2_pretrain/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
+    assert len(configs) >= 10 and configs | {"celo2_pretrain/kernels/cpu.cpp"} <= names
+
+
 def test_a_plain_install_imports_kernels_and_loads_the_weights(wheel, tmp_path):
     pip("install", "-q", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
     printed = python("import celo2_pretrain.kernels as k; from celo2_pretrain.weights import load_weights;"
@@ -101,44 +107,12 @@ def test_the_kernels_folder_gives_way_to_the_installed_package(tmp_path):
     assert printed == "theirs 9"
 
 
-CORE = """
-import sys, torch
-import celo2_pretrain
-from celo2_pretrain import Celo2, load_state, param_groups, register, save_state, table
-
-def new():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Embedding(7, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 7))
-    return model, Celo2(param_groups(model), lr=1e-3, adamw_lr_multiplier=2.0)
-
-def step(model, optimizer):
-    model(torch.arange(7)).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-model, optimizer = new()
-register(model)
-assert "celo2" in table(model)
-step(model, optimizer)
-save_state(optimizer, sys.argv[0] + "/state")
-other, resumed = new()
-other.load_state_dict(model.state_dict())
-load_state(resumed, sys.argv[0] + "/state")
-step(model, optimizer)
-step(other, resumed)
-assert all(a.equal(b) for a, b in zip(model.parameters(), other.parameters()))
-for name in celo2_pretrain.__all__:
-    getattr(celo2_pretrain, name)
-print(celo2_pretrain.__version__)
-"""
-
-
 def with_the_core_only(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, ROOT / "tests/support/core_only.py", *arguments], capture_output=True, text=True)
 
 
 def test_the_optimizer_and_its_state_need_torch_numpy_and_safetensors_only(tmp_path):
-    done = with_the_core_only("-c", CORE.replace("sys.argv[0]", repr(str(tmp_path))))
+    done = with_the_core_only(str(ROOT / "tests/support/core_use.py"), str(tmp_path / "state"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == celo2_pretrain.__version__
 
@@ -161,7 +135,7 @@ def test_without_any_extra_the_command_line_still_helps():
     assert "meta-eval" in with_the_core_only("-m", "celo2_pretrain", "--help").stdout
 
 
-@pytest.mark.parametrize("script", ["launch/setup.sh", "launch/test.sh", "launch/lint.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["launch/setup.sh", "launch/test.sh", "launch/lint.sh", "launch/wheel.sh", ".ci/run"])
 def test_scripts_are_executable_and_parse(script):
     assert os.access(ROOT / script, os.X_OK)
     assert subprocess.run(["bash", "-n", str(ROOT / script)]).returncode == 0

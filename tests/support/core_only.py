@@ -1,5 +1,6 @@
-"""Run a module or code where nothing but the core's distributions can be imported, as after `pip install celo2-pretrain`.
+"""Run a script, a module or code where nothing but the core's distributions can be imported, as after `pip install celo2-pretrain`.
 
+    python core_only.py SCRIPT [ARGUMENT ...]
     python core_only.py -c CODE
     python core_only.py -m MODULE [ARGUMENT ...]
 """
@@ -38,12 +39,14 @@ def main() -> None:
     hidden = {module for module, owners in packages_distributions().items()
               if not any(re.sub(r"[-_.]+", "-", owner).lower() in core for owner in owners)}
     sys.meta_path[:] = [Without(finder, hidden) if hasattr(finder, "find_spec") else finder for finder in sys.meta_path]
-    kind, what, *arguments = sys.argv[1:]
-    sys.argv = [what, *arguments]
-    if kind == "-c":
-        exec(compile(what, "<core>", "exec"), {"__name__": "__main__"})
+    sys.argv.pop(0)
+    if sys.argv[0] == "-c":
+        exec(compile(sys.argv[1], "<core>", "exec"), {"__name__": "__main__"})
+    elif sys.argv[0] == "-m":
+        sys.argv.pop(0)
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
