@@ -9,7 +9,6 @@ import re
 import types
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import yaml

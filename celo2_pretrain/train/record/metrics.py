@@ -86,7 +86,7 @@ class Metrics:
         written = finite(record)
         self._try(str(self.path), lambda: self._write(written))
         for tracker in self.trackers:
-            self._try(type(tracker).__name__, lambda: tracker.log(written))
+            self._try(type(tracker).__name__, lambda tracker=tracker: tracker.log(written))
         step = record["step"]
         if "val_loss" in record:
             self.val_loss = record["val_loss"]
