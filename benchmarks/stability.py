@@ -6,9 +6,9 @@ hidden matrices, or of all tensors); and at four times the rate.
 
 A *spike* is a training loss above the median of the 200 steps before it by more than 6 times their median absolute
 deviation and by 0.3. Batches of 8 windows differ in how hard they are, and all settings see the same ones: a spike is the
-setting's *own* where it also rises by 0.3 more than the settings' median rise on that batch. A *lasting* rise is that of the mean
-of 50 steps above the least such mean before. Writes results/stability.csv and .png; finished runs are kept, so that it
-goes on where it was interrupted.
+setting's *own* where it also rises by 0.3 more than the settings' median rise on that batch. A *lasting* rise is that
+of the mean of 50 steps above the least such mean before. Writes results/stability.csv and .png; finished runs are kept,
+so that it goes on where it was interrupted.
 """
 from __future__ import annotations
 

@@ -103,8 +103,8 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(run=run_sweep)
 
     p = commands.add_parser("eval", help="validation loss of a run, and benchmark tasks", description=(
-        "Validation loss, perplexity and bits per byte of a run's newest (or one) checkpoint; with --tasks also its scores "
-        "in EleutherAI's lm-evaluation-harness. On a GPU if there is one."))
+        "Validation loss, perplexity and bits per byte of a run's newest (or one) checkpoint; with --tasks also its "
+        "scores in EleutherAI's lm-evaluation-harness. On a GPU if there is one."))
     p.add_argument("path", help="run folder, or one of its checkpoints/step_… folders")
     p.add_argument("--sequences", type=int, help="validation windows (default: all)")
     p.add_argument("--tasks", metavar="TASK,TASK,…", help="tasks of the harness (hellaswag, arc_easy, …); needs "
@@ -124,7 +124,8 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(run=run_generate)
 
     p = commands.add_parser("plot", help="compare runs in one picture", description=(
-        "Draw one or more runs in one picture: losses, learning rate, norms of gradient, update and weights, tokens a second."))
+        "Draw one or more runs in one picture: losses, learning rate, norms of gradient, update and weights, "
+        "tokens a second."))
     p.add_argument("runs", nargs="+", help="run folders")
     p.add_argument("--out", default="runs.png", help=".png, .pdf or .svg (default: runs.png)")
     p.add_argument("--x", choices=["step", "tokens", "time"], default="step", help="what to draw against (default: step)")

@@ -1,4 +1,4 @@
-"""Run a script, a module or code where nothing but the core's distributions can be imported, as after `pip install celo2-pretrain`.
+"""Run a script, a module or code where only the core's distributions can be imported, as after `pip install celo2-pretrain`.
 
     python core_only.py SCRIPT [ARGUMENT ...]
     python core_only.py -c CODE

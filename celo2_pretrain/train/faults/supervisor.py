@@ -200,7 +200,7 @@ class Checkpoints:
         return self.new_run and self.path.parent.exists() and not self.newest()
 
     def finished(self, steps: int, auto: bool) -> bool:
-        """Whether the last step's checkpoint is there; with `auto` (--resume) an earlier run's counts, which is left as it is."""
+        """Whether the last step's checkpoint is there; with `auto` (--resume) an earlier run's counts, and is left alone."""
         found = self._read()
         if found == self.old and not auto:
             return False

@@ -56,8 +56,8 @@ def finite(value):
 class Metrics:
     """Rank 0's record of the run; on other ranks (active=False) every method does nothing.
 
-    A resumed run drops the records after its checkpoint, so that metrics.jsonl is always one trajectory. A full disk or a tracker
-    that fails ends no run: it is told once, and what can't be written is left out.
+    A resumed run drops the records after its checkpoint, so that metrics.jsonl is always one trajectory. A full disk or
+    a tracker that fails ends no run: it is told once, and what can't be written is left out.
     """
 
     def __init__(self, run_dir: str, start_step: int, max_steps: int, active: bool, trackers: list = ()):
