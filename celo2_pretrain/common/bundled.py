@@ -1,9 +1,7 @@
 """The configs that come with the project: in configs/ of the source tree, and inside the installed package."""
 from pathlib import Path
 
-import celo2_pretrain
-
-PACKAGE = Path(celo2_pretrain.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 FOLDER = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 
 
