@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("path", help="run folder, or one of its checkpoints/step_… folders")
     p.add_argument("--sequences", type=int, help="validation windows (default: all)")
     p.add_argument("--tasks", metavar="TASK,TASK,…", help="tasks of the harness (hellaswag, arc_easy, …); needs "
-                   "pip install 'celo2-pretrain[lm-eval]'")
+                   "pip install 'celo2-pretrain[eval]'")
     p.add_argument("--task-folder", metavar="FOLDER", help="with task files (.yaml) of your own, for --tasks")
     p.add_argument("--limit", type=int, help="only so many examples of each task, to try it")
     p.add_argument("--json", metavar="FILE", help="write all results there, too")
