@@ -24,6 +24,7 @@ python -m venv "$work/empty"
 deactivate
 unset PYTHONPATH
 export PATH="$work/empty/bin:$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu
+export TORCH_EXTENSIONS_DIR="$work/extensions"  # what DeepSpeed compiles for this environment is for no other
 install_torch "$work/empty/bin/python" no
 python -m pip install -q "$wheel"
 mkdir "$work/use"
@@ -39,7 +40,7 @@ python -m pip install -q "${wheel}[train]"
 celo2-pretrain prepare --stdlib --out data/python --max-mb 2 --vocab-size 512 --tokenizer-mb 1
 deepspeed --log_level critical --no_local_rank --num_gpus 2 --module celo2_pretrain train --config configs/tiny_cpu.yaml \
     train.max_steps=8 eval.every=4 checkpoint.every=4 run_dir=run
-celo2-pretrain train --config configs/tiny_cpu.yaml --resume run train.max_steps=10
+celo2-pretrain train --resume run train.max_steps=10
 celo2-pretrain generate run --prompt "def " --tokens 8
 celo2-pretrain export run --out exported
 celo2-pretrain plan --config configs/gpt2_124m.yaml --gpus 8 >plan.txt
