@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from report import RESULTS, write_csv
 
+from celo2_pretrain.common.figures import new_figure, save_figure
 from celo2_pretrain.meta import inner
 from celo2_pretrain.meta.config import MetaConfig
 from celo2_pretrain.meta.family import harness_of
@@ -92,12 +93,7 @@ def main() -> None:
 
 def table(rows: list[dict]) -> None:
     """Print the best loss over rates of each variant, and draw the losses over rates."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(HELD_OUT), figsize=(14, 4), layout="constrained")
+    figure, axes = new_figure(RESULTS / "ablations.png", ncols=len(HELD_OUT), figsize=(14, 4))
     print(f"\n{'best loss over rates, mean ± deviation over meta-seeds':<28}")
     for variant in VARIANTS | RULES:
         cells = []
@@ -116,7 +112,7 @@ def table(rows: list[dict]) -> None:
             axis.grid(alpha=0.3)
         print(f"| {variant:<24} | {' | '.join(cells)} |")
     axes[0].legend(fontsize=8, loc="upper left")
-    figure.savefig(RESULTS / "ablations.png", dpi=130)
+    save_figure(figure, RESULTS / "ablations.png")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python benchmarks/insight.py                 configs/tiny_cpu.yaml's model on this machine, one rank
     python benchmarks/insight.py --width 768     a wider one
 
-Watched and plain steps take turns in one run, in an order that changes from pair to pair; shown are the median and the quartiles
-of the ratio within a pair, for steps with norms and for steps with timers alone. With `train.log_every=10` a tenth of that is what a run pays.
+Watched and plain steps take turns in one run, in an order that changes from pair to pair; shown are the median and the
+quartiles of the ratio within a pair, for steps with norms and for steps with timers alone. With `train.log_every=10` a
+tenth of that is what a run pays.
 """
 from __future__ import annotations
 

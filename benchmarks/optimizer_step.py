@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from celo2_pretrain import Celo2, param_groups, register
+from celo2_pretrain.common.figures import new_figure, save_figure
 from celo2_pretrain.optimizer.backends.choose import backend_for
 from celo2_pretrain.optimizer.matrices.param_groups import tag_of
 from celo2_pretrain.optimizer.step.learned import LearnedStep
@@ -175,11 +176,7 @@ def profile(name: str, device: torch.device, rounds: int) -> list[dict]:
 
 
 def plot(path: Path, rows: list[dict]) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 1 + 0.5 * len(rows)))
+    figure, axes = new_figure(path, figsize=(7, 1 + 0.5 * len(rows)))
     labels = [f"{row['optimizer']}, {row['model']}" for row in rows]
     axes.barh(labels, [row["ratio"] for row in rows],
               xerr=[[row["ratio"] - row["ratio_q1"] for row in rows], [row["ratio_q3"] - row["ratio"] for row in rows]])
@@ -189,7 +186,7 @@ def plot(path: Path, rows: list[dict]) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("time of a step, as a multiple of fused AdamW's in the same round (median, quartiles)")
     axes.set_title(f"{rows[0]['device']}, {rows[0]['threads']} threads", fontsize=10)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    save_figure(figure, path, dpi=120, bbox_inches="tight")
     print(f"wrote {path}")
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from celo2_pretrain.common.figures import new_figure, save_figure
 from celo2_pretrain.train.record.metrics import read_metrics
 from celo2_pretrain.train.start.ranks import free_port
 from report import write_csv
@@ -124,11 +125,7 @@ def verdict(rows: list[dict], run: Path, steps: int, ranks: int) -> list[tuple[b
 
 
 def draw(rows: list[dict], ranks: int, path: Path) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (memory, files) = plt.subplots(2, figsize=(7, 5), layout="constrained", sharex=True)
+    figure, (memory, files) = new_figure(path, nrows=2, figsize=(7, 5), sharex=True)
     for rank in range(ranks):
         mine = [row for row in rows if row["rank"] == rank]
         steps = [row["step"] for row in mine]
@@ -140,7 +137,7 @@ def draw(rows: list[dict], ranks: int, path: Path) -> None:
     for axes in (memory, files):
         axes.grid(alpha=0.3)
         axes.legend(loc="center left")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def main() -> int:

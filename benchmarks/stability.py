@@ -6,9 +6,9 @@ hidden matrices, or of all tensors); and at four times the rate.
 
 A *spike* is a training loss above the median of the 200 steps before it by more than 6 times their median absolute
 deviation and by 0.3. Batches of 8 windows differ in how hard they are, and all settings see the same ones: a spike is the
-setting's *own* where it also rises by 0.3 more than the settings' median rise on that batch. A *lasting* rise is that of the mean
-of 50 steps above the least such mean before. Writes results/stability.csv and .png; finished runs are kept, so that it
-goes on where it was interrupted.
+setting's *own* where it also rises by 0.3 more than the settings' median rise on that batch. A *lasting* rise is that
+of the mean of 50 steps above the least such mean before. Writes results/stability.csv and .png; finished runs are kept,
+so that it goes on where it was interrupted.
 """
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from report import RESULTS, write_csv
 
 from celo2_pretrain import Celo2, param_groups
+from celo2_pretrain.common.figures import new_figure, save_figure
 from celo2_pretrain.config import Schedule
 from celo2_pretrain.meta.evaluation.suite.models import GPT
 from celo2_pretrain.meta.evaluation.suite.text import CONTEXT, corpus, language_model
@@ -160,14 +161,10 @@ def title(row: dict) -> str:
 
 def plot(rows: list[dict], curves: list[torch.Tensor]) -> None:
     """Every step's loss of the first seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     first = [(row, curve) for row, curve in zip(rows, curves) if row["seed"] == 0]
     columns = (len(first) + 1) // 2
-    figure, axes = plt.subplots(2, columns, figsize=(3 * columns, 6), sharex=True, sharey=True, layout="constrained")
+    figure, axes = new_figure(RESULTS / "stability.png", nrows=2, ncols=columns, figsize=(3 * columns, 6), sharex=True,
+                              sharey=True)
     for axis in axes.flat[len(first):]:
         axis.set_visible(False)
     for axis, (row, losses) in zip(axes.flat, first):
@@ -180,7 +177,7 @@ def plot(rows: list[dict], curves: list[torch.Tensor]) -> None:
         axis.set_xlabel("step")
     for axis in axes[:, 0]:
         axis.set_ylabel("training loss (nats a byte);\nblack: mean of 50 steps")
-    figure.savefig(RESULTS / "stability.png", dpi=110)
+    save_figure(figure, RESULTS / "stability.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from celo2_pretrain.common.figures import new_figure, save_figure
 from celo2_pretrain.train.record.metrics import read_metrics
 from report import RESULTS, write_csv
 
@@ -80,10 +81,7 @@ def main() -> None:
         gaps = [b - a for a, b in zip(final["fp32"], final[dtype])]
         print(f"{dtype} − fp32, seed by seed: {statistics.mean(gaps):+.4f} ({', '.join(f'{gap:+.4f}' for gap in gaps)})")
 
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = new_figure(RESULTS / "state_dtype.png", figsize=(7, 4.5))
     for number, dtype in enumerate(DTYPES):
         for seed, points in enumerate(curves[dtype]):
             axes.plot(*zip(*points[1:]), color=f"C{number}", linewidth=1, linestyle=("-", "--", ":", "-.")[seed % 4],
@@ -93,7 +91,7 @@ def main() -> None:
              title="Celo2's accumulators of 16, 8 and 4 bytes a parameter (a line style is a seed)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(RESULTS / "state_dtype.png", dpi=120)
+    save_figure(figure, RESULTS / "state_dtype.png", dpi=120)
     print(f"wrote {RESULTS / 'state_dtype.png'}")
 
 

@@ -28,6 +28,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from celo2_pretrain import Celo2, param_groups
+from celo2_pretrain.common.figures import new_figure, save_figure
 from celo2_pretrain.optimizer.state.save_load import load_state, save_state
 from celo2_pretrain.optimizer.state.takeover import from_adamw, to_adamw
 from celo2_pretrain.train.start.ranks import free_port
@@ -147,12 +148,7 @@ def one_seed(seed: int, data: Data, switch: int, last: int, every: int, rows: di
 
 
 def plot(rows: list[dict], switch: int, back_at: int, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8.5, 5))
+    figure, axis = new_figure(path, figsize=(8.5, 5))
     for run, (label, colour) in RUNS.items():
         shown = [row for row in rows if row["run"] == run and row["step"] >= switch - (back_at - switch)]
         steps = sorted({row["step"] for row in shown})
@@ -168,8 +164,7 @@ def plot(rows: list[dict], switch: int, back_at: int, path: Path) -> None:
     axis.set(xlabel="step", ylabel="validation loss (nats per byte)",
              title=f"Switching optimizers in a running run: mean of {seeds} seeds, band from least to largest")
     axis.legend(fontsize=8, loc="lower left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -83,8 +83,8 @@ def main() -> None:
         gc.collect()
     ratios = [a / b for a, b in zip(times["Celo2"], times["AdamW (fused)"])]
     low, middle, high = quartiles(ratios)
-    print(f"{args.model}, {accumulation * micro_batch * context:,} tokens a step on {device_name(device)}: with Celo2 {middle:.4f} x "
-          f"AdamW's step (quartiles {low:.4f} to {high:.4f})")
+    print(f"{args.model}, {accumulation * micro_batch * context:,} tokens a step on {device_name(device)}: "
+          f"with Celo2 {middle:.4f} x AdamW's step (quartiles {low:.4f} to {high:.4f})")
     write_csv(args.out / f"training_step_{device.type}.csv", [
         {"device": device_name(device), "model": args.model, "tokens": accumulation * micro_batch * context,
          "micro_batch": micro_batch, "optimizer": key, "seconds": round(statistics.median(times[key]), 4),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .optimizer.state.save_load import load_state, save_state
     from .optimizer.state.takeover import from_adamw, to_adamw
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
 __all__ = ["Celo2", "from_adamw", "load_state", "param_groups", "register", "save_state", "table", "to_adamw"]
 
 _MODULES = {"Celo2": "celo2", "param_groups": "matrices.param_groups", "table": "matrices.param_groups", "register": "register",

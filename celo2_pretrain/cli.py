@@ -5,10 +5,12 @@ import sys
 import threading
 
 from celo2_pretrain.common.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError, flush, say
+from celo2_pretrain.common.extras import install_line
 from celo2_pretrain.meta import command as meta_train
 from celo2_pretrain.meta.evaluation import command as meta_eval
 from celo2_pretrain.plan import command as planning
-from celo2_pretrain.train.faults import once, supervisor
+from celo2_pretrain.train.faults import once
+from celo2_pretrain.train.faults.exit_code import note
 
 INTRODUCTION = """\
 Pretrain GPT-style models with Celo2, a learned optimizer, under DeepSpeed.
@@ -101,12 +103,12 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(run=run_sweep)
 
     p = commands.add_parser("eval", help="validation loss of a run, and benchmark tasks", description=(
-        "Validation loss, perplexity and bits per byte of a run's newest (or one) checkpoint; with --tasks also its scores "
-        "in EleutherAI's lm-evaluation-harness. On a GPU if there is one."))
+        "Validation loss, perplexity and bits per byte of a run's newest (or one) checkpoint; with --tasks also its "
+        "scores in EleutherAI's lm-evaluation-harness. On a GPU if there is one."))
     p.add_argument("path", help="run folder, or one of its checkpoints/step_… folders")
     p.add_argument("--sequences", type=int, help="validation windows (default: all)")
     p.add_argument("--tasks", metavar="TASK,TASK,…", help="tasks of the harness (hellaswag, arc_easy, …); needs "
-                   "pip install 'celo2-pretrain[lm-eval]'")
+                   "pip install 'celo2-pretrain[eval]'")
     p.add_argument("--task-folder", metavar="FOLDER", help="with task files (.yaml) of your own, for --tasks")
     p.add_argument("--limit", type=int, help="only so many examples of each task, to try it")
     p.add_argument("--json", metavar="FILE", help="write all results there, too")
@@ -122,7 +124,8 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(run=run_generate)
 
     p = commands.add_parser("plot", help="compare runs in one picture", description=(
-        "Draw one or more runs in one picture: losses, learning rate, norms of gradient, update and weights, tokens a second."))
+        "Draw one or more runs in one picture: losses, learning rate, norms of gradient, update and weights, "
+        "tokens a second."))
     p.add_argument("runs", nargs="+", help="run folders")
     p.add_argument("--out", default="runs.png", help=".png, .pdf or .svg (default: runs.png)")
     p.add_argument("--x", choices=["step", "tokens", "time"], default="step", help="what to draw against (default: step)")
@@ -191,7 +194,9 @@ def run_train(args) -> int | None:
     if path and not args.config and not folders:
         config.run_dir = os.path.dirname(path) or "."  # the folder may have been moved since
     if args.max_restarts is not None:
-        return supervisor.supervise(args, config)
+        from celo2_pretrain.train.faults.supervisor import supervise
+
+        return supervise(args, config)
     if args.launch or args.ranks:
         raise UserError("--launch and --ranks are for --max-restarts N: give it too, or start the launcher itself")
     from celo2_pretrain.train.faults.failures import ending_all_ranks
@@ -265,7 +270,7 @@ def quiet_libraries() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns 0, or after a line on standard error 2 (wrong input) or 75 (stopped on request)."""
-    code = supervisor.note(run(argv))
+    code = note(run(argv))
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and "torch" in sys.modules:  # not in a test
         leave(code)
     return code
@@ -292,6 +297,11 @@ def run(argv: list[str] | None) -> int:
         if os.environ.get("RANK", "0") == "0":
             say(str(stopped))
         return EXIT_STOPPED
+    except ModuleNotFoundError as error:
+        if not (needed := install_line(error, "meta" if args.command.startswith("meta-") else "train")):
+            raise
+        say(f"error: {args.command} needs {needed}")
+        return EXIT_USER_ERROR
     except MemoryError as error:  # train/faults/out_of_memory.py says what to do
         say(f"error: {error or 'out of memory'}")
         return 1

@@ -9,11 +9,11 @@ import re
 import types
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import yaml
 
+from celo2_pretrain.common.bundled import config_file
 from celo2_pretrain.common.errors import UserError, shown
 from celo2_pretrain.common.yaml_text import LONGEST, parse_yaml
 
@@ -295,9 +295,10 @@ def merge(base: dict, over: dict) -> dict:
 
 def read_yaml(path: str) -> dict:
     try:
-        if not Path(path).is_file():
+        file_path = config_file(path)
+        if not file_path.is_file():
             raise UserError(f"config {shown(path)} does not exist: the configs that come with the project are in configs/")
-        with open(path, encoding="utf-8") as file:
+        with open(file_path, encoding="utf-8") as file:
             text = file.read(LONGEST + 1)
     except UnicodeDecodeError as error:
         raise UserError(f"config {path} is not valid YAML: it is not UTF-8 text (byte {error.start})") from None

@@ -1,7 +1,8 @@
 """Pass C for all tensors of a bucket in one launch: the MLP, with the input normalisation folded into its first layer.
 
-Plain twin: `direction` in celo2_pretrain/optimizer/backends/passes.py. Per element 6 loads and 1 store, 28 bytes in float32. The
-features that differ by row or column only have been folded into an 8-vector for each row and each column (fold.py).
+Plain twin: `direction` in celo2_pretrain/optimizer/backends/passes.py. Per element 6 loads and 1 store, 28 bytes in
+float32. The features that differ by row or column only have been folded into an 8-vector for each row and each column
+(fold.py).
 """
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The learned rule for 1-D tensors: a program for each, since there are many of them and they are short.
 
-Twins: the branches for vectors in celo2_pretrain/optimizer/backends/passes.py. One pass by plain torch is some sixty launches a
-tensor, which for a GPT's biases and norms took ten times as long as all its matrices.
+Twins: the branches for vectors in celo2_pretrain/optimizer/backends/passes.py. One pass by plain torch is some sixty
+launches a tensor, which for a GPT's biases and norms took ten times as long as all its matrices.
 """
 from __future__ import annotations
 

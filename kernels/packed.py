@@ -12,8 +12,8 @@ values, and with them rounding noise, to 1: with 2 mantissa bits it cost 0.03 of
 for that: below the smallest normal number, some 1/16 of an element's usual size, precision is absolute.
 
 What is stored is the value over a *scale* (for v: over its square), a power of two for each row times one for each
-column, made of the factored second moments of the same decay: sqrt(v_row v_col / mean v_row), which bounds momenta and is known
-whole to every rank. Being powers of two, scales that change only move the range; a value that is stored exactly is
+column, made of the factored second moments of the same decay: sqrt(v_row v_col / mean v_row), which bounds momenta and
+is known whole to every rank. Being powers of two, scales that change only move the range; a value that is stored exactly is
 stored exactly under the next scale, too. What lies above the range saturates; v > 0 is never stored as 0.
 
 Rounding is stochastic, as in rounding.py, but a draw is that element's first one plus the step times the golden ratio

@@ -1,7 +1,7 @@
 """Packed accumulators (kernels/packed.py) updated in place, for all tensors of a plan in one launch.
 
-Plain twin: `repack` in celo2_pretrain/optimizer/backends/passes.py. Runs after pass A, which sums g² only: the sums make the new
-scales. Per element 2 loads and 1 store, 12 bytes in float32.
+Plain twin: `repack` in celo2_pretrain/optimizer/backends/passes.py. Runs after pass A, which sums g² only: the sums
+make the new scales. Per element 2 loads and 1 store, 12 bytes in float32.
 """
 from __future__ import annotations
 

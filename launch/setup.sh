@@ -5,6 +5,7 @@
 #   bash launch/setup.sh       set up if needed
 #
 # Needs Python 3.11 or newer and g++. The environment is .venv in the repo, or $VENV; PYTHON names the interpreter.
+# CELO2_EXTRA names the extra of pyproject.toml to install: train (the default), or dev to run the tests, meta, eval, track.
 # A stamp in the environment makes a second call return at once, until pyproject.toml or setup.py change.
 
 _celo2_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -21,10 +22,15 @@ _celo2_setup() (  # a subshell: neither its options nor its variables reach a sh
 
     gpu=no
     if nvidia-smi >/dev/null 2>&1; then gpu=yes; fi
-    stamp="$venv/.celo2-setup"
-    # The path is part of it because an editable install points into one clone.
-    wanted="$(cat pyproject.toml setup.py launch/setup.sh | cksum) gpu=$gpu $_celo2_root"
-    if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+    extra="${CELO2_EXTRA:-train}"
+    # One stamp for each extra. The path is part of it because an editable install points into one clone.
+    stamp="$venv/.celo2-setup-$extra"
+    wanted="$(cat pyproject.toml setup.py launch/setup.sh launch/install_torch.sh | cksum) gpu=$gpu $_celo2_root"
+    if [ -x "$venv/bin/python" ]; then
+        if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+        # dev, meta and eval include train.
+        if [ "$extra" = train ] && grep -qxF "$wanted" "$venv"/.celo2-setup-{dev,meta,eval} 2>/dev/null; then exit 0; fi
+    fi
 
     recent='import sys; sys.exit(sys.version_info < (3, 11))'
     if [ ! -x "$venv/bin/python" ]; then
@@ -61,34 +67,14 @@ _celo2_setup() (  # a subshell: neither its options nor its variables reach a sh
     constraint="$(mktemp)"
     trap 'rm -f "$constraint"' EXIT
     echo "torch==$version" >"$constraint"
-    say "installing this package and its dependencies (torch stays $version)"
-    "$python" -m pip install -q -c "$constraint" -e ".[test]" || fail "pip could not install the package; see above"
+    say "installing this package with its extra $extra (torch stays $version)"
+    "$python" -m pip install -q -c "$constraint" -e ".[$extra]" || fail "pip could not install the package; see above"
     echo "$wanted" >"$stamp"
     say "done; activate with: source $venv/bin/activate"
 )
 
-install_torch() {  # python, gpu=yes|no
-    if "$1" -c 'import torch; raise SystemExit([int(x) for x in torch.__version__.split(".")[:2]] < [2, 13])' \
-        >/dev/null 2>&1; then
-        say "torch is there"
-    elif [ "$2" = yes ]; then
-        say "installing torch with CUDA (nvidia-smi finds a GPU)"
-        "$1" -m pip install -q "torch>=2.13" || fail "pip could not install torch; see above"
-    elif [ "$(uname -s)-$(uname -m)" != Linux-x86_64 ]; then
-        say "installing torch"  # the plain package is the CPU build here
-        "$1" -m pip install -q "torch>=2.13" || fail "pip could not install torch; see above"
-    else
-        say "installing torch for the CPU (nvidia-smi finds no GPU)"
-        if "$1" -m pip install -q "torch==2.13.0+cpu" 2>/dev/null; then return; fi  # where pip is told of a CPU wheel
-        # uv knows where PyTorch keeps its CPU builds.
-        if "$1" -m pip install -q uv && "$1" -m uv pip install -q --python "$1" --torch-backend=cpu "torch>=2.13"; then
-            return
-        fi
-        say "warning: found no CPU build of torch; the plain one brings gigabytes of CUDA libraries that stay unused"
-        "$1" -m pip install -q "torch>=2.13" || fail "pip could not install torch; see above"
-    fi
-}
-
+# shellcheck source=launch/install_torch.sh
+source "$_celo2_root/launch/install_torch.sh"
 _celo2_setup
 _celo2_status=$?
 # shellcheck disable=SC1091

@@ -2,7 +2,7 @@
 # Sets up if needed and runs the tests; `--everything` runs the slow ones, too. Other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/setup.sh
+CELO2_EXTRA=dev source launch/setup.sh
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # several ranks share the cores in many tests
 export TOKENIZERS_PARALLELISM=false

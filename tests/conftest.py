@@ -49,7 +49,7 @@ def cpu_seconds() -> float:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call(item):
-    """A test that computes for more than 20 seconds has the mark `slow`. Seconds of computing don't depend on what else runs."""
+    """A test that computes for over 20 seconds has the mark `slow`. Seconds of computing don't depend on what else runs."""
     before = cpu_seconds()
     outcome = yield
     spent = cpu_seconds() - before

@@ -139,3 +139,13 @@ def test_fp16_without_zero_is_refused_as_deepspeed_gets_it_wrong():
     with pytest.raises(UserError, match="train.zero_stage=1"):
         deepspeed_config(config, 1)
     assert deepspeed_config(load_config(None, ["train.precision=fp16", "train.zero_stage=1"]), 1)["fp16"]["enabled"]
+
+
+def test_a_config_of_the_project_is_found_from_any_folder_unless_one_of_that_name_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/tiny_cpu.yaml", []).model.layers == 4
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/tiny_cpu.yaml").write_text("model: {layers: 3}")
+    assert load_config("configs/tiny_cpu.yaml", []).model.layers == 3
+    with pytest.raises(UserError, match="does not exist"):
+        load_config("tiny_cpu.yaml", [])

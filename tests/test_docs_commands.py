@@ -64,7 +64,7 @@ def test_commands_that_tests_run_are_in_the_pages_and_the_tests_exist():
     ("launch/quickstart.sh --fast", "launch/quickstart.sh has no option --fast"),
     ("launch/quickstart.sh train.max_step=600", "train.max_step"),
     ("python benchmarks/takeover.py --fast", "benchmarks/takeover.py has no option --fast"),
-    ("pip install 'celo2-pretrain[eval]'", "no extra 'eval'"),
+    ("pip install 'celo2-pretrain[evil]'", "no extra 'evil'"),
     ("megatron --train", "nothing here knows the program 'megatron'"),
 ])
 def test_a_wrong_command_is_found(command, why):

@@ -105,7 +105,7 @@ class ValLoader:
 
     def __len__(self) -> int:
         """Batches of this rank, as many as of every other."""
-        return -(-self.sequences // (self.batch_size * self.world_size))
+        return -(-self.sequences // (self.batch_size * self.world_size))  # noqa: PLE0303 (it is not negative)
 
     def __iter__(self):
         """Pairs of int64 (batch_size, context + 1) and float32 weights (batch_size,): 1, or 0 for rows that don't

@@ -4,12 +4,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 import yaml
 
+from ..common.bundled import config_file
 from ..common.errors import UserError, one_line
 from ..config import convert, key, keys
 
@@ -94,10 +94,11 @@ def load_config(path: str | None, overrides: list[str]) -> MetaConfig:
 
 
 def _read(path: str) -> dict:
-    if not Path(path).is_file():
+    file_path = config_file(path)
+    if not file_path.is_file():
         raise UserError(f"config {path!r} does not exist: those that come with the project are in configs/meta/")
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.safe_load(file_path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config {path} is not valid YAML: {one_line(error)}") from None
     if tree is not None and not isinstance(tree, dict):

@@ -1,9 +1,9 @@
 """How does the outer gradient come about? Persistent evolution strategies, or back-propagation through a truncation.
 
 Both advance a family's inner problems by one truncation and give the gradient of the mean inner loss in it with
-respect to theta. They differ in what a problem's noise is: PES (Vicol et al., arXiv 2112.13835, Algorithm 1, antithetic) perturbs
-theta and remembers the noise over the whole unroll, which makes it unbiased for it; back-propagation is exact but sees one
-truncation.
+respect to theta. They differ in what a problem's noise is: PES (Vicol et al., arXiv 2112.13835, Algorithm 1,
+antithetic) perturbs theta and remembers the noise over the whole unroll, which makes it unbiased for it;
+back-propagation is exact but sees one truncation.
 """
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Family:
 
     @torch.no_grad()
     def evaluate(self, thetas: Tensor) -> Tensor:
-        """(particles, problems): the losses of each theta (particles, 347) on the same fresh problems, over one whole unroll."""
+        """(particles, problems): the losses of each theta (particles, 347) on the same fresh problems, over a whole unroll."""
         self.inner = self._start(torch.ones(self.config.problems))
         losses = self._unroll(thetas.repeat_interleave(self.config.problems, 0))
         return losses.view(self.particles, self.config.problems)

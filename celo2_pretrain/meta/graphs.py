@@ -1,4 +1,4 @@
-"""An inner step on a GPU as one CUDA graph: it consists of thousands of small kernels, whose launches cost more than they do."""
+"""An inner step on a GPU as one CUDA graph: launching its thousands of small kernels costs more than running them."""
 from __future__ import annotations
 
 from typing import Callable

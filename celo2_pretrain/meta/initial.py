@@ -11,7 +11,7 @@ from .rule import flatten, random_theta
 
 
 def initial_theta(config: MetaConfig) -> Tensor:
-    """(347,): random, or given weights whose dead hidden units are made ready to learn. Raises UserError when they can't be had.
+    """(347,): random, or given weights whose dead hidden units are made ready to learn. Raises UserError without them.
 
     A dead unit (no weights in or out) has no gradient. It gets noise in its first layer and the unit matrix's weight in
     the second; its way out stays zero, so that the rule is at first what it was.

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ..common.errors import UserError
+from ..common.figures import new_figure, save_figure
 from ..weights import save_weights
 from ..weights.mlp import MLP
 from . import config as configs
@@ -127,13 +128,8 @@ def _drop_after(metrics: Path, step: int) -> None:
 
 def plot(out: Path) -> None:
     """meta_loss.png: the mean inner loss of each family over outer steps, smoothed over a fiftieth of the run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     records = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = new_figure(out / "meta_loss.png", figsize=(7, 4.5))
     width = max(1, len(records) // 50)
     for name in [name for name in records[0] if name.startswith("loss")]:
         y = torch.tensor([record[name] for record in records]).unfold(0, width, 1).mean(-1)
@@ -142,5 +138,4 @@ def plot(out: Path) -> None:
     axes.set(xlabel="outer step", ylabel=f"inner loss, mean over a truncation\n(smoothed over {width} steps)")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    figure.savefig(out / "meta_loss.png", dpi=130)
-    plt.close(figure)
+    save_figure(figure, out / "meta_loss.png")

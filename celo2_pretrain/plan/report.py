@@ -99,7 +99,8 @@ def time_table(plan: Estimate, mfu: float) -> list[str]:
                   f"{step_time.CELO2_BYTES} B a parameter at {step_time.PASSES_SHARE:.0%} of {device.bandwidth / 1e12:.3g} TB/s"),
                  ("optimizer: Newton-Schulz", t.newton_schulz,
                   f"{t.newton_schulz_flops / 1e12:.3g} TFLOP, {t.newton_schulz_dtype} at "
-                  f"{step_time.MATMUL_SHARE[t.newton_schulz_dtype]:.0%} of {device.peak(t.newton_schulz_dtype) / 1e12:.3g} TFLOP/s"),
+                  f"{step_time.MATMUL_SHARE[t.newton_schulz_dtype]:.0%} of "
+                  f"{device.peak(t.newton_schulz_dtype) / 1e12:.3g} TFLOP/s"),
                  ("  exchange, meanwhile", t.exchange, f"{size(t.celo2_bytes)} sent by the busiest GPU")]
     else:
         rows.append(("optimizer", t.passes,

@@ -113,7 +113,7 @@ def sent_bytes(plan: Plan) -> dict[str, float]:
 
 
 def newton_schulz_flops(shape: tuple[int, ...]) -> float:
-    """FLOPs (multiplications and additions) of the orthogonalisation of matrices (…, rows, cols), in the form that is taken."""
+    """FLOPs (multiplications and additions) of the orthogonalisation of matrices (…, rows, cols), in the form taken."""
     *lead, rows, cols = shape
     short, long = sorted((rows, cols))
     if use_gram(shape):

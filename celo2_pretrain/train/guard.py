@@ -26,7 +26,8 @@ FEWEST = 16  # before so many there is no comparison
 
 def guarded(engine) -> None:
     """Spoil gradients whose norm is no number below 1.8e19 where DeepSpeed would clip and take them, so that the optimizer
-    leaves the step out: without ZeRO, where an infinite norm clips everything to zeros, and in stage 3, which has larger norms."""
+    leaves the step out: without ZeRO, where an infinite norm clips everything to zeros, and in stage 3, which has
+    larger norms."""
     def spoil(norm, grads) -> None:
         if not norm < LARGEST:
             for grad in grads:
@@ -48,7 +49,7 @@ def guarded(engine) -> None:
 
 
 def take_step(engine, number: int) -> None:
-    """DeepSpeed's step `number`. Raises UserError where it gives up, on all ranks alike: fp16's loss scale can't fall further."""
+    """DeepSpeed's step `number`. Raises UserError where it gives up, on all ranks: fp16's loss scale can't fall further."""
     try:
         engine.step()
     except Exception as error:  # DeepSpeed raises no other kind
@@ -72,8 +73,9 @@ class Guard:
 
     def __init__(self, engine, optimizer, config: Config, state: dict | None = None, resumed: Path | None = None,
                  say: Callable[[str], None] = print, beat: Callable[[], None] = lambda: None):
-        """`optimizer`: the one inside of DeepSpeed's; `resumed`: the checkpoint that the run began from, `state` what `state()`
-        gave when it was written; `say`: is told of checkpoints that are passed over; `beat`: called while it reads them."""
+        """`optimizer`: the one inside of DeepSpeed's; `resumed`: the checkpoint that the run began from, `state` what
+        `state()` gave when it was written; `say`: is told of checkpoints that are passed over; `beat`: called while it
+        reads them."""
         self.engine, self.optimizer, self.config, self.resumed = engine, optimizer, config, resumed
         self.say, self.beat = say, beat
         self.rollbacks, self.target = 0, None

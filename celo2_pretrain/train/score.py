@@ -81,7 +81,7 @@ def open_harness(tasks: list[str], folder: str | None):
         manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=folder)
     except ImportError as error:
         raise UserError(
-            f"--tasks needs the lm-evaluation-harness ({error}): pip install 'celo2-pretrain[lm-eval]'") from None
+            f"--tasks needs the lm-evaluation-harness ({error}): pip install 'celo2-pretrain[eval]'") from None
     for task in tasks:
         if not manager.match_tasks([task]):
             raise UserError(f"--tasks {task}: the lm-evaluation-harness has no such task (`lm-eval ls tasks` lists all); "

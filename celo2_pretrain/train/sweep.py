@@ -18,10 +18,10 @@ from typing import Iterator
 import numpy as np
 
 from celo2_pretrain.common.errors import EXIT_STOPPED, Stopped, UserError
+from celo2_pretrain.common.figures import new_figure, save_figure
 from celo2_pretrain.config import Config, as_tree, flatten, load_config
 from celo2_pretrain.train.checkpoints.manifest import write_atomically
 from celo2_pretrain.train.record.metrics import read_metrics
-from celo2_pretrain.train.record.plot import new_figure, save
 
 PAPER_GRID = [float(f"{lr:.3g}") for lr in np.geomspace(1e-5, 1e-3, 5)]  # arXiv 2602.19142: [1e-5, 1e-3], log-spaced
 DIVERGED = "diverged.txt"  # in the folder of a run that the loop ended for its loss or gradients
@@ -177,7 +177,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def draw(path: Path, rows: list[dict]) -> None:
-    figure, axes, suffix = new_figure(str(path), figsize=(6, 4))
+    figure, axes = new_figure(path, figsize=(6, 4))
     finished = [(row["lr"], row["val_loss"]) for row in rows if row["status"] == "finished"]
     if finished:
         axes.plot(*zip(*finished), marker="o")
@@ -187,7 +187,7 @@ def draw(path: Path, rows: list[dict]) -> None:
             axes.axvline(row["lr"], color="C3", linestyle=":", label="diverged")
     axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats per token)")
     axes.grid(alpha=0.3)
-    save(figure, str(path), suffix)
+    save_figure(figure, path)
 
 
 def verdict(rows: list[dict]) -> str:

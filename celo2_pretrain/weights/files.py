@@ -8,12 +8,12 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import msgpack
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from celo2_pretrain.common.extras import install_line
 from celo2_pretrain.weights.layouts import SHAPES, to_canonical
 from celo2_pretrain.weights.mlp import MLP
 
@@ -39,6 +39,8 @@ def _flax_extension(code: int, data: bytes) -> Tensor:
     """Decode flax's ndarray extension; every other extension (complex numbers, …) is refused."""
     if code != FLAX_NDARRAY:
         raise ValueError(f"it holds msgpack extension {code}, expected only arrays (extension {FLAX_NDARRAY})")
+    import msgpack
+
     shape, dtype, buffer = msgpack.unpackb(data)
     if dtype not in FLAX_DTYPES:
         raise ValueError(f"an array has dtype {dtype}, expected a float")
@@ -57,6 +59,10 @@ def _leaves(tree: Mapping, prefix: str = "") -> dict[str, Tensor]:
 
 def _read_flax(path: Path) -> dict[str, Tensor]:
     """The authors' `theta.state`: flax.serialization.to_bytes of {"ff_mod_stack": {"~": {"w0__0": …}}}."""
+    try:
+        import msgpack
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{path} is a flax checkpoint, which takes {install_line(error, 'train')}") from None
     try:
         tree = msgpack.unpackb(path.read_bytes(), ext_hook=_flax_extension)
     except Exception as error:  # flipped bits make any msgpack out of any other

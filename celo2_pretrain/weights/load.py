@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from celo2_pretrain.common.extras import install_line
 from celo2_pretrain.weights.files import READERS, read_file
 from celo2_pretrain.weights.layouts import to_canonical
 from celo2_pretrain.weights.mlp import MLP
@@ -60,10 +61,12 @@ def _canonical(weights) -> dict[str, Tensor]:
 
 def _download(repo: str, revision: str | None) -> Path:
     """The first of KNOWN_FILES in a hub repo, through the hub's cache (which also serves offline)."""
-    import huggingface_hub
-    from huggingface_hub import errors
-
     name = f"{repo}@{revision}" if revision else repo
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError(f"no weights file {name}, and the hub takes {install_line(error, 'train')}") from None
     offline = None
     try:
         for local_only in (False, True):  # a second round once the hub is found unreachable: cached files

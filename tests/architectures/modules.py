@@ -1,4 +1,4 @@
-"""What tests/optimizer/test_architectures.py expects of modules from other libraries, written small with those libraries' names."""
+"""What tests/optimizer/test_architectures.py expects of modules from other libraries, written small with their names."""
 from types import SimpleNamespace
 
 import torch

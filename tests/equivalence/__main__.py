@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.device == "cuda" and world > 1:  # over gloo
             tried = [cell for cell in cells if cell.stage != "fsdp2"]
             if tried != cells:
-                print(f"{world:5}  fsdp2: not tried, torch's fully_shard over gloo ends with a segmentation fault on CUDA tensors")
+                print(f"{world:5}  fsdp2: not tried, torch's fully_shard over gloo ends with a segmentation fault on "
+                      "CUDA tensors")
         results = run_cells(world, tried, backend=args.backend, mutation=args.mutation, device=args.device,
                             progress=lambda result: show(world, result))
         everything[world] = results

@@ -1,4 +1,4 @@
-"""On a GPU: the Triton kernels, compiled, take the step that plain torch takes on the CPU, and all that the driver does there runs.
+"""On a GPU: the Triton kernels, compiled, take the step of plain torch on the CPU, and all that the driver does there runs.
 
 Without a GPU everything here is skipped; `python -m tests.equivalence --device cuda` runs the matrix on one.
 """

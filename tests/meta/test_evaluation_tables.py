@@ -23,7 +23,7 @@ def rows():
 
 
 def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
-    shutil.copy(FOLDER / "results.jsonl", tmp_path)
+    shutil.copy(FOLDER / "results.jsonl.gz", tmp_path)
     write_report(tmp_path)
     for name in ("report.md", "results.csv"):
         assert (tmp_path / name).read_text(encoding="utf-8") == (FOLDER / name).read_text(encoding="utf-8")

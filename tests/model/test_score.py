@@ -178,4 +178,4 @@ def test_the_missing_harness_is_named_with_what_installs_it(monkeypatch, capsys)
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "lm_eval.tasks", raising=False)
     assert main(["eval", "/no/such/run", "--tasks", "hellaswag"]) == 2
-    assert "pip install 'celo2-pretrain[lm-eval]'" in capsys.readouterr().err
+    assert "pip install 'celo2-pretrain[eval]'" in capsys.readouterr().err

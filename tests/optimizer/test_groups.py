@@ -1,4 +1,4 @@
-"""Param groups: nothing in them is ignored in silence, the user is told how they were split, and decay acts where it should."""
+"""Param groups: nothing in them is ignored in silence, the user is told how they were split, decay acts where it should."""
 import copy
 import logging
 

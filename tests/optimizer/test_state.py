@@ -101,8 +101,8 @@ def test_no_rank_writes_more_than_its_share(continued, name, ranks):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_states_of_low_precision_runs_go_on_at_another_stage(tmp_path):
-    """bf16 with ZeRO and without, fp16 (where DeepSpeed 0.19 forgets to scale the loss without ZeRO): the float32 masters travel,
-    the model is rounded from them."""
+    """bf16 with ZeRO and without, fp16 (where DeepSpeed 0.19 forgets to scale the loss without ZeRO): the float32
+    masters travel, the model is rounded from them."""
     kinds = {"zero1": dict(kind="ds", stage=1, precision="bf16"), "zero3": dict(kind="ds", stage=3, precision="bf16"),
              "bf16 optimizer": dict(kind="ds", stage=1, precision="bf16-fp32acc"),
              "unfused": dict(kind="ds", stage=0, precision="bf16"),

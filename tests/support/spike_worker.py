@@ -1,4 +1,4 @@
-"""`train`, in which the batch that begins at window SPIKE has a loss 5 nats too high: spike_worker.py SPIKE, then arguments."""
+"""`train`, where the batch that begins at window SPIKE has a loss 5 nats too high: spike_worker.py SPIKE, then arguments."""
 import os
 import sys
 

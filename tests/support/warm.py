@@ -26,7 +26,7 @@ cpu_seconds: dict[int, float] = {}  # that each of these processes has computed,
 
 
 def start() -> None:
-    """Start the process that forks, if it isn't there. Python has one for all that use "forkserver": what starts first, stays."""
+    """Start the process that forks, if it isn't there. Python has one for all uses of "forkserver": the first start stays."""
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(TESTS)]), OMP_NUM_THREADS="1",
                          DS_ACCELERATOR="cpu"):  # what it imports reads these
         ensure_running()

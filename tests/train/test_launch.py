@@ -222,10 +222,25 @@ def test_resume_command_is_for_the_launcher_that_started_the_run(monkeypatch, la
     assert resume_command(load_config(None, ["run_dir=runs/a b", "train.max_steps=4"]), 8).startswith(command)
 
 
+@pytest.mark.parametrize("launched, command", [
+    ({"WORLD_SIZE": "2", "CROSS_SIZE": "1"},
+     "deepspeed --no_local_rank --quiet --num_gpus 2 --module celo2_pretrain train --resume "),
+    ({"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"},
+     "torchrun --nproc_per_node 2 -m celo2_pretrain train --resume "),
+])
+def test_resume_command_of_an_installed_package_names_the_module(monkeypatch, launched, command):
+    for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS", "RANK", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["/site-packages/celo2_pretrain/__main__.py", "train"])
+    assert resume_command(load_config(None, ["run_dir=runs/a"])).startswith(command)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shellcheck_finds_nothing(script):
     checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert checker, "shellcheck is missing: pip install -e .[test]"
+    assert checker, "shellcheck is missing: pip install -e .[dev]"
     # SC2317, SC2329: it takes what follows a sourced setup.sh, which ends in `return || exit`, for unreachable.
     result = subprocess.run([checker, "-x", "-e", "SC2317,SC2329", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout

@@ -5,25 +5,21 @@ import math
 from pathlib import Path
 from statistics import fmean
 
+from ...common.figures import new_figure, save_figure
 from .analysis import Entry
 from .suite.tasks import TASKS
 
 Entries = dict[tuple[str, str], Entry]
 
 
-def _panels(found: Entries, title: str):
-    """(figure, {task: axes}, {optimizer: colour})."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def _panels(found: Entries, title: str, path: Path):
+    """(figure, {task: axes}, {optimizer: colour}) of the picture `path`."""
     tasks = list(dict.fromkeys(task for task, _ in found))
     optimizers = list(dict.fromkeys(optimizer for _, optimizer in found))
     columns = min(4, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1 + 4 * max(2, columns), 0.8 + 3.1 * rows),
-                                layout="constrained", squeeze=False)  # one panel alone is too narrow for the title and the legend
+    size = (1 + 4 * max(2, columns), 0.8 + 3.1 * rows)  # one panel alone is too narrow for the title and the legend
+    figure, axes = new_figure(path, nrows=rows, ncols=columns, squeeze=False, figsize=size)
     for axis in axes.flat[len(tasks):]:
         axis.set_visible(False)
     panels = dict(zip(tasks, axes.flat))
@@ -37,8 +33,6 @@ def _panels(found: Entries, title: str):
 
 
 def _save(figure, path: Path, legend: bool = True) -> Path:
-    from matplotlib import pyplot as plt
-
     if legend:
         labelled = {}
         for axis in figure.axes:
@@ -46,16 +40,13 @@ def _save(figure, path: Path, legend: bool = True) -> Path:
             labelled.update(zip(labels, handles))
         columns = max(1, min(len(labelled), int(figure.get_figwidth() / 2.2)))  # "celo2-base[constructed]" is 2.2 inches wide
         figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=columns)
-    temporary = path.with_name(f".{path.stem}.unfinished{path.suffix}")
-    figure.savefig(temporary, dpi=110)
-    plt.close(figure)
-    temporary.replace(path)
+    save_figure(figure, path, dpi=80)
     return path
 
 
 def curves(found: Entries, path: Path) -> Path:
     """The measure over steps at each optimizer's best rate: mean over seeds, and a band from least to greatest."""
-    figure, panels, colours = _panels(found, "At each optimizer's best learning rate: mean and range of the seeds")
+    figure, panels, colours = _panels(found, "At each optimizer's best learning rate: mean and range of the seeds", path)
     limits: dict[str, list[float]] = {task: [] for task in panels}
     for (task, optimizer), entry in found.items():
         points = entry.points()
@@ -79,7 +70,7 @@ def rates(found: Entries, path: Path) -> Path:
     """The measure at the end over the learning rate, with the range of the seeds; diverged rates at the upper edge."""
     from matplotlib.ticker import LogLocator
 
-    figure, panels, colours = _panels(found, "Sensitivity to the rate: mean and range of the seeds; ×: diverged")
+    figure, panels, colours = _panels(found, "Sensitivity to the rate: mean and range of the seeds; ×: diverged", path)
     tops = {}
     for task in panels:
         finite = sorted(value for (t, _), entry in found.items() if t == task
@@ -109,7 +100,7 @@ def rates(found: Entries, path: Path) -> Path:
 
 def seeds(found: Entries, baseline: str, path: Path) -> Path:
     """Every seed's measure at the end, at the best rates; a bar is the mean."""
-    figure, panels, colours = _panels(found, "At each optimizer's best learning rate: all seeds (bar: mean)")
+    figure, panels, colours = _panels(found, "At each optimizer's best learning rate: all seeds (bar: mean)", path)
     names = list(colours)
     for (task, optimizer), entry in found.items():
         values = [value for value in entry.losses[entry.best_lr].values() if math.isfinite(value)]

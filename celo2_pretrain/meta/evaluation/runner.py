@@ -1,9 +1,11 @@
 """How are many jobs worked through? One process a core, results to a file line by line, and on where it stopped.
 
 The parent alone writes results.jsonl: a line is one write, and a line that a crash cut short is dropped when reading.
+Finished results may be compressed, as results.jsonl.gz.
 """
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import multiprocessing
@@ -27,11 +29,11 @@ RESULTS = "results.jsonl"
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All complete lines of a folder's results.jsonl, the last of each job; [] where there is none."""
-    path, found = folder / RESULTS, {}
-    if not path.exists():
-        return []
-    for line in path.read_bytes().split(b"\n"):
+    """All complete lines of a folder's results.jsonl.gz and results.jsonl, the last of each job; [] where there is none."""
+    compressed, path, found = folder / f"{RESULTS}.gz", folder / RESULTS, {}
+    text = gzip.decompress(compressed.read_bytes()) if compressed.exists() else b""
+    text += path.read_bytes() if path.exists() else b""
+    for line in text.split(b"\n"):
         try:
             row = json.loads(line)
             found[row["task"], row["optimizer"], f"{row['lr']:.6g}", row["seed"]] = row

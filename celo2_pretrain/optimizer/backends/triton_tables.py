@@ -102,7 +102,7 @@ def storage_boxes(number: int, part: Part) -> list[Box]:
 
 
 def make_table(rows: list, device: torch.device) -> Tensor:
-    """An int64 table on the device. Kernels only read it: from step to step most addresses are the same, and so is the table."""
+    """An int64 table on the device. Kernels only read it; as most addresses stay from step to step, so does the table."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _copied(tuple(map(tuple, rows)), device, stream)
 

@@ -272,7 +272,7 @@ def _is_gate_and_up(place: Place) -> bool:
     if place.owned_by("*Attention*") or LOOKS_FUSED.fullmatch(place.projection):
         return False
     sizes = {name: sizes for name, child in place.owner.named_children() if (sizes := matrix_sizes(child))}
-    if len(sizes) != 2 or list(sizes)[0] != place.projection:
+    if len(sizes) != 2 or next(iter(sizes)) != place.projection:
         return False
     (inputs, wide), (inner, outputs) = sizes.values()
     return wide == 2 * inner and inputs == outputs

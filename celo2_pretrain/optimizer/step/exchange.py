@@ -117,7 +117,7 @@ class Exchange:
             self._all_to_all(torch.cat(parts) if parts else self._empty(), come, to)
 
     def _memory(self) -> list[Tensor]:
-        """For each unit that is owned here a tensor of its shape. In batches those of one size lie together, short side first."""
+        """For each unit that is owned here a tensor of its shape. In batches, those of one size, short side first."""
         if not self._batched:
             return [torch.empty(unit.shape, dtype=torch.float32, device=self._device()) for unit in self.mine]
         sizes: dict[tuple[int, int], list[int]] = defaultdict(list)

@@ -105,8 +105,8 @@ def save(engine, config: Config, description: dict, step: int, samples: int, ext
 
 
 def finish(engine, config: Config, say: Callable[[str], None] = print, beat: Callable[[], None] = lambda: None) -> bool:
-    """Wait for the copy that checkpoint.staging left under way; on all ranks, which `beat` meanwhile. Its failure is treated as a
-    save's.
+    """Wait for the copy that checkpoint.staging left under way; on all ranks, which `beat` meanwhile. Its failure is
+    treated as a save's.
 
     Returns whether the last checkpoint that was saved is there.
     """
@@ -234,8 +234,8 @@ def clear_away(folder: Path) -> None:
 
 
 def go_on_from(checkpoint: Path, say: Callable[[str], None]) -> None:
-    """Make this the newest of its folder: what was saved after it is of a trajectory that the run leaves. Rank 0 calls it, when
-    the run is known to start, and `say` is told."""
+    """Make this the newest of its folder: what was saved after it is of a trajectory that the run leaves. Rank 0 calls
+    it, when the run is known to start, and `say` is told."""
     clear_away(checkpoint.parent)
     write_atomically(checkpoint.parent / "latest", checkpoint.name)  # first: nothing later than `latest` is gone on from
     later = [path for path in in_order(checkpoint.parent) if step_of(path) > step_of(checkpoint)]
@@ -244,8 +244,8 @@ def go_on_from(checkpoint: Path, say: Callable[[str], None]) -> None:
         shutil.rmtree(to, ignore_errors=True)
         os.rename(path, to)
     if later:
-        say(f"going on from {checkpoint.name}: what was saved later is now {', '.join(ABANDONED + path.name for path in later)}, "
-            f"which are removed when the run has come as far again")
+        say(f"going on from {checkpoint.name}: what was saved later is now "
+            f"{', '.join(ABANDONED + path.name for path in later)}, which are removed when the run has come as far again")
 
 
 def load(engine, checkpoint: Path, other_world: bool) -> None:

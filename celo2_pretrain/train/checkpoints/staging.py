@@ -45,8 +45,8 @@ def staged_folder(staging: str, run_dir: str) -> Path:
 def settle(say: Callable[[str], None], beat: Callable[[], None] = lambda: None) -> None:
     """Before this process leaves with an error: wait up to WAIT_SECONDS for the copy that rank 0 has under way.
 
-    Nothing is exchanged, as the others may be anywhere. A rank without the thread looks at the folder, which goes when the copy
-    ends, and stays as long: a launcher ends all ranks when one has left.
+    Nothing is exchanged, as the others may be anywhere. A rank without the thread looks at the folder, which goes when
+    the copy ends, and stays as long: a launcher ends all ranks when one has left.
     """
     def copying() -> bool:
         return Copy.under_way.thread.is_alive() if Copy.under_way else Copy.folder is not None and Copy.folder.exists()

@@ -14,8 +14,8 @@ import psutil
 import torch
 
 from celo2_pretrain.common.errors import EXIT_STOPPED, Stopped, say
-from celo2_pretrain.train.faults.supervisor import (INTERRUPTED, SIGNALS, SINCE, file_asks, leave_lost_terminal, not_ignored,
-                                                    note)
+from celo2_pretrain.train.faults.exit_code import note
+from celo2_pretrain.train.faults.supervisor import INTERRUPTED, SIGNALS, SINCE, file_asks, leave_lost_terminal, not_ignored
 
 
 class StopRequests:

@@ -20,8 +20,8 @@ import psutil
 
 from celo2_pretrain.common.errors import EXIT_HUNG, EXIT_STOPPED, EXIT_USER_ERROR, UserError, say
 from celo2_pretrain.config import Config, accumulation_steps
+from celo2_pretrain.train.faults.exit_code import NOTES
 
-NOTES = "CELO2_SUPERVISOR"
 SINCE = "CELO2_SUPERVISOR_SINCE"  # when it began: a stop file that is newer is for the run, whichever start is under way
 FIRST_ERROR = "error_first.txt"  # failures.FIRST; to import it would load DeepSpeed into a process that only waits
 INTERRUPTED = 130  # what shells give for SIGINT
@@ -29,14 +29,6 @@ FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds before a restart; doubled as lo
 GRACE_SECONDS = 20.0  # for the other ranks, when the launcher has ended
 LOOK_SECONDS = 0.5
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
-
-def note(code: int) -> int:
-    """Tell a supervisor, where there is one, how this rank ends; returns `code`."""
-    if NOTES in os.environ:
-        with contextlib.suppress(OSError), open(os.environ[NOTES], "a") as file:  # other nodes have no such folder
-            file.write(f"{code}\n")
-    return code
 
 
 def file_asks(path: Path, since: float) -> bool | None:
@@ -208,7 +200,7 @@ class Checkpoints:
         return self.new_run and self.path.parent.exists() and not self.newest()
 
     def finished(self, steps: int, auto: bool) -> bool:
-        """Whether the last step's checkpoint is there; with `auto` (--resume) an earlier run's counts, which is left as it is."""
+        """Whether the last step's checkpoint is there; with `auto` (--resume) an earlier run's counts, and is left alone."""
         found = self._read()
         if found == self.old and not auto:
             return False

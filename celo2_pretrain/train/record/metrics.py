@@ -56,8 +56,8 @@ def finite(value):
 class Metrics:
     """Rank 0's record of the run; on other ranks (active=False) every method does nothing.
 
-    A resumed run drops the records after its checkpoint, so that metrics.jsonl is always one trajectory. A full disk or a tracker
-    that fails ends no run: it is told once, and what can't be written is left out.
+    A resumed run drops the records after its checkpoint, so that metrics.jsonl is always one trajectory. A full disk or
+    a tracker that fails ends no run: it is told once, and what can't be written is left out.
     """
 
     def __init__(self, run_dir: str, start_step: int, max_steps: int, active: bool, trackers: list = ()):
@@ -86,7 +86,7 @@ class Metrics:
         written = finite(record)
         self._try(str(self.path), lambda: self._write(written))
         for tracker in self.trackers:
-            self._try(type(tracker).__name__, lambda: tracker.log(written))
+            self._try(type(tracker).__name__, lambda tracker=tracker: tracker.log(written))
         step = record["step"]
         if "val_loss" in record:
             self.val_loss = record["val_loss"]

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.common.figures import new_figure, save_figure
 from celo2_pretrain.train.record.metrics import read_metrics
 
 STYLES = {"celo2": "-", "adamw": "--"}  # norms by rule
@@ -47,29 +48,6 @@ def curve(records: list[dict], field: str, x: str) -> list[tuple[float, float]]:
             if all(record.get(name) is not None and math.isfinite(record[name]) for name in (where, field))]
 
 
-def new_figure(out: str, **options):
-    """(figure, axes, suffix) of matplotlib for the file `out`. Raises UserError for a kind of file that can't be drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    suffix = Path(out).suffix
-    if suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"cannot draw {out!r}: its name must end in .png, .pdf or .svg")
-    return *plt.subplots(layout="constrained", **options), suffix
-
-
-def save(figure, out: str, suffix: str) -> None:
-    from matplotlib import pyplot as plt
-
-    temporary = Path(out).with_name(f".{Path(out).name}.unfinished{suffix}")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(temporary, dpi=130)
-    plt.close(figure)
-    temporary.replace(out)
-
-
 def top_of(losses: list[float]) -> float:
     """Where a panel of losses may end: the first few steps would squeeze the rest of the curve."""
     losses = sorted(losses)
@@ -79,7 +57,7 @@ def top_of(losses: list[float]) -> float:
 def plot_loss(run: str, out: str) -> None:
     """Training (thin) and validation loss (thick, with points) of one run against its steps. Raises UserError."""
     records = read_run(run)
-    figure, axes, suffix = new_figure(out, figsize=(7, 4.5))
+    figure, axes = new_figure(out, figsize=(7, 4.5))
     train, val = curve(records, "loss", "step"), curve(records, "val_loss", "step")
     if train:
         axes.plot(*zip(*train), color="C0", linewidth=0.8, alpha=0.5, label="training")
@@ -89,7 +67,7 @@ def plot_loss(run: str, out: str) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=labels([run])[0])
     axes.grid(alpha=0.3)
     axes.legend()
-    save(figure, out, suffix)
+    save_figure(figure, out)
 
 
 def plot_runs(runs: list[str], out: str, title: str = "", x: str = "step") -> None:
@@ -109,14 +87,14 @@ def plot_runs(runs: list[str], out: str, title: str = "", x: str = "step") -> No
               if any(y for records in read for field in fields for _, y in curve(records, field, x))}
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, grid, suffix = new_figure(out, nrows=rows, ncols=columns, squeeze=False, figsize=(5 * columns, 3.4 * rows))
+    figure, grid = new_figure(out, nrows=rows, ncols=columns, squeeze=False, figsize=(5 * columns, 3.4 * rows))
     for axes, (name, fields) in itertools.zip_longest(grid.flat, panels.items(), fillvalue=(None, ())):
         if name is None:
             axes.set_visible(False)
             continue
         draw(axes, name, fields, read, labels(runs), x)
     figure.suptitle(title)
-    save(figure, out, suffix)
+    save_figure(figure, out)
 
 
 def draw(axes, name: str, fields: tuple[str, ...], read: list[list[dict]], names: list[str], x: str) -> None:

@@ -1,4 +1,4 @@
-"""Whether a hostfile for DeepSpeed's launcher is right, told in one line: `python -m celo2_pretrain.train.start.hostfile FILE`.
+"""Whether a hostfile for DeepSpeed's launcher is right, in one line: `python -m celo2_pretrain.train.start.hostfile FILE`.
 
 DeepSpeed itself answers a bad file with a traceback, and trains on this machine alone where there is none.
 """

@@ -95,8 +95,8 @@ def announce_compilation() -> None:
             if old and not is_open(lock):
                 lock.unlink()
             elif os.environ["RANK"] == "0":
-                print(f"waiting for the process that compiles or loads DeepSpeed's communication; if there is none, remove {lock}",
-                      flush=True)
+                print("waiting for the process that compiles or loads DeepSpeed's communication; "
+                      f"if there is none, remove {lock}", flush=True)
     if not there and os.environ["RANK"] == "0":
         print("first run on this machine: DeepSpeed compiles its communication (about a minute) …", flush=True)
 

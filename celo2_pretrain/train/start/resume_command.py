@@ -19,6 +19,7 @@ def resume_command(config: Config, max_steps: int | None = None) -> str:
     names = [name for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS") if name in env]
     variables = "".join(f"{name}={shlex.quote(env[name])} " for name in names)
     script = shlex.quote(os.path.relpath(sys.argv[0]))
+    by_module = os.path.basename(sys.argv[0]) in ("__main__.py", "cli.py", "celo2-pretrain")  # not by launch/pretrain.py
     if "TORCHELASTIC_RUN_ID" in env:
         nodes, here = int(env.get("GROUP_WORLD_SIZE", 1)), env.get("LOCAL_WORLD_SIZE", str(world_size))
         if "SLURM_JOB_ID" in env and "SLURM_NODEID" in env:
@@ -27,9 +28,10 @@ def resume_command(config: Config, max_steps: int | None = None) -> str:
             return (f"{variables}launch/torchrun.sh --nnodes {nodes} --node-rank {env['GROUP_RANK']} --master "
                     f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} --nproc {here} {arguments}   (on each node, with its own "
                     f"--node-rank)")
-        return f"{variables}torchrun --nproc_per_node {here} {script} {arguments}"
+        return f"{variables}torchrun --nproc_per_node {here} {'-m celo2_pretrain train' if by_module else script} {arguments}"
     if int(env.get("CROSS_SIZE", 1)) > 1:  # DeepSpeed's launcher sets it to the number of nodes
         return f"{variables}launch/multinode.sh --hostfile HOSTFILE {arguments}"
     if world_size == 1:
         return f"celo2-pretrain train {arguments}"
-    return f"{variables}deepspeed --no_local_rank --quiet --num_gpus {world_size} {script} {arguments}"
+    driver = "--module celo2_pretrain train" if by_module else script
+    return f"{variables}deepspeed --no_local_rank --quiet --num_gpus {world_size} {driver} {arguments}"
