@@ -4,13 +4,14 @@ import os
 import sys
 import threading
 
-from celo2_pretrain.common.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError, flush, say
+from celo2_pretrain.common.console import flush, print_notice
+from celo2_pretrain.common.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 from celo2_pretrain.common.extras import install_line
 from celo2_pretrain.meta import command as meta_train
 from celo2_pretrain.meta.evaluation import command as meta_eval
 from celo2_pretrain.plan import command as planning
 from celo2_pretrain.train.faults import once
-from celo2_pretrain.train.faults.exit_code import note
+from celo2_pretrain.train.faults.exit_code import record_exit_code
 
 INTRODUCTION = """\
 Pretrain GPT-style models with Celo2, a learned optimizer, under DeepSpeed.
@@ -270,7 +271,7 @@ def quiet_libraries() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns 0, or after a line on standard error 2 (wrong input) or 75 (stopped on request)."""
-    code = note(run(argv))
+    code = record_exit_code(run(argv))
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and "torch" in sys.modules:  # not in a test
         leave(code)
     return code
@@ -291,19 +292,19 @@ def run(argv: list[str] | None) -> int:
         return args.run(args) or 0
     except UserError as error:
         if once.may_say(str(error)):  # the ranks of a node mostly find the same
-            say(f"error: {error}{once.where_found()}")
+            print_notice(f"error: {error}{once.where_found()}")
         return EXIT_USER_ERROR
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
-            say(str(stopped))
+            print_notice(str(stopped))
         return EXIT_STOPPED
     except ModuleNotFoundError as error:
         if not (needed := install_line(error, "meta" if args.command.startswith("meta-") else "train")):
             raise
-        say(f"error: {args.command} needs {needed}")
+        print_notice(f"error: {args.command} needs {needed}")
         return EXIT_USER_ERROR
     except MemoryError as error:  # train/faults/out_of_memory.py says what to do
-        say(f"error: {error or 'out of memory'}")
+        print_notice(f"error: {error or 'out of memory'}")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -1,7 +1,5 @@
 """How a run ends other than well, with the exit code of each: docs/faults.md says what to do then."""
-import contextlib
 import reprlib
-import sys
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on purpose, goes on with --resume
@@ -24,25 +22,6 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """The run was asked to stop and has saved: why, and how to go on, in one line. The command line exits with code 75."""
-
-
-def say(text: str) -> None:
-    """Tell the user on standard error, in one piece, as other ranks write too; where it is gone, nobody is told."""
-    flush(sys.stdout)
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"celo2-pretrain: {text}\n")
-    flush(sys.stderr)
-
-
-def tell(text: str) -> None:
-    """Print a line of a run; where standard output is gone (`| tee` that was interrupted) or full, the run goes on."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, flush=True)
-
-
-def flush(stream) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        stream.flush()
 
 
 def shown(value) -> str:

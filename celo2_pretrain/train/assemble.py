@@ -7,7 +7,7 @@ import deepspeed
 import deepspeed.comm as dist
 import torch
 
-from celo2_pretrain.common import errors
+from celo2_pretrain.common.console import print_line
 from celo2_pretrain.config import Config, dump_config
 from celo2_pretrain.optimizer.state.collective import gather
 from celo2_pretrain.train.checkpoints import checkpoint, select
@@ -44,7 +44,7 @@ def assemble(run: Prepared, requests: StopRequests, watchdog: Watchdog, lock: Ru
     set_seeds(config.train.seed + start.step, run.rank)
     if start.checkpoint:
         watchdog.beat(f"loading {start.checkpoint}")
-        run.tell(f"loading {start.checkpoint}")
+        run.print_line(f"loading {start.checkpoint}")
         checkpoint.load(engine, start.checkpoint, bool(start.other_world))
     if run.rank == 0:
         start_run_dir(config, run.ds_config, run.world_size, start.checkpoint if start.own else None, peak)
@@ -52,7 +52,7 @@ def assemble(run: Prepared, requests: StopRequests, watchdog: Watchdog, lock: Ru
 
     metrics = Metrics(config.run_dir, start.step, config.train.max_steps, run.rank == 0, trackers)
     guarded(engine)
-    guard = Guard(engine, run.optimizer, config, start.extra.get("guard"), start.checkpoint, metrics.say,
+    guard = Guard(engine, run.optimizer, config, start.extra.get("guard"), start.checkpoint, metrics.print_line,
                   lambda: watchdog.beat("looking for a checkpoint to go back to"))
     insight = Insight(engine, run.optimizer, config, run.parameters, run.flops_per_token, peak)
     announce(run, metrics)
@@ -66,7 +66,7 @@ def meet(run: Prepared, lock: RunLock) -> None:
     join_and_look(run.config.run_dir)
     check_ranks(run.config, run.mixture.index)
     if run.start.checkpoint and not run.start.verified:
-        run.tell(f"reading {run.start.checkpoint}, to see whether it is whole")
+        run.print_line(f"reading {run.start.checkpoint}, to see whether it is whole")
         select.verify(run.start.checkpoint)
 
 
@@ -80,14 +80,14 @@ def make_engine(run: Prepared) -> deepspeed.DeepSpeedEngine:
 def announce(run: Prepared, metrics: Metrics) -> None:
     """Say what begins."""
     config, start, size = run.config, run.start, run.config.train
-    metrics.say(
+    metrics.print_line(
         f"{f'resuming at step {start.step}' if start.checkpoint else 'training'}: {run.model.config.model_type} with "
         f"{run.parameters / 1e6:.1f} M parameters, {config.optimizer.name}, ZeRO-{size.zero_stage}, {size.precision}, "
         f"{run.world_size} rank(s), {size.global_batch_size * config.model.context:,} tokens a step, "
         f"{run.loader.count:,} windows"
     )
     if start.other_world:
-        metrics.say(f"going on in another world ({', '.join(start.other_world)}): equal to round-off, not bit for bit")
+        metrics.print_line(f"going on in another world ({', '.join(start.other_world)}): equal to round-off, not bit for bit")
 
 
 def make_run_dir(run_dir: str, lock: RunLock) -> None:
@@ -112,7 +112,7 @@ def start_run_dir(config: Config, ds_config: dict, world_size: int, resume_from:
     """
     folder = Path(config.run_dir)
     if resume_from:
-        checkpoint.go_on_from(resume_from, errors.tell)
+        checkpoint.go_on_from(resume_from, print_line)
     else:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         (folder / "metrics.jsonl").unlink(missing_ok=True)

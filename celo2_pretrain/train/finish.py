@@ -21,12 +21,12 @@ def finish(engine, config: Config, mixture: Mixture, metrics: Metrics) -> None:
         new = sample(engine.module, ids, config.eval.sample_tokens, context=config.model.context,
                      eos_id=index["eos_id"], vocab_size=index["vocab_size"], seed=config.train.seed)
         text = tokenizer.decode(ids + new)
-        metrics.say("a sample of the model's text:\n" + "\n".join(f"    | {line}" for line in text.splitlines()))
+        metrics.print_line("a sample of the model's text:\n" + "\n".join(f"    | {line}" for line in text.splitlines()))
 
     def drawn() -> None:
         picture = Path(config.run_dir, "loss.png")
         plot_loss(config.run_dir, str(picture))
-        metrics.say(f"loss curve: {picture}")
+        metrics.print_line(f"loss curve: {picture}")
 
     for what, work, wanted in (("sample", sampled, config.eval.prompt), ("loss curve", drawn, metrics.active)):
         try:
@@ -35,6 +35,6 @@ def finish(engine, config: Config, mixture: Mixture, metrics: Metrics) -> None:
         except Exception as error:
             if work is sampled and config.train.zero_stage == 3 and dist.get_world_size() > 1:
                 raise  # the ranks gather the weights together: the others wait for this one
-            metrics.say(f"warning: no {what}: {one_line(error)}")
+            metrics.print_line(f"warning: no {what}: {one_line(error)}")
     if metrics.active:
-        metrics.say(f"to train further: {resume_command(config, 2 * config.train.max_steps)}")
+        metrics.print_line(f"to train further: {resume_command(config, 2 * config.train.max_steps)}")

@@ -17,7 +17,7 @@ from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.config import Config
 from celo2_pretrain.optimizer.step.finite import LARGEST
 from celo2_pretrain.train.checkpoints import checkpoint
-from celo2_pretrain.train.checkpoints.select import newest_good, read_state, trouble
+from celo2_pretrain.train.checkpoints.select import newest_good, read_state, find_damage
 from celo2_pretrain.train.record.metrics import Metrics
 
 WINDOW = 64  # steps whose median a loss is compared with
@@ -72,12 +72,12 @@ class Guard:
     """Looks at each step. Every rank sees the same numbers, so that all come to the same end."""
 
     def __init__(self, engine, optimizer, config: Config, state: dict | None = None, resumed: Path | None = None,
-                 say: Callable[[str], None] = print, beat: Callable[[], None] = lambda: None):
+                 print_line: Callable[[str], None] = print, beat: Callable[[], None] = lambda: None):
         """`optimizer`: the one inside of DeepSpeed's; `resumed`: the checkpoint that the run began from, `state` what
-        `state()` gave when it was written; `say`: is told of checkpoints that are passed over; `beat`: called while it
+        `state()` gave when it was written; `print_line`: is told of checkpoints that are passed over; `beat`: called while it
         reads them."""
         self.engine, self.optimizer, self.config, self.resumed = engine, optimizer, config, resumed
-        self.say, self.beat = say, beat
+        self.print_line, self.beat = print_line, beat
         self.rollbacks, self.target = 0, None
         self.restore(state)
 
@@ -153,10 +153,10 @@ class Guard:
 
     def _target(self) -> Path | None:
         """The newest whole checkpoint, or else the one that the run was resumed from; None where there is neither."""
-        checkpoint.finish(self.engine, self.config, self.say, self.beat)
-        self.say("a spike: reading the newest checkpoint, to see whether it is whole")
-        found = newest_good(self.config.run_dir, shared=True, say=self.say, beat=self.beat)
-        if found is None and self.resumed and trouble(self.resumed, shared=True, beat=self.beat) is None:
+        checkpoint.finish(self.engine, self.config, self.print_line, self.beat)
+        self.print_line("a spike: reading the newest checkpoint, to see whether it is whole")
+        found = newest_good(self.config.run_dir, shared=True, print_line=self.print_line, beat=self.beat)
+        if found is None and self.resumed and find_damage(self.resumed, shared=True, beat=self.beat) is None:
             return self.resumed
         return found
 
@@ -167,5 +167,5 @@ class Guard:
         checkpoint.load(self.engine, self.target, bool(state["other_world"]))
         self.restore(state["extra"].get("guard"))
         metrics.rewind(state["step"])
-        metrics.say(f"rolled back to {self.target}; going on with the data after the spike's")
+        metrics.print_line(f"rolled back to {self.target}; going on with the data after the spike's")
         return state["step"]

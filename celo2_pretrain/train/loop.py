@@ -47,7 +47,7 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
         with trainer.insight.installed(), telling_backend(metrics):
             run_steps(trainer, prepared.start.validation_due)
     except UserError:  # it may be this rank's alone
-        settle(metrics.say, lambda: watchdog.beat("ending with an error"))
+        settle(metrics.print_line, lambda: watchdog.beat("ending with an error"))
         raise
     except Stopped:
         dist.destroy_process_group()
@@ -56,7 +56,7 @@ def run(config: Config, resume: str | None, overwrite: bool, requests: StopReque
         metrics.close()
     if config.data.mixture:
         epochs = trainer.loader.epochs(trainer.samples)
-        metrics.say("epochs: " + ", ".join(f"{path} {n:.2f}" for path, n in epochs.items()))
+        metrics.print_line("epochs: " + ", ".join(f"{path} {n:.2f}" for path, n in epochs.items()))
     finish(trainer.engine, config, prepared.mixture, metrics)
     dist.destroy_process_group()
 
@@ -87,4 +87,4 @@ def run_steps(trainer: Trainer, validation_due: bool) -> None:
             if stopping and not trainer.finished:
                 agreement.stop(f"at step {trainer.step}, {f'saved {saved}' if saved else 'not saved'}; to go on: "
                                f"{resume_command(config)}")
-    trainer.metrics.say(f"training waited {trainer.saving_in_all:.1f} s for checkpoints to be saved")
+    trainer.metrics.print_line(f"training waited {trainer.saving_in_all:.1f} s for checkpoints to be saved")

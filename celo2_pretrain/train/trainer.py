@@ -73,7 +73,7 @@ class Trainer:
         loss = self.accumulate(number, micro_batches)
         self.insight.end()
         if traced := self.profiler.after(number):
-            self.metrics.say(traced)
+            self.metrics.print_line(traced)
         self.step, self.samples = number, self.samples + self.batch_sizes.at(number)
         return loss
 
@@ -158,13 +158,13 @@ class Trainer:
 
         self.watchdog.beat(f"saving step {self.step}")
         if self.saving_once > LONG_SECONDS:
-            self.metrics.say(f"saving step {self.step}; the save before took {self.saving_once:.0f} s")
+            self.metrics.print_line(f"saving step {self.step}; the save before took {self.saving_once:.0f} s")
         began = time.monotonic()
         extra = {"validation_due": validation_due, "guard": self.guard.state(), "data": self.loader.mixture.digest}
-        saved = checkpoint.save(self.engine, self.config, self.description, self.step, self.samples, extra, self.metrics.say,
-                                waiting)
+        saved = checkpoint.save(self.engine, self.config, self.description, self.step, self.samples, extra,
+                                self.metrics.print_line, waiting)
         stopping = self.agreement.exchange()[1]  # asked for while saving
-        if (stopping or self.finished) and not checkpoint.finish(self.engine, self.config, self.metrics.say, waiting):
+        if (stopping or self.finished) and not checkpoint.finish(self.engine, self.config, self.metrics.print_line, waiting):
             saved = None
         self.saving_once = time.monotonic() - began
         self.saving, self.saving_in_all = self.saving + self.saving_once, self.saving_in_all + self.saving_once

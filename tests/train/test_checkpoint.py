@@ -64,7 +64,7 @@ def mix(path: Path, other: Path) -> None:
 
 
 def test_whole_checkpoint_has_the_files_that_are_damaged_here(run):
-    assert select.trouble(run / "checkpoints" / NEW) is None
+    assert select.find_damage(run / "checkpoints" / NEW) is None
     assert sorted(manifest.listing(run / "checkpoints" / NEW)) == FILES
 
 
@@ -88,7 +88,7 @@ def test_damaged_file_is_named_and_the_older_checkpoint_offered_and_taken(run, n
         assert f"it is the one of {OLD}" in message
     assert message.endswith(f"the newest whole checkpoint is {folder / OLD}: --resume {folder / OLD}")
     said = []
-    assert select.newest_good(run, say=said.append) == folder / OLD
+    assert select.newest_good(run, print_line=said.append) == folder / OLD
     assert len(said) == 1 and said[0].startswith(f"passing over {folder / NEW}: ")
 
 
@@ -197,4 +197,4 @@ def test_full_disk_leaves_the_earlier_checkpoint(data, tmp_path, small_disk, on_
     assert told == 1 and "cannot save" in output and "the newest whole checkpoint is" in output, output
     assert ("training goes on" in output) == (on_error == "continue")
     assert [path.name for path in (run / "checkpoints").glob("*step_*")] == ["step_00000001"]
-    assert select.trouble(run / "checkpoints" / "step_00000001") is None
+    assert select.find_damage(run / "checkpoints" / "step_00000001") is None

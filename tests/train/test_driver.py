@@ -217,7 +217,7 @@ def test_rank_0_says_which_backend_computes_the_passes(monkeypatch, active):
     monkeypatch.setenv("CELO2_BACKEND", "reference")
     choose._choose.cache_clear()  # it is said once in a process
     said = []
-    with telling_backend(SimpleNamespace(active=active, say=said.append)):
+    with telling_backend(SimpleNamespace(active=active, print_line=said.append)):
         choose.backend_for(torch.device("cpu"))
         choose.backend_for(torch.device("cpu"))
     assert said == ["Celo2 backend on cpu: reference (CELO2_BACKEND asks for it)"] * active

@@ -5,7 +5,8 @@ import io
 import os
 import sys
 
-from celo2_pretrain.common.errors import LONGEST, UserError, one_line, say, tell
+from celo2_pretrain.common.console import print_notice, print_line
+from celo2_pretrain.common.errors import LONGEST, UserError, one_line
 
 
 def test_a_user_error_is_one_line_of_bounded_length():
@@ -35,14 +36,14 @@ def test_what_cant_be_told_ends_no_run_and_takes_no_error_with_it(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Full())
     told = io.StringIO()
     monkeypatch.setattr(sys, "stderr", told)
-    tell("step 3")
-    say("error: the first one")
+    print_line("step 3")
+    print_notice("error: the first one")
     assert told.getvalue() == "celo2-pretrain: error: the first one\n"
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as gone:
         monkeypatch.setattr(sys, "stdout", gone)
-        tell("step 4")  # tee was interrupted
+        print_line("step 4")  # tee was interrupted
         monkeypatch.undo()
         with contextlib.suppress(BrokenPipeError):
             gone.close()

@@ -38,7 +38,7 @@ def run(tmp_path) -> Path:
 
 def resume(run: Path) -> Path:
     """What `--resume` reads before the ranks meet; `--resume auto` too."""
-    newest_good(run, say=lambda text: None)
+    newest_good(run, print_line=lambda text: None)
     found = find(str(run))
     verify(found)
     state = read_state(found, DESCRIPTION)

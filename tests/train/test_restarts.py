@@ -13,7 +13,7 @@ from support.paths import SUPPORT
 from test_failures import SMALL
 
 from celo2_pretrain.cli import main
-from celo2_pretrain.train.faults import failures, supervisor
+from celo2_pretrain.train.faults import exit_code, failures, supervisor
 from celo2_pretrain.train.faults.stop import StopRequests
 from celo2_pretrain.train.record.metrics import read_metrics
 from celo2_pretrain.train.start.ranks import free_port
@@ -192,7 +192,7 @@ def test_wrong_arguments_are_refused_before_a_start(arguments, message, tmp_path
 
 def test_ranks_note_how_they_end(tmp_path, monkeypatch):
     notes = tmp_path / "notes"
-    monkeypatch.setenv(supervisor.NOTES, str(notes))
+    monkeypatch.setenv(exit_code.NOTES, str(notes))
     assert main(["train", "optimizer.lrr=1"]) == 2
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit):  # in a rank that can't return: it waits for others

@@ -41,7 +41,7 @@ def test_a_run_goes_on_from_staged_checkpoints_bit_for_bit(data, tmp_path):
     names = sorted(path.name for path in (staged / "checkpoints").iterdir())
     assert names == ["latest", "step_00000004", "step_00000006"]
     for name in names[1:]:
-        assert select.trouble(staged / "checkpoints" / name) is None
+        assert select.find_damage(staged / "checkpoints" / name) is None
         # Of the same steps: the same files, also byte by byte where nothing but tensors is in them.
         ours, theirs = (manifest.read(run / "checkpoints" / name)["files"] for run in (staged, plain))
         assert ours.keys() == theirs.keys()
@@ -156,11 +156,11 @@ def test_a_wait_for_the_copy_is_told_and_is_no_hang(slow, monkeypatch):
 
 def test_verifying_is_no_hang_and_ranks_that_share_it_come_to_one_answer(folder, monkeypatch):
     beats, names = [], sorted(manifest.structure(folder)["files"])
-    assert select.trouble(folder, beat=lambda: beats.append(1)) is None and len(beats) == len(names)
+    assert select.find_damage(folder, beat=lambda: beats.append(1)) is None and len(beats) == len(names)
     (folder / names[1]).write_bytes(b"x" * (folder / names[1]).stat().st_size)
-    assert f"{names[1]} is damaged" in select.trouble(folder)
+    assert f"{names[1]} is damaged" in select.find_damage(folder)
     # Rank 0 of two reads the other file; what rank 1 finds is told to both.
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(select, "gather", lambda value: [value, "found on rank 1" if value is None else value])
-    assert select.trouble(folder, shared=True) == "found on rank 1"
+    assert select.find_damage(folder, shared=True) == "found on rank 1"

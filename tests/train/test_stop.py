@@ -10,7 +10,7 @@ import pytest
 from test_restarts import supervised  # noqa: F401
 
 from celo2_pretrain.common.errors import Stopped
-from celo2_pretrain.train.faults import supervisor as restarts
+from celo2_pretrain.train.faults import signals, supervisor
 from celo2_pretrain.train.faults.stop import Agreement, StopRequests
 
 
@@ -19,7 +19,7 @@ def test_a_stop_file_is_not_lost_between_two_starts(supervised, when):
     stop = supervised.run_dir / "STOP"
     line = "save(2); (run_dir / 'STOP').touch(); sys.exit(1)"
     if when == "between two starts":
-        restarts.FIRST_WAIT = 5  # the fixture sets it back
+        supervisor.FIRST_WAIT = 5  # the fixture sets it back
         later = f"import pathlib, time; time.sleep(1); pathlib.Path({str(stop)!r}).touch()"
         line = f"save(2); subprocess.Popen([sys.executable, '-S', '-c', {later!r}], env={{}}); sys.exit(1)"
     assert supervised(line) == 75
@@ -38,7 +38,7 @@ def test_a_stop_file_from_before_the_supervisor_is_left_to_the_ranks(supervised)
 
 def test_a_rank_obeys_a_stop_file_that_is_newer_than_its_supervisor(supervised, tmp_path, monkeypatch, capfd):
     assert supervised("(folder / 'since').write_text(os.environ['CELO2_SUPERVISOR_SINCE']); save(4)") == 0
-    monkeypatch.setenv(restarts.SINCE, (tmp_path / "since").read_text())
+    monkeypatch.setenv(signals.SINCE, (tmp_path / "since").read_text())
     began, stop = float((tmp_path / "since").read_text()), tmp_path / "STOP"
     for age, asked in ((5, False), (-5, True)):
         stop.touch()
@@ -46,7 +46,7 @@ def test_a_rank_obeys_a_stop_file_that_is_newer_than_its_supervisor(supervised, 
         assert StopRequests(stop, 0).asked() == asked and stop.exists() == asked
     assert capfd.readouterr().err == f"celo2-pretrain: removed {stop}, which is older than this run: to stop it, make the " \
                                      "file again\n"
-    monkeypatch.delenv(restarts.SINCE)  # without a supervisor: than its own process
+    monkeypatch.delenv(signals.SINCE)  # without a supervisor: than its own process
     os.utime(stop, (1e9, 1e9))
     assert not StopRequests(stop, 0).asked()
     stop.touch()
@@ -69,14 +69,14 @@ def test_a_stop_file_that_cannot_be_removed_stops_the_run_all_the_same(tmp_path,
 @pytest.fixture
 def defaults():
     """The signals as in a terminal, however the tests were started."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in restarts.SIGNALS if number != signal.SIGINT}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in signals.SIGNALS if number != signal.SIGINT}
     before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", restarts.SIGNALS)
+@pytest.mark.parametrize("number", signals.SIGNALS)
 def test_a_signal_is_heard_unless_it_was_ignored_before(defaults, tmp_path, number):
     with StopRequests(tmp_path / "STOP", 0) as requests:
         requests.at_boundaries = True

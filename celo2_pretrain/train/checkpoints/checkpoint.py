@@ -55,14 +55,14 @@ def describe(config: Config, index: dict, world_size: int) -> dict:
 
 
 def save(engine, config: Config, description: dict, step: int, samples: int, extra: dict,
-         say: Callable[[str], None] = print, beat: Callable[[], None] = lambda: None) -> Path | None:
+         print_line: Callable[[str], None] = print, beat: Callable[[], None] = lambda: None) -> Path | None:
     """Write a checkpoint of what the run is in after `step` steps.
 
     Args:
         description: of `describe`.
         samples: windows that the run has seen.
         extra: goes into state.json, for `read_state`.
-        say: is told on rank 0 of a save that failed, or of an old checkpoint that couldn't be removed.
+        print_line: is told on rank 0 of a save that failed, or of an old checkpoint that couldn't be removed.
         beat: is called now and then while the copy of the checkpoint before is waited for.
 
     Returns the checkpoint's folder; None where it couldn't be written and checkpoint.on_error is continue (not after the
@@ -74,13 +74,13 @@ def save(engine, config: Config, description: dict, step: int, samples: int, ext
     if files.newest == final:  # a stop right after the regular save
         return final
     state = {"step": step, "samples": samples, "description": description, "extra": extra}
-    tell = say if dist.get_rank() == 0 else lambda text: None
+    print_once = print_line if dist.get_rank() == 0 else lambda text: None
     staging = config.checkpoint.staging
     place = staged_folder(staging, config.run_dir) if staging else temporary
 
     def named(entries: dict[str, dict[str, Any]]) -> None:
         publish(temporary, final, step, entries)
-        prune(final, config.checkpoint.keep_last, config.checkpoint.keep_every, tell)
+        prune(final, config.checkpoint.keep_last, config.checkpoint.keep_every, print_once)
 
     def complete(entries: dict[str, dict[str, Any]]) -> None:
         if dist.get_rank() == 0 and staging:
@@ -90,21 +90,21 @@ def save(engine, config: Config, description: dict, step: int, samples: int, ext
         elif dist.get_rank() == 0:
             named(entries)
 
-    finish(engine, config, say, beat)
+    finish(engine, config, print_line, beat)
     try:
         entries = write(engine, files, config, place, state)
         together(lambda: complete(entries))
     except StateError as error:
         if dist.get_rank() == 0:
             shutil.rmtree(place, ignore_errors=True)
-        not_saved(config, final, error, step == config.train.max_steps, tell)
+        not_saved(config, final, error, step == config.train.max_steps, print_once)
         return None
     files.newest = final
     Copy.folder = place if staging else None
     return final
 
 
-def finish(engine, config: Config, say: Callable[[str], None] = print, beat: Callable[[], None] = lambda: None) -> bool:
+def finish(engine, config: Config, print_line: Callable[[str], None] = print, beat: Callable[[], None] = lambda: None) -> bool:
     """Wait for the copy that checkpoint.staging left under way; on all ranks, which `beat` meanwhile. Its failure is
     treated as a save's.
 
@@ -115,7 +115,7 @@ def finish(engine, config: Config, say: Callable[[str], None] = print, beat: Cal
         return files.newest is not None
     copying, files.copying, newest = files.copying, None, files.newest
     if copying and copying.goes_on(0):
-        say(f"waiting for the copy of {newest.name} from {config.checkpoint.staging}")
+        print_line(f"waiting for the copy of {newest.name} from {config.checkpoint.staging}")
     while any(gather(copying is not None and copying.goes_on(ROUND_SECONDS))):
         beat()
     Copy.folder = None
@@ -124,18 +124,18 @@ def finish(engine, config: Config, say: Callable[[str], None] = print, beat: Cal
     except StateError as error:
         files.newest = None
         last = step_of(newest) == config.train.max_steps
-        not_saved(config, newest, error, last, say if dist.get_rank() == 0 else lambda text: None)
+        not_saved(config, newest, error, last, print_line if dist.get_rank() == 0 else lambda text: None)
     return files.newest is not None
 
 
-def not_saved(config: Config, final: Path, error: StateError, last: bool, tell: Callable[[str], None]) -> None:
+def not_saved(config: Config, final: Path, error: StateError, last: bool, print_line: Callable[[str], None]) -> None:
     """Warn, or raise UserError as checkpoint.on_error says; always after the last step."""
     kept = latest(final.parent)
     kept = f"the newest whole checkpoint is {final.parent / kept}" if kept else "the run has no checkpoint yet"
     message = f"cannot save {final}: {error}; {kept}"
     if config.checkpoint.on_error == "stop" or last:
         raise UserError(f"{message}: see to it, then go on with --resume {config.run_dir}") from None
-    tell(f"warning: {message}; training goes on, as checkpoint.on_error=continue says")
+    print_line(f"warning: {message}; training goes on, as checkpoint.on_error=continue says")
 
 
 def write(engine, files: Files, config: Config, folder: Path, state: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -205,7 +205,7 @@ def make_whole(folder: Path, step: int, entries: dict[str, dict[str, Any]]) -> N
         raise StateError(str(error)) from None
 
 
-def prune(newest: Path, keep_last: int, keep_every: int, say: Callable[[str], None]) -> None:
+def prune(newest: Path, keep_last: int, keep_every: int, print_line: Callable[[str], None]) -> None:
     """Remove what is older than the `keep_last` newest ones, where every `keep_every`-th step stays, and what was
     abandoned, once the run has come as far again."""
     old = [path for path in in_order(newest.parent) if step_of(path) < step_of(newest)]
@@ -216,7 +216,7 @@ def prune(newest: Path, keep_last: int, keep_every: int, say: Callable[[str], No
         try:
             remove(path)
         except OSError as error:
-            say(f"warning: cannot remove the old checkpoint {path}: {error.strerror}")
+            print_line(f"warning: cannot remove the old checkpoint {path}: {error.strerror}")
 
 
 def remove(checkpoint: Path) -> None:
@@ -233,9 +233,9 @@ def clear_away(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def go_on_from(checkpoint: Path, say: Callable[[str], None]) -> None:
+def go_on_from(checkpoint: Path, print_line: Callable[[str], None]) -> None:
     """Make this the newest of its folder: what was saved after it is of a trajectory that the run leaves. Rank 0 calls
-    it, when the run is known to start, and `say` is told."""
+    it, when the run is known to start, and `print_line` is told."""
     clear_away(checkpoint.parent)
     write_atomically(checkpoint.parent / "latest", checkpoint.name)  # first: nothing later than `latest` is gone on from
     later = [path for path in in_order(checkpoint.parent) if step_of(path) > step_of(checkpoint)]
@@ -244,8 +244,9 @@ def go_on_from(checkpoint: Path, say: Callable[[str], None]) -> None:
         shutil.rmtree(to, ignore_errors=True)
         os.rename(path, to)
     if later:
-        say(f"going on from {checkpoint.name}: what was saved later is now "
-            f"{', '.join(ABANDONED + path.name for path in later)}, which are removed when the run has come as far again")
+        print_line(f"going on from {checkpoint.name}: what was saved later is now "
+                   f"{', '.join(ABANDONED + path.name for path in later)}, which are removed when the run has come as far "
+                   "again")
 
 
 def load(engine, checkpoint: Path, other_world: bool) -> None:

@@ -32,17 +32,16 @@ def find(path: str) -> Path:
         found = given
     else:
         if not (folder / "latest").is_file():  # killed in or before its first save
-            there = bool(in_order(folder))
-            raise UserError(f"{path!r} has no file checkpoints/latest" + (offer(folder) if there else
-                            ", so no checkpoint yet: begin it with --resume auto"))
+            hint = other_to_resume(folder) if in_order(folder) else ", so no checkpoint yet: begin it with --resume auto"
+            raise UserError(f"{path!r} has no file checkpoints/latest{hint}")
         tag = latest(folder)
         if tag is None or not (folder / tag).is_dir():
-            raise UserError(f"{folder / 'latest'} names no checkpoint of the run" + offer(folder))
+            raise UserError(f"{folder / 'latest'} names no checkpoint of the run" + other_to_resume(folder))
         found = folder / tag
     try:
         manifest.structure(found)
     except Damaged as error:
-        raise refusal(found, error) from None
+        raise damaged(found, error) from None
     except OSError as error:
         raise UserError(f"cannot read {found}: {error}") from None
     return found
@@ -66,19 +65,20 @@ def in_order(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step_*") if NAMED.fullmatch(path.name)), key=step_of)
 
 
-def refusal(found: Path, why: object) -> UserError:
-    return UserError(f"{found} is damaged: {why}{offer(found.parent, found)}")
+def damaged(found: Path, why: object) -> UserError:
+    """The error for a checkpoint that can't be read."""
+    return UserError(f"{found} is damaged: {why}{other_to_resume(found.parent, found)}")
 
 
-def offer(folder: Path, but: Path | None = None) -> str:
+def other_to_resume(folder: Path, but: Path | None = None) -> str:
     """The end of a message that says what can be resumed instead."""
     for other in reversed(in_order(folder)):
-        if other != but and trouble(other) is None:
+        if other != but and find_damage(other) is None:
             return f"; the newest whole checkpoint is {other}: --resume {other}"
     return f"; {folder} has no {'other ' if but else ''}whole checkpoint"
 
 
-def trouble(checkpoint: Path, shared: bool = False, beat: Callable[[], None] = lambda: None) -> str | None:
+def find_damage(checkpoint: Path, shared: bool = False, beat: Callable[[], None] = lambda: None) -> str | None:
     """What is wrong with a checkpoint: names, sizes, checksums, or a file that holds more than plain data; None when it
     is whole.
 
@@ -96,14 +96,14 @@ def trouble(checkpoint: Path, shared: bool = False, beat: Callable[[], None] = l
         found = str(error)
     for first in range(0, max(everyones(len(names))), world):
         if found is None and first + rank < len(names):
-            found = trouble_in(checkpoint, content, first + rank, names)
+            found = find_damage_in_file(checkpoint, content, first + rank, names)
         if worst := next((text for text in everyones(found) if text), None):
             return worst
         beat()
     return next((text for text in everyones(found) if text), None)
 
 
-def trouble_in(checkpoint: Path, content: dict[str, Any], number: int, names: list[str]) -> str | None:
+def find_damage_in_file(checkpoint: Path, content: dict[str, Any], number: int, names: list[str]) -> str | None:
     """The same of one file."""
     try:
         found = manifest.damage(checkpoint, content, number, len(names))
@@ -117,37 +117,37 @@ def trouble_in(checkpoint: Path, content: dict[str, Any], number: int, names: li
 def verify(checkpoint: Path) -> None:
     """Read all of a checkpoint, shared out among the ranks where there are several. Raises UserError, on all of them, that
     names a damaged file."""
-    if found := trouble(checkpoint, shared=dist.is_initialized()):
-        raise refusal(checkpoint, found)
+    if found := find_damage(checkpoint, shared=dist.is_initialized()):
+        raise damaged(checkpoint, found)
 
 
-def newest_good(run_dir: str | Path, shared: bool = False, say: Callable[[str], None] = print,
+def newest_good(run_dir: str | Path, shared: bool = False, print_line: Callable[[str], None] = print,
                 beat: Callable[[], None] = lambda: None) -> Path | None:
     """The newest whole checkpoint of a run, None where there is none. It isn't newer than the one that `latest` names.
 
     Args:
         shared: every rank calls it; they share the reading.
-        say: is told of each damaged checkpoint that is passed over (with `shared` on every rank).
-        beat: as for `trouble`.
+        print_line: is told of each damaged checkpoint that is passed over (with `shared` on every rank).
+        beat: as for `find_damage`.
     """
     folder = Path(run_dir, "checkpoints")
     newest = latest(folder)
     for candidate in reversed(in_order(folder)):
         if newest and step_of(candidate) > step_of(Path(newest)):
             continue  # of a trajectory that was given up, or not finished
-        found = trouble(candidate, shared, beat)
+        found = find_damage(candidate, shared, beat)
         if found is None:
             return candidate
-        say(f"passing over {candidate}: {found}")
+        print_line(f"passing over {candidate}: {found}")
     return None
 
 
-def automatic(run_dir: str, overwrite: bool, say: Callable[[str], None]) -> Path | None:
+def automatic(run_dir: str, overwrite: bool, print_line: Callable[[str], None]) -> Path | None:
     """What `--resume auto` goes on from, on all ranks; None for a new run. Raises UserError when the run has checkpoints and
     all of them are damaged: what could be saved of them is not overwritten unasked."""
     if in_order(Path(run_dir, "checkpoints")):
-        say(f"reading the newest checkpoint of {run_dir}, to see whether it is whole")
-    found = newest_good(run_dir, shared=True, say=say)
+        print_line(f"reading the newest checkpoint of {run_dir}, to see whether it is whole")
+    found = newest_good(run_dir, shared=True, print_line=print_line)
     if found is None and in_order(Path(run_dir, "checkpoints")) and not overwrite:
         raise UserError(f"{Path(run_dir, 'checkpoints')} has no whole checkpoint: pass --overwrite to begin anew in its "
                         f"place, or choose another run_dir=…")
@@ -169,9 +169,9 @@ def read_state(checkpoint: Path, description: dict) -> dict[str, Any]:
         if not all(type(state[key]) is int and state[key] >= 0 for key in ("step", "samples")):
             raise ValueError
     except Damaged as error:
-        raise refusal(checkpoint, error) from None
+        raise damaged(checkpoint, error) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise refusal(checkpoint, "state.json is missing, or not of this program's form") from None
+        raise damaged(checkpoint, "state.json is missing, or not of this program's form") from None
     state["other_world"] = []
     for name, ours in description.items():
         if theirs.get(name) == ours:

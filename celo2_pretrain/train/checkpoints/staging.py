@@ -42,7 +42,7 @@ def staged_folder(staging: str, run_dir: str) -> Path:
     return Path(staging, f"celo2-{hashlib.sha256(os.path.abspath(run_dir).encode()).hexdigest()[:12]}")
 
 
-def settle(say: Callable[[str], None], beat: Callable[[], None] = lambda: None) -> None:
+def settle(print_line: Callable[[str], None], beat: Callable[[], None] = lambda: None) -> None:
     """Before this process leaves with an error: wait up to WAIT_SECONDS for the copy that rank 0 has under way.
 
     Nothing is exchanged, as the others may be anywhere. A rank without the thread looks at the folder, which goes when
@@ -53,12 +53,12 @@ def settle(say: Callable[[str], None], beat: Callable[[], None] = lambda: None) 
 
     until = time.monotonic() + WAIT_SECONDS
     if copying():
-        say(f"waiting up to {WAIT_SECONDS:g} s for the checkpoint that is being copied")
+        print_line(f"waiting up to {WAIT_SECONDS:g} s for the checkpoint that is being copied")
     while copying() and time.monotonic() < until:
         beat()
         time.sleep(POLL_SECONDS)
     if Copy.under_way and Copy.under_way.error:
-        say(f"warning: {Copy.under_way.final} could not be copied: {one_line(Copy.under_way.error)}")
+        print_line(f"warning: {Copy.under_way.final} could not be copied: {one_line(Copy.under_way.error)}")
 
 
 class Copy:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from celo2_pretrain.common.errors import Stopped, UserError, say
+from celo2_pretrain.common.console import print_notice
+from celo2_pretrain.common.errors import Stopped, UserError
 from celo2_pretrain.optimizer.sharding.replicas import DriftError
 from celo2_pretrain.train.checkpoints.staging import settle
 from celo2_pretrain.train.faults.run_lock import InUse
@@ -136,8 +137,8 @@ def end(run_dir: str, rank: int, error: Exception) -> None:
 
 def leave(text: str, code: int) -> None:
     """Print `text` and end the process, whatever its other threads wait for; but a checkpoint's copy may come to its end."""
-    say(text)
-    settle(say)
+    print_notice(text)
+    settle(print_notice)
     os._exit(code)
 
 

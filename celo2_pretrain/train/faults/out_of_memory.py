@@ -10,7 +10,7 @@ from celo2_pretrain.config import Config
 def explained(config: Config):
     """Turn a failed allocation, of Python, of torch on the CPU or on a GPU, into a MemoryError that says what saves memory.
 
-    The kernel's own way (SIGKILL) can't be caught: the launcher and restarts.py tell of it.
+    The kernel's own way (SIGKILL) can't be caught: the launcher and supervisor.py report it.
     """
     try:
         yield

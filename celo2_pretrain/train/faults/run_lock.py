@@ -8,7 +8,8 @@ import socket
 import time
 from pathlib import Path
 
-from celo2_pretrain.common.errors import Stopped, UserError, say
+from celo2_pretrain.common.console import print_notice
+from celo2_pretrain.common.errors import Stopped, UserError
 from celo2_pretrain.train.checkpoints.staging import Copy
 
 NAME = ".lock"
@@ -57,7 +58,8 @@ class RunLock:
                 raise InUse(f"run_dir {str(self.run_dir)!r} is in use by another run (process {holder}): wait for its end or "
                             f"stop it (touch {self.run_dir}/STOP), or choose another run_dir=…")
             if not told:
-                say(f"waiting up to {LEASE_SECONDS:g} s for process {holder} to let go of {self.run_dir}: its node may be gone")
+                print_notice(f"waiting up to {LEASE_SECONDS:g} s for process {holder} to let go of {self.run_dir}: its node "
+                             "may be gone")
             told = True
             time.sleep(LOOK_SECONDS)
         self.file = file

@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from celo2_pretrain.common.errors import EXIT_STOPPED, Stopped, say
-from celo2_pretrain.train.faults.exit_code import note
-from celo2_pretrain.train.faults.supervisor import INTERRUPTED, SIGNALS, SINCE, file_asks, leave_lost_terminal, not_ignored
+from celo2_pretrain.common.console import print_notice
+from celo2_pretrain.common.errors import EXIT_STOPPED, Stopped
+from celo2_pretrain.train.faults.exit_code import record_exit_code
+from celo2_pretrain.train.faults.signals import INTERRUPTED, SIGNALS, SINCE, leave_lost_terminal, not_ignored, stop_file_is_new
 
 
 class StopRequests:
@@ -75,16 +76,16 @@ class StopRequests:
 
     def _leave(self, code: int, why: str) -> None:
         self._say(why)
-        os._exit(note(code))  # the main thread may wait in a collective, for ever
+        os._exit(record_exit_code(code))  # the main thread may wait in a collective, for ever
 
     def _say(self, text: str) -> None:
         if self.rank == 0:
-            say(text)
+            print_notice(text)
 
     def asked(self) -> bool:
         """Whether this rank has been asked to stop."""
         if self.rank == 0 and self.reason is None:
-            asks = file_asks(self.file, self.began)
+            asks = stop_file_is_new(self.file, self.began)
             if asks:
                 self.reason = f"the file {self.file}"
             elif asks is False:

@@ -18,41 +18,16 @@ from pathlib import Path
 
 import psutil
 
-from celo2_pretrain.common.errors import EXIT_HUNG, EXIT_STOPPED, EXIT_USER_ERROR, UserError, say
+from celo2_pretrain.common.console import print_notice
+from celo2_pretrain.common.errors import EXIT_HUNG, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from celo2_pretrain.config import Config, accumulation_steps
 from celo2_pretrain.train.faults.exit_code import NOTES
+from celo2_pretrain.train.faults.signals import INTERRUPTED, SINCE, leave_lost_terminal, not_ignored, stop_file_is_new
 
-SINCE = "CELO2_SUPERVISOR_SINCE"  # when it began: a stop file that is newer is for the run, whichever start is under way
 FIRST_ERROR = "error_first.txt"  # failures.FIRST; to import it would load DeepSpeed into a process that only waits
-INTERRUPTED = 130  # what shells give for SIGINT
 FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds before a restart; doubled as long as no start brings a new checkpoint
 GRACE_SECONDS = 20.0  # for the other ranks, when the launcher has ended
 LOOK_SECONDS = 0.5
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
-
-def file_asks(path: Path, since: float) -> bool | None:
-    """Whether the stop file was made after `since`, or is an earlier run's; None where there is none."""
-    try:
-        return path.stat().st_mtime >= since - 1  # file systems count in up to a second
-    except OSError:
-        return None
-
-
-def not_ignored() -> list[signal.Signals]:
-    """The signals to hear: what is ignored (by nohup, in a background job of a script) stays so."""
-    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-
-
-def leave_lost_terminal() -> None:
-    """Where the terminal is gone, as after SIGHUP, write to nothing: print would raise, and end a run before it has saved."""
-    for descriptor in (1, 2):
-        try:
-            os.write(descriptor, b"")
-        except OSError:
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, descriptor)
-            os.close(nothing)
 
 
 def parse_ranks(text: str | None, launch: str | None, config: Config) -> list[int]:
@@ -75,7 +50,7 @@ def parse_ranks(text: str | None, launch: str | None, config: Config) -> list[in
     return ranks
 
 
-class Asked:
+class StopSignals:
     """The signals that ask this process to stop, while it is entered; and the stop file, which the ranks read and remove."""
 
     def __init__(self, file: Path):
@@ -83,10 +58,10 @@ class Asked:
 
     def to_stop(self) -> bool:
         """Also by a stop file that no rank has seen: the run failed before, or waits for its next start."""
-        return bool(self.names or file_asks(self.file, self.since))
+        return bool(self.names or stop_file_is_new(self.file, self.since))
 
     def forget_file(self) -> None:
-        if file_asks(self.file, self.since):
+        if stop_file_is_new(self.file, self.since):
             with contextlib.suppress(OSError):
                 self.file.unlink()
 
@@ -104,7 +79,7 @@ class Asked:
         self.names.append(signal.Signals(number).name)
 
 
-class Start:
+class DriverStart:
     """One start of the driver: all processes that come of `command`."""
 
     def __init__(self, command: list[str], notes: Path, supervised_since: float):
@@ -152,22 +127,22 @@ class Start:
             self.process.poll()
             time.sleep(0.1)
 
-    def wait(self, asked: Asked) -> int:
+    def wait(self, signals: StopSignals) -> int:
         """Until all of its processes have ended: the exit code of the first."""
         told, ended = False, None
         while self.process.poll() is None or self.living():
             ended = ended or (self.process.returncode is not None and time.monotonic())
-            if asked.names and not told:
-                say(f"{asked.names[0]}: the run is asked to save and stop; a second signal ends it at once")
+            if signals.names and not told:
+                print_notice(f"{signals.names[0]}: the run is asked to save and stop; a second signal ends it at once")
                 told = True
-            if len(asked.names) > 1 or (ended and not asked.names and time.monotonic() - ended > GRACE_SECONDS):
+            if len(signals.names) > 1 or (ended and not signals.names and time.monotonic() - ended > GRACE_SECONDS):
                 self.kill()
-            elif asked.names:
+            elif signals.names:
                 self.ask()
             time.sleep(LOOK_SECONDS)
         return self.process.returncode
 
-    def noted(self) -> set[int]:
+    def exit_codes(self) -> set[int]:
         return {int(line) for line in self.notes.read_text().split() if line.isdecimal()}
 
 
@@ -226,7 +201,7 @@ def arguments(args, run_dir: str, go_on: bool, replace: bool) -> list[str]:
     return [*out, *args.overrides, *([] if named else [f"run_dir={run_dir}"])]
 
 
-def outcome(code: int, noted: set[int], asked: bool, finished: bool) -> int | None:
+def final_exit_code(code: int, noted: set[int], asked: bool, finished: bool) -> int | None:
     """The exit code to end with; None for another start."""
     codes = noted | {code}
     if code == 0 and finished:
@@ -238,7 +213,7 @@ def outcome(code: int, noted: set[int], asked: bool, finished: bool) -> int | No
     return INTERRUPTED if INTERRUPTED in codes else None
 
 
-def reason(code: int, run_dir: str, since: float) -> str:
+def failure_reason(code: int, run_dir: str, since: float) -> str:
     """Why a start failed, as far as this process knows."""
     number = -code if code < 0 else code - 128 if 128 < code < 192 else 256 - code if code >= 192 else 0
     names = {int(number): number.name for number in signal.Signals}
@@ -258,9 +233,9 @@ def reason(code: int, run_dir: str, since: float) -> str:
     return text
 
 
-def pause(seconds: float, asked: Asked) -> None:
+def pause(seconds: float, signals: StopSignals) -> None:
     until = time.monotonic() + seconds
-    while not asked.to_stop() and time.monotonic() < until:
+    while not signals.to_stop() and time.monotonic() < until:
         time.sleep(min(LOOK_SECONDS, seconds))
 
 
@@ -285,7 +260,7 @@ def supervise(args, config: Config) -> int:
     checkpoints = Checkpoints(config.run_dir)
     wait, restarts = FIRST_WAIT, 0
     stop_file = Path(config.train.stop_file or Path(config.run_dir, "STOP"))
-    with tempfile.TemporaryDirectory(prefix="celo2-supervisor-") as folder, Asked(stop_file) as asked:
+    with tempfile.TemporaryDirectory(prefix="celo2-supervisor-") as folder, StopSignals(stop_file) as signals:
         while True:
             own = checkpoints.newest()
             command = [part.replace("{ranks}", str(ranks[0])) if ranks else part for part in launch]
@@ -293,36 +268,36 @@ def supervise(args, config: Config) -> int:
             # One that was begun from another run's checkpoint has nothing else to begin from.
             replace = half_saved and args.resume not in (None, "auto") and not any(checkpoints.path.parent.glob("step_*"))
             command += arguments(args, config.run_dir, bool(own) or half_saved and not replace, replace)
-            say(f"start {restarts + 1} of at most {args.max_restarts + 1}: {shlex.join(command)}")
-            start = Start(command, Path(folder, f"start_{restarts + 1}"), asked.since)
-            code = start.wait(asked)
+            print_notice(f"start {restarts + 1} of at most {args.max_restarts + 1}: {shlex.join(command)}")
+            start = DriverStart(command, Path(folder, f"start_{restarts + 1}"), signals.since)
+            code = start.wait(signals)
             finished = checkpoints.finished(config.train.max_steps, args.resume == "auto")
-            end = outcome(code, start.noted(), asked.to_stop(), finished)
+            end = final_exit_code(code, start.exit_codes(), signals.to_stop(), finished)
             saved = checkpoints.newest()
             if end is None:
-                failed = f"the run failed: {reason(code, config.run_dir, start.since)}"
+                failed = f"the run failed: {failure_reason(code, config.run_dir, start.since)}"
                 if restarts == args.max_restarts:
-                    say(f"error: {failed}; --max-restarts {args.max_restarts} is used up; {went(saved)}")
+                    print_notice(f"error: {failed}; --max-restarts {args.max_restarts} is used up; {how_to_resume(saved)}")
                     return code if code > 0 else 128 - code if code else 1
                 if saved and saved != own:
                     wait = FIRST_WAIT
                 elif len(ranks) > 1:
                     ranks = ranks[1:]
                 with_ranks = f" with {ranks[0]} rank(s)" if ranks else ""
-                say(f"{failed}; starting again in {wait:g} s{with_ranks}, "
-                    f"{f'from {saved}' if saved else 'as before: it had saved nothing'}")
-                pause(wait, asked)
+                print_notice(f"{failed}; starting again in {wait:g} s{with_ranks}, "
+                             f"{f'from {saved}' if saved else 'as before: it had saved nothing'}")
+                pause(wait, signals)
                 wait, restarts = min(2 * wait, LONGEST_WAIT), restarts + 1
-                if not asked.to_stop():
+                if not signals.to_stop():
                     continue
                 end = EXIT_STOPPED
             if end == EXIT_STOPPED:
-                asked.forget_file()
-                say(f"stopped on request, not started again; {went(saved)}")
+                signals.forget_file()
+                print_notice(f"stopped on request, not started again; {how_to_resume(saved)}")
             elif restarts and end == 0:
-                say(f"finished after {restarts} restart(s)")
-            return 128 + getattr(signal, asked.names[1]) if end == EXIT_STOPPED and len(asked.names) > 1 else end
+                print_notice(f"finished after {restarts} restart(s)")
+            return 128 + getattr(signal, signals.names[1]) if end == EXIT_STOPPED and len(signals.names) > 1 else end
 
 
-def went(saved: str | None) -> str:
+def how_to_resume(saved: str | None) -> str:
     return f"{saved} is its newest checkpoint: --resume auto goes on from it" if saved else "it has saved nothing"

@@ -9,7 +9,8 @@ import threading
 import time
 from pathlib import Path
 
-from celo2_pretrain.common.errors import EXIT_HUNG, say
+from celo2_pretrain.common.console import print_notice
+from celo2_pretrain.common.errors import EXIT_HUNG
 
 FLAG = ".hung"
 POLL_SECONDS = 1.0
@@ -77,8 +78,8 @@ class Watchdog:
         except FileExistsError:  # another rank was first, and has said it
             os._exit(EXIT_HUNG)
         except OSError as error:
-            say(f"error: cannot write the stacks: {error}")
-        say(f"error: rank {self.rank} made no progress in {self.seconds:g} s (train.watchdog_seconds), while {self.doing}: "
-            f"{self.run_dir}/stacks_rank_*.txt show where; go on with --resume")
+            print_notice(f"error: cannot write the stacks: {error}")
+        print_notice(f"error: rank {self.rank} made no progress in {self.seconds:g} s (train.watchdog_seconds), while "
+                     f"{self.doing}: {self.run_dir}/stacks_rank_*.txt show where; go on with --resume")
         time.sleep(GRACE_SECONDS)
         os._exit(EXIT_HUNG)

@@ -11,7 +11,7 @@ def telling_backend(metrics: Metrics):
     """On rank 0 say what computes Celo2's passes, and why: Celo2 logs it in its first step, when it sees where its tensors
     are, and a log at that level is shown to nobody."""
     log, handler = logging.getLogger(choose.__name__), logging.Handler()
-    handler.emit = lambda record: metrics.say(record.getMessage())
+    handler.emit = lambda record: metrics.print_line(record.getMessage())
     if metrics.active:  # other ranks' warnings stay where they are
         log.setLevel(logging.INFO)
         log.addHandler(handler)

@@ -9,7 +9,8 @@ from typing import Callable
 
 from tqdm import tqdm
 
-from celo2_pretrain.common.errors import one_line, tell
+from celo2_pretrain.common.console import print_line
+from celo2_pretrain.common.errors import one_line
 from celo2_pretrain.common.json_file import parse_json
 from celo2_pretrain.train.checkpoints.manifest import write_atomically
 
@@ -90,22 +91,22 @@ class Metrics:
         step = record["step"]
         if "val_loss" in record:
             self.val_loss = record["val_loss"]
-            self.say(f"step {step:>6}/{self.max_steps}  validation loss {record['val_loss']:.4f}"
-                     f"  ({record['val_bits_per_byte']:.3f} bits per byte)")
+            self.print_line(f"step {step:>6}/{self.max_steps}  validation loss {record['val_loss']:.4f}"
+                            f"  ({record['val_bits_per_byte']:.3f} bits per byte)")
         elif self.terminal:
             shown = f"loss {record['loss']:.3f}, lr {record['lr']:.1e}, {record['tokens_per_s']:,.0f} tokens/s"
             self.bar.set_postfix_str(shown if self.val_loss is None else f"{shown}, val {self.val_loss:.3f}")
         else:
             left = round((time.monotonic() - self.started) / max(1, step - self.start_step) * (self.max_steps - step))
             mfu = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
-            tell(f"step {step:>6}/{self.max_steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}"
-                 f"  {record['tokens_per_s']:>7,.0f} tokens/s{mfu}  {left // 60}m{left % 60:02}s left")
+            print_line(f"step {step:>6}/{self.max_steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}"
+                       f"  {record['tokens_per_s']:>7,.0f} tokens/s{mfu}  {left // 60}m{left % 60:02}s left")
 
     def event(self, record: dict) -> None:
         """Write a record with "step" and "event" (docs/bad_numbers.md), and say its "why"."""
         if self.active:
             self._try(str(self.path), lambda: self._write(finite(record)))
-            self.say(f"step {record['step']:>6}/{self.max_steps}  {record['event']}: {record['why']}")
+            self.print_line(f"step {record['step']:>6}/{self.max_steps}  {record['event']}: {record['why']}")
 
     def rewind(self, step: int) -> None:
         """Drop the records after `step`, but for events: the run goes on from there."""
@@ -114,10 +115,10 @@ class Metrics:
             self._try(str(self.path), lambda: _keep(self.path, lambda record: record["step"] <= step or "event" in record))
             self.bar.update(step - self.bar.n)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         if self.active:
             self.bar.clear()
-            tell(text)
+            print_line(text)
             self.bar.refresh()
 
     def close(self) -> None:
@@ -140,4 +141,4 @@ class Metrics:
         except Exception as error:
             if what not in self.warned:
                 self.warned.add(what)
-                self.say(f"warning: {what} gets no record: {one_line(error)}; training goes on without")
+                self.print_line(f"warning: {what} gets no record: {one_line(error)}; training goes on without")

@@ -19,7 +19,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from celo2_pretrain import param_groups
-from celo2_pretrain.common.errors import UserError, one_line, say, shown
+from celo2_pretrain.common.console import print_notice
+from celo2_pretrain.common.errors import UserError, one_line, shown
 from celo2_pretrain.config import Config, dump_config
 from celo2_pretrain.model.build import build_model
 from celo2_pretrain.train.start.ranks import ranks_here, world_from_environment
@@ -34,7 +35,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
 
 
 def warn(text: str) -> None:
-    say(f"warning: {text}")
+    print_notice(f"warning: {text}")
 
 
 def check_run_dir(run_dir: str) -> None:

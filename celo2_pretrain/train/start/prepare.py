@@ -8,7 +8,7 @@ import deepspeed.comm as dist
 import numpy as np
 import torch
 
-from celo2_pretrain.common import errors
+from celo2_pretrain.common.console import print_line
 from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.config import Config
 from celo2_pretrain.data.documents import mask_documents
@@ -64,10 +64,10 @@ class Prepared:
     parameters: int  # of the whole model
     flops_per_token: float
 
-    def tell(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line on rank 0."""
         if self.rank == 0:
-            errors.tell(text)
+            print_line(text)
 
 
 def prepare(config: Config, resume: str | None, overwrite: bool, lock: RunLock) -> Prepared | None:
@@ -103,14 +103,14 @@ def prepare(config: Config, resume: str | None, overwrite: bool, lock: RunLock) 
 def find_start(config: Config, resume: str | None, overwrite: bool, lock: RunLock, description: dict[str, Any],
                mixture: Mixture) -> Start | None:
     """The checkpoint that `resume` asks for, checked against this run; None where nothing is left to do."""
-    tell = errors.tell if lock.rank == 0 else lambda text: None
+    print_once = print_line if lock.rank == 0 else lambda text: None
     automatic, checkpoints = resume == select.AUTO, Path(config.run_dir, "checkpoints")
     if automatic:
         lock.take()
         join_and_look(config.run_dir)  # the ranks share the reading
-        found = select.automatic(config.run_dir, overwrite, tell)
+        found = select.automatic(config.run_dir, overwrite, print_once)
         if found is None:
-            tell(f"{config.run_dir} has no checkpoint yet: beginning anew")
+            print_once(f"{config.run_dir} has no checkpoint yet: beginning anew")
     else:
         found = select.find(resume) if resume else None
     start = Start(found, own=found is not None and found.parent.resolve() == checkpoints.resolve(), verified=automatic)
@@ -120,7 +120,7 @@ def find_start(config: Config, resume: str | None, overwrite: bool, lock: RunLoc
     if found:
         read_start(start, description, mixture.digest, lock.rank)
         if start.step >= config.train.max_steps and automatic:
-            tell(f"{found} is at step {start.step} of {config.train.max_steps}: nothing left to do")
+            print_once(f"{found} is at step {start.step} of {config.train.max_steps}: nothing left to do")
             dist.destroy_process_group()
             return None
         if start.step >= config.train.max_steps:
