@@ -1,6 +1,6 @@
 // The three passes of the Celo2 update on the CPU, on a box of `rows` × `cols` elements whose columns lie together
 // (row i begins at i * stride). Plain C++ without torch's headers, so that it compiles in seconds; one compilation
-// serves all shapes. The plain-torch twin is celo2_pretrain/optimizer/backends/passes.py, and DESIGN section 1 the source.
+// serves all shapes. The plain-torch twin is celo2_pretrain/optimizer/backends/passes.py, and docs/how_it_works.md says the rule.
 //
 // "row" and "col" here are axes of the storage: which of them is v_row's is the caller's business. Accumulators are
 // float32, bfloat16 (written with stochastic rounding, twin: kernels/rounding.py) or packed in words of 32 bits (twin:

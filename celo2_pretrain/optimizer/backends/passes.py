@@ -1,4 +1,4 @@
-"""The three passes of the sharded update (DESIGN §2), in plain torch, on whatever part of a block a rank holds.
+"""The three passes of the sharded update (docs/how_it_works.md, The sharded step), in plain torch, on whatever part of a block a rank holds.
 
 Each pass reads the rank's own elements and adds to small sums; between passes the sums are reduced over
 the ranks. With one rank that holds everything, the same code is the unsharded update.

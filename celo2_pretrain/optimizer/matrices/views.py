@@ -142,7 +142,7 @@ class Block:
 
     @cached_property
     def factored(self) -> tuple[int, int]:
-        """(d1, d0) of DESIGN §1 step 3, in block axes."""
+        """(d1, d0) of step 3 of the rule (docs/how_it_works.md), in block axes."""
         return factored_axes(self.shape, self.batch)
 
     @cached_property

@@ -7,7 +7,7 @@ from math import prod
 
 from ..matrices.views import Block
 
-# Features that are one number an element, in the order of DESIGN §1 step 4.
+# Features that are one number an element, in the order of step 4 of the rule (docs/how_it_works.md).
 ELEMENTWISE_ND = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 27, 28, 29)
 ELEMENTWISE_1D = tuple(range(15))
 
