@@ -2,30 +2,13 @@
 
 Unknown keys, wrong types and impossible values raise UserError naming the key, the value and what to do.
 """
-import dataclasses
-import difflib
-import math
 import re
-import types
-import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-import yaml
-
-from celo2_pretrain.common.bundled import config_file
 from celo2_pretrain.common.errors import UserError, shown
-from celo2_pretrain.common.yaml_text import LONGEST, parse_yaml
-
-LARGEST = 2**53  # whole numbers are exact up to here when they pass through a float, as 1e6 does
-
-
-def key(default, doc: str, least: float | None = None, most: float | None = None):
-    """A dataclass field with a line of documentation and the range of values that make sense."""
-    metadata = {"doc": doc, "least": least, "most": most}
-    if isinstance(default, (dict, list)):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+from celo2_pretrain.common.settings import Key, Reader, as_tree, key
+from celo2_pretrain.common.yaml_text import dump_yaml
 
 
 @dataclass
@@ -136,192 +119,32 @@ class Profile:
 @dataclass
 class Config:
     run_dir: str = key("runs/default", "folder for checkpoints, metrics.jsonl, loss.png and the resolved config.yaml")
-    data: Data = dataclasses.field(default_factory=Data)
-    model: Model = dataclasses.field(default_factory=Model)
-    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
-    schedule: Schedule = dataclasses.field(default_factory=Schedule)
-    train: Train = dataclasses.field(default_factory=Train)
-    eval: Eval = dataclasses.field(default_factory=Eval)
-    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
-    track: Track = dataclasses.field(default_factory=Track)
-    profile: Profile = dataclasses.field(default_factory=Profile)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+    eval: Eval = field(default_factory=Eval)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    track: Track = field(default_factory=Track)
+    profile: Profile = field(default_factory=Profile)
     deepspeed: dict = key({}, "raw DeepSpeed configuration, merged over the one made from the other keys")
 
 
-def keys(cls=Config, prefix: str = "") -> dict[str, tuple[type, dataclasses.Field]]:
-    """All keys by dotted name, with their type and field."""
-    hints, out = typing.get_type_hints(cls), {}
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            out |= keys(hints[field.name], f"{prefix}{field.name}.")
-        else:
-            out[prefix + field.name.rstrip("_")] = hints[field.name], field
-    return out
-
-
-def as_tree(section) -> dict:
-    """A dataclass of this file as nested mappings by key: as asdict, without the underscore of `from_`."""
-    return dataclasses.asdict(section, dict_factory=lambda items: {name.rstrip("_"): value for name, value in items})
-
-
-KEYS = keys()
+READER = Reader(Config, "celo2-pretrain train", "configs/", "optimizer.lr=2e-3")
+KEYS, list_keys = READER.keys, READER.list_keys
 # What a model that training starts from brings itself.
 ARCHITECTURE = tuple(f"model.{name}" for name in (
     "family", "layers", "width", "heads", "kv_heads", "mlp_width", "vocab_size", "tied", "scaled_init"))
-SECTIONS = {name.split(".")[0] for name in KEYS if "." in name}
-
-
-def describe_type(kind) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    if typing.get_origin(kind) is types.UnionType:
-        return " or ".join("null" if k is type(None) else describe_type(k) for k in typing.get_args(kind))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping",
-            list: "a list"}[kind]
-
-
-def convert(name: str, value, kind, field: dataclasses.Field):
-    """`value` as `kind`, or UserError. YAML reads 2e-3 as text, so numbers may come as text."""
-    wrong = UserError(f"{name}={shown(value)}: must be {describe_type(kind)} ({field.metadata['doc']})")
-    options = [kind]
-    if typing.get_origin(kind) is types.UnionType:
-        if value is None:
-            return None
-        options = [k for k in typing.get_args(kind) if k is not type(None)]
-    kind = options[0]
-    if typing.get_origin(kind) is Literal:
-        if isinstance(value, bool) or value not in typing.get_args(kind):
-            near = difflib.get_close_matches(shown(value).strip("'"), list(map(str, typing.get_args(kind))), 1)
-            raise UserError(f"{wrong}{f'; did you mean {near[0]}?' if near else ''}")
-        return next(choice for choice in typing.get_args(kind) if choice == value)  # 2 for 2.0
-    try:
-        if kind is float and not isinstance(value, bool):
-            value = float(value)
-        elif kind is int and isinstance(value, (str, float)) and float(value) == int(float(value)):
-            value = int(float(value))
-        elif kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = str(value)
-    except (TypeError, ValueError, OverflowError):
-        raise wrong from None
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise wrong
-    if kind is str and ("\0" in value or not encodable(value)):
-        raise UserError(f"{name}={shown(value)}: holds characters that no file or text can have ({field.metadata['doc']})")
-    if kind is int and abs(value) > LARGEST:
-        raise UserError(f"{name}={shown(value)}: must be at most 2**53 ({field.metadata['doc']})")
-    if kind is dict:
-        check_raw(name, value)
-    least, most = field.metadata["least"], field.metadata["most"]
-    if (least is not None and not value >= least) or (most is not None and not value <= most) or value == float("inf"):
-        bounds = f"at least {least:g}" if most is None else f"between {least:,} and {most:,}"
-        raise UserError(f"{name}={value}: must be {bounds} ({field.metadata['doc']})")
-    return value
-
-
-def encodable(text: str) -> bool:
-    """Half of a surrogate pair can be written in YAML, and comes from arguments that aren't UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def check_raw(name: str, value) -> None:
-    """The raw section must be what JSON can say: it is DeepSpeed's, and goes to a file."""
-    if isinstance(value, dict):
-        for key_, inner in value.items():
-            if not isinstance(key_, str) or not encodable(key_):
-                raise UserError(f"{name}: the key {shown(key_)} must be text")
-            check_raw(f"{name}.{key_[:60]}" if name.count(".") < 6 else name, inner)
-    elif isinstance(value, list):
-        for inner in value:
-            check_raw(name, inner)
-    elif isinstance(value, str) and not encodable(value) or isinstance(value, float) and not math.isfinite(value) or not (
-            value is None or isinstance(value, (bool, int, float, str))):
-        raise UserError(f"{name}={shown(value)}: must be text, a finite number, true, false, null, a list or a mapping")
-
-
-def flatten(tree: dict, where: str, prefix: str = "") -> dict:
-    """Dotted keys of nested sections, each a known one."""
-    out = {}
-    for name, value in tree.items():
-        full = f"{prefix}{name}"
-        if full in SECTIONS and isinstance(value, dict):
-            out |= flatten(value, where, f"{full}.")
-        elif full in SECTIONS:
-            inside = ", ".join(k for k in KEYS if k.startswith(f"{full}."))
-            raise UserError(f"{where}: {full} is a section, not a value (got {shown(value)}); its keys are {inside}")
-        elif full not in KEYS:
-            near = difflib.get_close_matches(full[:100], KEYS, 1, 0.5)
-            # A key given without its section, or in another one, is found by its last part.
-            near = [k for k in KEYS if k.split(".")[-1] == str(name).split(".")[-1]] or near
-            hint = f"did you mean {near[0]!r}?" if near else "`celo2-pretrain train --list-keys` lists them"
-            raise UserError(f"{where}: unknown key {shown(full)}; {hint}")
-        else:
-            out[full] = value
-    return out
-
-
-def parse_overrides(arguments: list[str]) -> dict:
-    """`key=value` arguments as a flat dictionary; values are read as YAML. `deepspeed.a.b=1` sets one raw entry."""
-    out = {}
-    for argument in arguments:
-        name, equals, text = argument.partition("=")
-        if not equals:
-            raise UserError(f"argument {shown(argument)} is not of the form key=value, for example optimizer.lr=2e-3")
-        value = text if name in KEYS and KEYS[name][0] is str else parse_yaml(text, f"argument {shown(argument)}")
-        if name.startswith("deepspeed."):
-            raw = out.setdefault("deepspeed", {})
-            *parents, last = name.split(".")[1:]
-            for parent in parents:
-                raw = raw.setdefault(parent, {}) if isinstance(raw, dict) else raw
-            if not isinstance(raw, dict):
-                raise UserError(f"argument {shown(argument)}: another argument gives a value to a part of this key")
-            # YAML reads 2e-3 as text.
-            raw[last] = float(value) if isinstance(value, str) and re.fullmatch(r"[\d.]+e[+-]?\d+", value) else value
-        else:
-            out |= flatten({name: value}, "command line")
-    return out
-
-
-def merge(base: dict, over: dict) -> dict:
-    """`base` with the entries of `over` put over it, mappings merged entry by entry."""
-    out = dict(base)
-    for name, value in over.items():
-        out[name] = merge(out[name], value) if isinstance(out.get(name), dict) and isinstance(value, dict) else value
-    return out
-
-
-def read_yaml(path: str) -> dict:
-    try:
-        file_path = config_file(path)
-        if not file_path.is_file():
-            raise UserError(f"config {shown(path)} does not exist: the configs that come with the project are in configs/")
-        with open(file_path, encoding="utf-8") as file:
-            text = file.read(LONGEST + 1)
-    except UnicodeDecodeError as error:
-        raise UserError(f"config {path} is not valid YAML: it is not UTF-8 text (byte {error.start})") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"config {shown(path)} can't be read: {getattr(error, 'strerror', None) or error}") from None
-    tree = parse_yaml(text, f"config {path}")
-    if tree is not None and not isinstance(tree, dict):
-        raise UserError(f"config {path} must be a mapping of sections, not {type(tree).__name__}")
-    return flatten(tree or {}, path)
 
 
 def load_config(path: str | None, overrides: list[str] = ()) -> Config:
     """The configuration of YAML file `path` (None: the defaults) with `key=value` overrides. Raises UserError."""
-    flat = merge(read_yaml(path) if path else {}, parse_overrides(list(overrides)))
-    config = Config()
-    for name, value in flat.items():
-        kind, field = KEYS[name]
-        section, _, _ = name.rpartition(".")
-        setattr(getattr(config, section) if section else config, field.name, convert(name, value, kind, field))
-    given = [name for name in ARCHITECTURE if name in flat]
-    if config.model.from_ is not None and given:
-        raise UserError(f"{given[0]}={flat[given[0]]} can't be given with model.from={config.model.from_}, which says what "
-                        f"the model is: leave out {', '.join(given)}")
+    config, given = READER.load(path, overrides)
+    shape = [name for name in ARCHITECTURE if name in given]
+    if config.model.from_ is not None and shape:
+        raise UserError(f"{shape[0]}={given[shape[0]]} can't be given with model.from={config.model.from_}, which says what "
+                        f"the model is: leave out {', '.join(shape)}")
     check(config)
     return config
 
@@ -329,20 +152,16 @@ def load_config(path: str | None, overrides: list[str] = ()) -> Config:
 def check_entries(name: str, entries: list, example: str, *choices: dict[str, type]) -> None:
     """Each of `entries` has the keys of one of `choices`, with values of that type, numbers above 0."""
     for entry in entries:
-        wrong = UserError(f"{name}: {shown(entry)} is not of the form {example}")
-        if not isinstance(entry, dict):
-            raise wrong
-        fitting = [choice for choice in choices if choice.keys() == entry.keys()]
-        if not fitting:
-            raise wrong
-        for field, kind in fitting[0].items():
-            try:  # YAML reads 1e6 as text
-                entry[field] = convert(f"{name}: {field}", entry[field], kind,
-                                       key(None, f"as in {example}", None if kind is str else 0))
+        kinds = next((choice for choice in choices if isinstance(entry, dict) and choice.keys() == entry.keys()), None)
+        if kinds is None:
+            raise UserError(f"{name}: {shown(entry)} is not of the form {example}")
+        for part, kind in kinds.items():
+            try:
+                entry[part] = Key(f"{name}: {part}", kind, f"as in {example}", None if kind is str else 0).convert(entry[part])
             except UserError as error:
                 raise UserError(f"{error} in {shown(entry)}") from None
-            if entry[field] in (0, ""):
-                raise UserError(f"{name}: {field}={entry[field]!r} in {shown(entry)}: must be above 0")
+            if entry[part] in (0, ""):
+                raise UserError(f"{name}: {part}={entry[part]!r} in {shown(entry)}: must be above 0")
 
 
 def check(config: Config) -> None:
@@ -408,14 +227,4 @@ def dump_config(config: Config) -> str:
     tree = as_tree(config)
     if config.model.from_ is not None:  # the shape is that model's, and may not be given
         tree["model"] = {name: value for name, value in tree["model"].items() if f"model.{name}" not in ARCHITECTURE}
-    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    if parse_yaml(text, "config") == tree:
-        return text
-    return yaml.safe_dump(tree, sort_keys=False)  # PyYAML writes some line ends of Unicode as they are, and reads spaces
-
-
-def list_keys() -> str:
-    """One line a key: name, default, meaning."""
-    default = flatten(as_tree(Config()), "defaults")
-    docs = {name: field.metadata["doc"] for name, (_, field) in KEYS.items()}
-    return "\n".join(f"  {name:<32} {str(default[name]):<14} {doc}" for name, doc in docs.items())
+    return dump_yaml(tree)

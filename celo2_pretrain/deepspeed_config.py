@@ -2,7 +2,8 @@
 import copy
 
 from celo2_pretrain.common.errors import UserError, shown
-from celo2_pretrain.config import Config, accumulation_steps, merge
+from celo2_pretrain.common.settings import merge
+from celo2_pretrain.config import Config, accumulation_steps
 
 # What the loop and the checkpoints rely on; change them by the keys named here.
 OURS = {

@@ -1,6 +1,6 @@
 // The three passes of the Celo2 update on the CPU, on a box of `rows` × `cols` elements whose columns lie together
 // (row i begins at i * stride). Plain C++ without torch's headers, so that it compiles in seconds; one compilation
-// serves all shapes. The plain-torch twin is celo2_pretrain/optimizer/backends/passes.py, and DESIGN section 1 the source.
+// serves all shapes. The plain-torch twin is celo2_pretrain/optimizer/backends/passes.py, and docs/how_it_works.md says the rule.
 //
 // "row" and "col" here are axes of the storage: which of them is v_row's is the caller's business. Accumulators are
 // float32, bfloat16 (written with stochastic rounding, twin: kernels/rounding.py) or packed in words of 32 bits (twin:
@@ -185,13 +185,13 @@ inline void features(const Tensors<T>& t, long i, long j, long stride, const flo
 }
 
 // 1 − β in float32, as the reference has it.
-const float decay[3] = {0.9f, 0.99f, 0.999f}, rest[3] = {1 - decay[0], 1 - decay[1], 1 - decay[2]};
+const float decay[3] = {0.9f, 0.99f, 0.999f}, one_minus_decay[3] = {1 - decay[0], 1 - decay[1], 1 - decay[2]};
 const float rms_decay = 0.95f, rms_rest = 0.05f;
 
 template <class T, class N>
 inline void update(T* const* m, T* v, vec g, long at, N n, int64_t index, const uint32_t* keys) {
     UNROLL for (int k = 0; k < 3; k++)
-        store(m[k] + at, load(m[k] + at, n) * decay[k] + g * rest[k], n, index + at, keys[k]);
+        store(m[k] + at, load(m[k] + at, n) * decay[k] + g * one_minus_decay[k], n, index + at, keys[k]);
     store(v + at, load(v + at, n) * rms_decay + g * g * rms_rest, n, index + at, keys[3]);
 }
 template <class N> inline void update(word* const*, word*, vec, long, N, int64_t, const uint32_t*) {}  // repack does it
@@ -224,7 +224,7 @@ void repack(const float* g, word* words, long rows, long cols, long stride, Scal
             const Scales next = now.at(i, j);
             vec state[4];
             unpack(load_words(words + at, n), old.at(i, j), cols, n, state);
-            UNROLL for (int k = 0; k < 3; k++) state[k] = state[k] * decay[k] + x * rest[k];
+            UNROLL for (int k = 0; k < 3; k++) state[k] = state[k] * decay[k] + x * one_minus_decay[k];
             state[3] = state[3] * rms_decay + x * x * rms_rest;
             uvec draw[4];
             UNROLL for (int k = 0; k < 4; k++) draw[k] = (random_bits(index + at, keys[k]) + keys[4]) & 0xFFFFu;

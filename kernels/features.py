@@ -1,4 +1,4 @@
-"""The 18 elementwise features (DESIGN section 1, step 4) of one tile, for passes B and C.
+"""The 18 elementwise features (docs/how_it_works.md, step 4) of one tile, for passes B and C.
 
 Plain twin: `elementwise_features` in celo2_pretrain/optimizer/backends/passes.py.
 """

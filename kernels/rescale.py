@@ -1,6 +1,6 @@
 """Step 8 for all tensors of a bucket: divide every matrix's direction by its root mean square over all ranks.
 
-Plain twin: `output_squares` and `rescale` of `Reference` in celo2_pretrain/optimizer/backends/plain.py. Per element 1 load
+Plain twin: `output_squares` and `rescale` of `TorchBackend` in celo2_pretrain/optimizer/backends/plain.py. Per element 1 load
 for the sums, 1 load and 1 store for the division: 4 and 8 bytes.
 """
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Size(NamedTuple):
     cols: int = 128
 
 
-class Box(NamedTuple):
+class TileBox(NamedTuple):
     """The elements (row + i, col + j) of a matrix, lying at `offset + i · stride + j` of the part's flat slices."""
 
     part: int
@@ -41,7 +41,7 @@ class Box(NamedTuple):
     width: int
 
 
-BOX = tl.constexpr(len(Box._fields))
+BOX = tl.constexpr(len(TileBox._fields))
 # What a part is, a row of the pointer table: addresses, then where the slice begins in the whole tensor and the keys by
 # which m0, m1, m2 and v are rounded; then what packed accumulators need, the words of which m0 … v all point to. A kernel
 # reads the ones that it needs.
@@ -77,9 +77,9 @@ class Tiles:
         return len(self.tiles)
 
 
-def make_tiles(boxes: list[Box], size: Size, device: torch.device) -> Tiles:
+def make_tiles(boxes: list[TileBox], size: Size, device: torch.device) -> Tiles:
     """Cut boxes into tiles, and work out which tiles' partial sums belong together."""
-    table = torch.tensor(boxes, dtype=torch.int64).view(-1, len(Box._fields))
+    table = torch.tensor(boxes, dtype=torch.int64).view(-1, len(TileBox._fields))
     part, matrix, _, row, rows, col, cols, _, height, width = table.unbind(1)
     low_row, low_col = row // size.rows, col // size.cols
     wide = (col + cols - 1) // size.cols - low_col + 1

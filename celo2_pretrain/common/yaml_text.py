@@ -73,3 +73,11 @@ def parse_yaml(text: str, where: str):
         raise UserError(f"{where} is not valid YAML here: it is nested too deeply") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # PyYAML's on a tag that its value doesn't fit
         raise UserError(f"{where} is not valid YAML: a value does not fit its tag or form ({one_line(error)})") from None
+
+
+def dump_yaml(tree: dict) -> str:
+    """Text that `parse_yaml` reads back as `tree`."""
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    if parse_yaml(text, "config") == tree:
+        return text
+    return yaml.safe_dump(tree, sort_keys=False)  # PyYAML writes some line ends of Unicode as they are, and reads spaces

@@ -1,17 +1,13 @@
 """Everything that a meta-training is set up with: read from YAML and `key=value` arguments, checked at the door."""
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import yaml
 
-from ..common.bundled import config_file
 from ..common.errors import UserError, one_line
-from ..config import convert, key, keys
+from ..common.settings import Reader, key
 
 
 @dataclass
@@ -60,24 +56,13 @@ class MetaConfig:
         return self.families.replace(",", " ").split()
 
 
-KEYS = keys(MetaConfig)
+READER = Reader(MetaConfig, "celo2-pretrain meta-train", "configs/meta/", "outer_lr=1e-4")
+list_keys = READER.list_keys
 
 
 def load_config(path: str | None, overrides: list[str]) -> MetaConfig:
     """The configuration of YAML file `path` (None: the defaults) with `key=value` overrides. Raises UserError."""
-    given = dict(_read(path)) if path else {}
-    for argument in overrides:
-        name, equals, text = argument.partition("=")
-        if not equals:
-            raise UserError(f"argument {argument!r} is not of the form key=value, for example outer_lr=1e-4")
-        given[name] = text if name in KEYS and KEYS[name][0] is str else yaml.safe_load(text)
-    config = MetaConfig()
-    for name, value in given.items():
-        if name not in KEYS:
-            near = difflib.get_close_matches(str(name), KEYS, 1)
-            raise UserError(f"unknown key {name!r}; {f'did you mean {near[0]!r}?' if near else 'keys: ' + ', '.join(KEYS)}")
-        kind, field = KEYS[name]
-        setattr(config, name, convert(name, value, kind, field))
+    config, _ = READER.load(path, overrides)
     for low, high in (("length_min", "length_max"), ("lr_min", "lr_max"), ("scale_min", "scale_max")):
         if getattr(config, low) > getattr(config, high):
             raise UserError(f"{low}={getattr(config, low)} is above {high}={getattr(config, high)}: exchange them")
@@ -91,27 +76,3 @@ def load_config(path: str | None, overrides: list[str]) -> MetaConfig:
     if not config.family_names:
         raise UserError("families is empty: name at least one, for example families=mlp/digits")
     return config
-
-
-def _read(path: str) -> dict:
-    file_path = config_file(path)
-    if not file_path.is_file():
-        raise UserError(f"config {path!r} does not exist: those that come with the project are in configs/meta/")
-    try:
-        tree = yaml.safe_load(file_path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} is not valid YAML: {one_line(error)}") from None
-    if tree is not None and not isinstance(tree, dict):
-        raise UserError(f"config {path} must be a mapping of keys, not {type(tree).__name__}")
-    return tree or {}
-
-
-def dump(config: MetaConfig) -> str:
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-
-
-def list_keys() -> str:
-    """One line a key: name, default, meaning."""
-    defaults = MetaConfig()
-    return "\n".join(f"  {name:<20} {str(getattr(defaults, name)):<10} {field.metadata['doc']}"
-                     for name, (_, field) in KEYS.items())

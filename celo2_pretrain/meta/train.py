@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from ..common.errors import UserError
 from ..common.figures import new_figure, save_figure
+from ..common.settings import as_tree
+from ..common.yaml_text import dump_yaml
 from ..weights import save_weights
 from ..weights.mlp import MLP
-from . import config as configs
 from .config import MetaConfig
 from .evolution import Evolution
 from .family import Family
@@ -89,7 +90,7 @@ def run(config: MetaConfig, resume: bool = False, overwrite: bool = False) -> Pa
         if (out / METRICS).exists():  # never a folder that isn't a meta-training's
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
+        (out / "config.yaml").write_text(dump_yaml(as_tree(config)), encoding="utf-8")
     with (open(out / METRICS, "a", encoding="utf-8") as log,
           tqdm(total=config.outer_steps, initial=training.step, unit="outer step", smoothing=0.05,
                mininterval=1, dynamic_ncols=True) as bar):

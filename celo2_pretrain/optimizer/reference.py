@@ -63,7 +63,7 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def accumulate(g: Tensor, state: State, batch: int = 0) -> State:
-    """DESIGN §1, steps 2–3: the accumulators after the (clamped) gradient `g`."""
+    """Steps 2 and 3 of the rule (docs/how_it_works.md): the accumulators after the (clamped) gradient `g`."""
     beta = _decays(MOMENTUM_DECAYS, g)
     momentum = beta * state.momentum + (1 - beta) * g
     rms = RMS_DECAY * state.rms + (1 - RMS_DECAY) * g * g
@@ -137,7 +137,7 @@ def step(p: Tensor, g: Tensor, state: State, mlp: MLP, orthogonalize: bool = Tru
     """One learned step for one tensor.
 
     Args: `p`, `g` of one shape and any float dtype; `state` from `init_state` or the last call.
-    Returns the unit-RMS `step` of DESIGN §1 (float32; the caller does `p -= lr * (step + weight_decay * p)`)
+    Returns the unit-RMS `step` (float32; the caller does `p -= lr * (step + weight_decay * p)`)
     and the new state. `orthogonalize` has no meaning for 1-D tensors, which are only normalised.
     """
     p, g = p.float(), g.float().clamp(-GRAD_CLAMP, GRAD_CLAMP)

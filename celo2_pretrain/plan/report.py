@@ -5,7 +5,7 @@ import textwrap
 from dataclasses import asdict, replace
 
 from celo2_pretrain.common.devices import GIB
-from celo2_pretrain.config import as_tree
+from celo2_pretrain.common.settings import as_tree
 from celo2_pretrain.plan import memory, step_time
 from celo2_pretrain.plan.estimate import Estimate, Subject
 from celo2_pretrain.plan.shards import owned_flops, sent_bytes

@@ -19,7 +19,7 @@ import numpy as np
 
 from celo2_pretrain.common.errors import EXIT_STOPPED, Stopped, UserError
 from celo2_pretrain.common.figures import new_figure, save_figure
-from celo2_pretrain.config import Config, as_tree, flatten, load_config
+from celo2_pretrain.config import READER, Config, load_config
 from celo2_pretrain.train.checkpoints.manifest import write_atomically
 from celo2_pretrain.train.record.metrics import read_metrics
 
@@ -38,8 +38,8 @@ class Run:
         holds a run with another configuration."""
         if not (self.folder / "config.yaml").is_file():
             return "new"
-        theirs = flatten(as_tree(load_config(str(self.folder / "config.yaml"))), "")
-        for name, ours in flatten(as_tree(self.config), "").items():
+        theirs = READER.values(load_config(str(self.folder / "config.yaml")))
+        for name, ours in READER.values(self.config).items():
             if theirs[name] != ours and name != "run_dir":
                 raise UserError(f"{self.folder} was run with {name} = {theirs[name]}, this sweep has {ours}: give the "
                                 f"same arguments to go on, or another --out")

@@ -14,7 +14,7 @@ from celo2_pretrain.optimizer import reference
 from celo2_pretrain.optimizer.backends.passes import scales
 from celo2_pretrain.optimizer.matrices.views import Block
 from celo2_pretrain.optimizer.reference import State
-from celo2_pretrain.optimizer.sharding.shape import Shape
+from celo2_pretrain.optimizer.sharding.shape import BlockShape
 from celo2_pretrain.weights.mlp import MLP
 
 
@@ -28,7 +28,7 @@ def step(name: str, number: int, block: Block, shape: tuple[int, ...], p: Tensor
     updated = reference.accumulate(g, state, block.batch)
     rms = state.rms * reference.RMS_DECAY + g * g * (1 - reference.RMS_DECAY)  # rounded as by the passes
     d1, d0 = block.factored
-    scale = scales(updated.v_row.unsqueeze(d0 + 1), updated.v_col.unsqueeze(d1 + 1), Shape(block))
+    scale = scales(updated.v_row.unsqueeze(d0 + 1), updated.v_col.unsqueeze(d1 + 1), BlockShape(block))
     index = block.select(torch.arange(torch.Size(shape).numel()).view(shape))
     by_decay = [row * col for row, col in zip(scale.row, scale.col)]
     drawn = [draws(index, key_of(name, k), turn_of(number)) for k in range(4)]

@@ -9,10 +9,10 @@ from celo2_pretrain.optimizer.backends import boxes, choose
 from celo2_pretrain.optimizer.backends.choose import backend_for
 from celo2_pretrain.optimizer.backends.compiled import Compiled
 from celo2_pretrain.optimizer.backends.passes import Tensors
-from celo2_pretrain.optimizer.backends.plain import Reference
+from celo2_pretrain.optimizer.backends.plain import TorchBackend
 from celo2_pretrain.optimizer.matrices.views import MatrixView, pieces
 from celo2_pretrain.optimizer.sharding.plan import Part
-from celo2_pretrain.optimizer.sharding.shape import Shape
+from celo2_pretrain.optimizer.sharding.shape import BlockShape
 from celo2_pretrain.weights.mlp import DIMS, MLP
 
 CASES = [
@@ -34,7 +34,7 @@ def compiled() -> Compiled:
     return Compiled()
 
 
-def step(backend: Reference, t: Tensors, shape: Shape, cut: list, mlp: MLP) -> list[torch.Tensor]:
+def step(backend: TorchBackend, t: Tensors, shape: BlockShape, cut: list, mlp: MLP) -> list[torch.Tensor]:
     """All three passes over the pieces of a slice; returns everything they make."""
     parts = [Part(0, shape, cut, 0, 0)]
     row, col = torch.zeros(shape.row), torch.zeros(shape.col)
@@ -62,13 +62,13 @@ def test_the_kernels_are_their_twins(compiled, shape, view, dtype, monkeypatch):
         for block in view.blocks(shape):
             cut = pieces(block, start, stop, most=50)
             made = []
-            for backend in (compiled, Reference()):
+            for backend in (compiled, TorchBackend()):
                 generator = torch.Generator().manual_seed(n)
                 draw = lambda scale=1.0: torch.randn(n, generator=generator) * scale  # noqa: E731
                 t = Tensors(draw().to(dtype), (draw() * 10.0 ** torch.randint(-4, 4, (n,), generator=generator)).to(dtype),
                             [draw() for _ in range(3)], draw().square(),
                             [draw().square() for _ in range(3)] if len(shape) == 1 else [])
-                made.append(step(backend, t, Shape(block), cut, mlp))
+                made.append(step(backend, t, BlockShape(block), cut, mlp))
             for ours, twin in zip(*made):
                 scale = twin.abs().max().item() if twin.numel() else 0.0
                 # Sums in another order: round-off relative to the largest, the MLP's amplified by cancelling terms.
@@ -92,10 +92,10 @@ def test_bfloat16_accumulators_are_rounded_alike_in_any_slice(compiled, shape, v
 
     for block in view.blocks(shape):
         made = []
-        for backend, cuts in ((compiled, [0, total]), (Reference(), [0, total]), (compiled, [0, total // 3, total])):
+        for backend, cuts in ((compiled, [0, total]), (TorchBackend(), [0, total]), (compiled, [0, total // 3, total])):
             slices = [slice_of(a, b) for a, b in zip(cuts, cuts[1:])]
             for t, start, stop in zip(slices, cuts, cuts[1:]):
-                out = step(backend, t, Shape(block), pieces(block, start, stop, most=50), mlp)
+                out = step(backend, t, BlockShape(block), pieces(block, start, stop, most=50), mlp)
                 if len(slices) == 1:
                     assert out[3].isfinite().all()
             made.append([torch.cat([t.momentum[k] for t in slices]) for k in range(3)] + [torch.cat([t.rms for t in slices])])
@@ -107,13 +107,13 @@ def test_bfloat16_accumulators_are_rounded_alike_in_any_slice(compiled, shape, v
 
 
 def test_the_kernels_cover_every_matrix_of_a_transformer():
-    assert all(Shape(block).inner_axis is not None for shape, view in CASES[:14] for block in view.blocks(shape))
-    assert Shape(MatrixView().blocks((6, 5, 3, 3))[0]).inner_axis is None  # plain torch
+    assert all(BlockShape(block).inner_axis is not None for shape, view in CASES[:14] for block in view.blocks(shape))
+    assert BlockShape(MatrixView().blocks((6, 5, 3, 3))[0]).inner_axis is None  # plain torch
 
 
 def test_a_nan_passes_through_a_kernel_as_through_its_twin(compiled):
-    shape = Shape(MatrixView().blocks((4, 20))[0])
-    for backend in (compiled, Reference()):
+    shape = BlockShape(MatrixView().blocks((4, 20))[0])
+    for backend in (compiled, TorchBackend()):
         t = Tensors(torch.ones(80), torch.ones(80), [torch.zeros(80) for _ in range(3)], torch.zeros(80), [])
         t.g[33] = float("nan")
         row, col = torch.zeros(shape.row), torch.zeros(shape.col)

@@ -154,7 +154,7 @@ def test_elements_beyond_2_31_are_found():
     where = torch.zeros(flat.BLOCK, dtype=torch.int64)
     find_last[(1,)](chunks[-1:].contiguous(), where, flat.BLOCK)
     assert where[-1].item() == (3 << 30) - 1
-    box = tiles.Box(part=0, matrix=0, offset=1 << 32, row=50000, rows=20, col=0, cols=8, stride=100000, height=60000,
+    box = tiles.TileBox(part=0, matrix=0, offset=1 << 32, row=50000, rows=20, col=0, cols=8, stride=100000, height=60000,
                     width=8)
     made = tiles.make_tiles([box], tiles.Size(16, 16), torch.device("cpu"))
     last = made.tiles[-1:].contiguous()

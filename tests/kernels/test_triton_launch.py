@@ -23,7 +23,7 @@ from celo2_pretrain.optimizer.backends import choose, triton as triton_backend  
 from celo2_pretrain.optimizer.backends.choose import backend_for  # noqa: E402
 from celo2_pretrain.optimizer.matrices.views import MatrixView, pieces  # noqa: E402
 from celo2_pretrain.optimizer.sharding.plan import Part  # noqa: E402
-from celo2_pretrain.optimizer.sharding.shape import Shape  # noqa: E402
+from celo2_pretrain.optimizer.sharding.shape import BlockShape  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1",
                                 reason="the interpreter replaces the compiler")
@@ -82,7 +82,7 @@ def test_every_launch_of_a_step_compiles_as_it_is_made(launched, monkeypatch):
 
 
 def test_tables_are_kept_as_long_as_the_plan_they_are_for():
-    backend, shape = triton_backend.Triton(), Shape(MatrixView().blocks((6, 5))[0])
+    backend, shape = triton_backend.Triton(), BlockShape(MatrixView().blocks((6, 5))[0])
     parts = [Part(0, shape, pieces(shape.block, 0, 30), 0, 0) for _ in range(2)]
     assert backend._tiles(parts, CPU) is backend._tiles(list(parts), CPU)
     assert backend._tiles(parts[:1], CPU) is not backend._tiles(parts, CPU)

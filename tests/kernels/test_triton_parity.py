@@ -35,11 +35,11 @@ else:
     from celo2_pretrain.kernels.tiles import Size
     from celo2_pretrain.optimizer.backends.choose import backend_for
     from celo2_pretrain.optimizer.backends.passes import Tensors
-    from celo2_pretrain.optimizer.backends.plain import Reference
+    from celo2_pretrain.optimizer.backends.plain import TorchBackend
     from celo2_pretrain.optimizer.backends.triton import Triton
     from celo2_pretrain.optimizer.matrices.views import MatrixView, pieces
     from celo2_pretrain.optimizer.sharding.plan import Part
-    from celo2_pretrain.optimizer.sharding.shape import Shape
+    from celo2_pretrain.optimizer.sharding.shape import BlockShape
     from celo2_pretrain.weights.mlp import DIMS, MLP
 
     CASES = [
@@ -81,7 +81,7 @@ else:
                        some(states, square=True), [some(square=True) for _ in range(3)] if len(shape) == 1 else [],
                        start, (1, 2**31, 2**32 - 1, 12345))
 
-    def passes(backend: Reference, parts: list[Part], tensors: list[Tensors], mlp: MLP) -> list[torch.Tensor]:
+    def passes(backend: TorchBackend, parts: list[Part], tensors: list[Tensors], mlp: MLP) -> list[torch.Tensor]:
         """All three passes over a plan's parts; returns everything that they make."""
         totals = [(torch.zeros(part.shape.row), torch.zeros(part.shape.col)) for part in parts]
         backend.accumulate(parts, tensors, totals)
@@ -106,12 +106,12 @@ else:
         """The kernels against plain torch, for a plan of the cases' blocks, each cut as `cuts` says."""
         torch.manual_seed(0)
         mlp, made = random_mlp(), []
-        for backend in (Triton(size), Reference()):
+        for backend in (Triton(size), TorchBackend()):
             parts, tensors = [], []
             for number, ((shape, view), (start, stop)) in enumerate(zip(cases, cuts)):
                 t = draw(shape, start, stop, number, dtypes, odd, states)
                 for block in view.blocks(shape):
-                    parts.append(Part(number, Shape(block), pieces(block, start, stop, most=50), 0, 0))
+                    parts.append(Part(number, BlockShape(block), pieces(block, start, stop, most=50), 0, 0))
                     tensors.append(t)
             made.append(passes(backend, parts, tensors, mlp))
         for ours, twin in zip(*made):
@@ -141,7 +141,7 @@ else:
                  ((18, 10), MatrixView(transpose=True, split=(3, 3, 3), repeats=2)),
                  ((2, 5, 14), MatrixView(split=(1, 1), repeats=7, batch=1)), ((4, 5, 2, 3), MatrixView(flatten=True))]
         made, mlp = [], random_mlp()
-        for backend in (Triton(SIZE), Reference()):
+        for backend in (Triton(SIZE), TorchBackend()):
             generator, parts, tensors, vectors = torch.Generator().manual_seed(0), [], [], []
             for number, (shape, view) in enumerate(cases):
                 total = torch.Size(shape).numel()
@@ -151,7 +151,7 @@ else:
                 t = Tensors(*(x[start:stop].clone() for x in (p, g)), [], words[start:stop].clone(), [], start,
                             (1, 2**31, 2**32 - 1, 12345, 40000))
                 for block in view.blocks(shape):
-                    parts.append(Part(number, Shape(block), pieces(block, start, stop, most=50), 0, 0))
+                    parts.append(Part(number, BlockShape(block), pieces(block, start, stop, most=50), 0, 0))
                     tensors.append(t)
                     vectors.append([[torch.randn(3, *size, generator=generator).exp()
                                      for size in (parts[-1].shape.row, parts[-1].shape.col)] for _ in range(2)])
@@ -168,7 +168,7 @@ else:
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_a_nan_or_inf_in_an_accumulator_stays_one(value):
-        shape = Shape(NONE.blocks((2, 4))[0])
+        shape = BlockShape(NONE.blocks((2, 4))[0])
         t = draw((2, 4), 0, 8, 0, (torch.float32, torch.float32), states=torch.bfloat16)
         t.momentum[2][5] = value
         Triton(SIZE).accumulate([Part(0, shape, pieces(shape.block, 0, 8), 0, 0)], [t],

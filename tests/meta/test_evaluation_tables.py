@@ -29,8 +29,8 @@ def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
         assert (tmp_path / name).read_text(encoding="utf-8") == (FOLDER / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", ["README.md", "celo2_pretrain/weights/celo2.md"])
-def test_a_table_shows_every_task_as_it_was_measured(path, rows):
+@pytest.mark.parametrize("path", ["README.md", "docs/results.md", "celo2_pretrain/weights/celo2.md"])
+def test_a_table_shows_tasks_as_they_were_measured(path, rows):
     found, shown = analysis.entries(rows), []
     table = (ROOT / path).read_text(encoding="utf-8").partition("| task (lower is better")[2].partition("\n\n")[0]
     for line in table.splitlines()[2:]:
@@ -43,4 +43,4 @@ def test_a_table_shows_every_task_as_it_was_measured(path, rows):
                 digits = len(re.sub(r"^[^.]*\.?", "", figure))
                 assert abs(float(figure) - value) <= 0.5001 * 10 ** -digits, (name, optimizer, value)
             assert cell.startswith("**") == (entry.best == least), (name, optimizer)
-    assert sorted(shown) == sorted(TASKS.values())
+    assert len(shown) == len(set(shown)) and (set(shown) == set(TASKS.values()) or path == "README.md" and shown)

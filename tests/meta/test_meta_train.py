@@ -226,6 +226,8 @@ def test_live_units_change_nothing_at_first_and_can_learn():
     (["truncation=5000"], "above length_max"),
     (["families="], "families is empty"),
     (["sigma=0"], "sigma=0"),
+    (["outer_lr=[1,"], "not valid YAML"),
+    (["seed=" + "9" * 5000], "too large"),
 ])
 def test_a_wrong_configuration_is_told_at_the_door(arguments, message):
     with pytest.raises(UserError, match=message):

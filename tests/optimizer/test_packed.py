@@ -12,10 +12,10 @@ from celo2_pretrain.kernels.packed import (FIELDS, MOMENTA, NEAREST, RMS, WORD, 
 from celo2_pretrain.optimizer.backends import boxes
 from celo2_pretrain.optimizer.backends.compiled import Compiled
 from celo2_pretrain.optimizer.backends.passes import Scale, Tensors, scales
-from celo2_pretrain.optimizer.backends.plain import Reference
+from celo2_pretrain.optimizer.backends.plain import TorchBackend
 from celo2_pretrain.optimizer.matrices.views import MatrixView, pieces
 from celo2_pretrain.optimizer.sharding.plan import Part
-from celo2_pretrain.optimizer.sharding.shape import Shape
+from celo2_pretrain.optimizer.sharding.shape import BlockShape
 from celo2_pretrain.optimizer.state.save_load import load_state, save_state
 
 NAMES = ("m0", "m1", "m2", "v")
@@ -145,13 +145,13 @@ def test_any_partition_of_a_tensor_gives_the_same_words_on_each_backend(shape, v
         return torch.cat(made)
 
     for block in view.blocks(shape):
-        s = Shape(block)
+        s = BlockShape(block)
         old, new = ([torch.randn(3, *size, generator=generator).exp() for size in (s.row, s.col)] for _ in range(2))
-        ours, twin = (repacked(backend, s, old, new, [0, total]) for backend in (Compiled(), Reference()))
+        ours, twin = (repacked(backend, s, old, new, [0, total]) for backend in (Compiled(), TorchBackend()))
         assert not torch.equal(twin, words.to(WORD)) or not torch.Size(block.shape).numel()
         # A fused multiply-add may move a value across a rounding threshold, once in ten thousand.
         assert (ours != twin).float().mean() <= 3e-3
-        for backend, whole in ((Compiled(), ours), (Reference(), twin)):
+        for backend, whole in ((Compiled(), ours), (TorchBackend(), twin)):
             cuts = [0, total // 3, total // 3, 2 * total // 3, total]
             assert torch.equal(repacked(backend, s, old, new, cuts), whole)
 
@@ -167,10 +167,10 @@ def test_the_passes_read_words_alike_on_each_backend():
         total = torch.Size(shape).numel()
         p, g, words = torch.randn(total), torch.randn(total), torch.randint(-1 << 31, 1 << 31, (total,)).to(WORD)
         for block in view.blocks(shape):
-            s, made = Shape(block), []
+            s, made = BlockShape(block), []
             vectors = [torch.rand(3, *size) for size in (s.row, s.col)]
             part = Part(0, s, pieces(block, 0, total, most=50), 0, 0)
-            for backend in (Compiled(), Reference()):
+            for backend in (Compiled(), TorchBackend()):
                 t = Tensors(p, g, [], words.clone(), [], 0, KEYS, backend.scales([part], [vectors])[0])
                 made.append(step(backend, t, s, part.pieces, mlp))
                 assert torch.equal(t.rms, words)  # only repack writes
@@ -247,7 +247,7 @@ def test_a_state_of_any_dtype_goes_on_in_any_other(saved, now, tmp_path):
 
 def test_the_scale_bounds_a_momentum():
     """|m| <= sqrt(v) element by element; where rows and columns factor, the scale is sqrt(v) within a factor of 4."""
-    shape = Shape(MatrixView().blocks((9, 14))[0])
+    shape = BlockShape(MatrixView().blocks((9, 14))[0])
     a, b = torch.rand(9, 1).exp(), torch.randn(1, 14).exp()
     v = (a * b).expand(3, -1, -1)
     found = scales(v.mean(2, keepdim=True), v.mean(1, keepdim=True), shape)

@@ -22,7 +22,7 @@ from celo2_pretrain.optimizer.matrices.views import MatrixView
 from celo2_pretrain.optimizer.reference import State
 from celo2_pretrain.optimizer.sharding.layouts import Layout, Original, Slice
 from celo2_pretrain.optimizer.sharding.plan import make_plan
-from celo2_pretrain.optimizer.sharding.shape import Shape
+from celo2_pretrain.optimizer.sharding.shape import BlockShape
 from celo2_pretrain.optimizer.step import learned
 from celo2_pretrain.optimizer.step.accumulators import ACCUMULATORS, init_state
 from celo2_pretrain.optimizer.step.exchange import Exchange
@@ -155,7 +155,7 @@ def rounded(state: State, g: Tensor, place: Tensor, step: int, dtype: torch.dtyp
     rms = state.rms * reference.RMS_DECAY + g * g * (1 - reference.RMS_DECAY)  # in the order of the passes
     if dtype == WORD:
         d1, d0 = reference.factored_axes(g.shape)
-        shape = Shape(MatrixView().blocks(tuple(g.shape))[0])
+        shape = BlockShape(MatrixView().blocks(tuple(g.shape))[0])
         scale = scales(updated.v_row.unsqueeze(d0 + 1), updated.v_col.unsqueeze(d1 + 1), shape)
         by_decay = [row * col for row, col in zip(scale.row, scale.col)]
         drawn = [draws(place, key_of("w", k), turn_of(step)) for k in range(4)]
@@ -240,7 +240,7 @@ def test_packing_a_range_of_a_view_and_unpacking_it_loses_nothing():
         generator = torch.Generator().manual_seed(0)
         words = torch.randint(-1 << 31, 1 << 31, (case.numel,), generator=generator).to(WORD)
         held = Slice(Original(torch.empty(case.shape), "w", case.view), 0, case.numel, 0, words)
-        shapes = [Shape(block) for block in case.view.blocks(case.shape)]
+        shapes = [BlockShape(block) for block in case.view.blocks(case.shape)]
         vectors = [torch.rand(3, sum(math.prod(size) for size in sizes), generator=generator)
                    for sizes in zip(*((shape.row, shape.col) for shape in shapes))]
         canonical = pack_range(unpack_range(words, held, 0, *vectors), held, 0, *vectors)

@@ -7,7 +7,8 @@ from support.paths import ROOT
 import yaml
 
 from celo2_pretrain.cli import main
-from celo2_pretrain.config import as_tree, flatten, load_config
+from celo2_pretrain.common.settings import as_tree
+from celo2_pretrain.config import READER, load_config
 from celo2_pretrain.train import loop
 from celo2_pretrain.train.checkpoints import select
 
@@ -23,13 +24,13 @@ def resumed(tmp_path, monkeypatch):
     Path("runs/x/config.yaml").write_text(yaml.safe_dump(as_tree(begun)))
     asked = []
     monkeypatch.setattr(select, "find", lambda path: Path(path))  # there are no checkpoints
-    monkeypatch.setattr(loop, "train", lambda config, resume, overwrite: asked.append((flatten(as_tree(config), ""), resume)))
+    monkeypatch.setattr(loop, "train", lambda config, resume, overwrite: asked.append((READER.values(config), resume)))
 
     def call(*arguments: str) -> tuple[dict, str | None]:
         assert main(["train", *arguments]) == 0
         return asked.pop()
 
-    return flatten(as_tree(begun), ""), call
+    return READER.values(begun), call
 
 
 @pytest.mark.parametrize("how, resume", [([], "runs/x"), (["auto"], "auto")])

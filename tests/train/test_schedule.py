@@ -65,7 +65,7 @@ def test_batch_grows_by_steps_and_tokens():
     ("data.mixture=[{path: a}]", "data.mixture: {'path': 'a'} is not of the form {path: data/a, weight: 0.7}"),
     ("data.mixture=[{path: a, weight: 0}]",
      "data.mixture: weight=0.0 in {'path': 'a', 'weight': 0.0}: must be above 0"),
-    ("data.mixture=[{path: a, weight: .nan}]", "data.mixture: weight=nan: must be at least 0"),
+    ("data.mixture=[{path: a, weight: .nan}]", "data.mixture: weight=nan: must be a finite number"),
     ("data.mixture={path: a, weight: 1}", "must be a list"),
     ("data.mask_documents=1", "data.mask_documents=1: must be true or false"),
 ])

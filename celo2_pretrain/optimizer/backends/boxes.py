@@ -4,13 +4,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..matrices.views import Piece
-from ..sharding.shape import Shape
+from ..sharding.shape import BlockShape
 
 JOB = 1 << 20  # elements of one call; fixed, so that sums don't depend on the number of threads
 
 
 @dataclass
-class Box:
+class MatrixBox:
     """One call's part of a matrix: where it begins in the slice, and its rows and columns in storage order."""
 
     matrix: int
@@ -22,7 +22,7 @@ class Box:
     stride: int
 
 
-def boxes_of(piece: Piece, shape: Shape, inner: int) -> list[Box]:
+def boxes_of(piece: Piece, shape: BlockShape, inner: int) -> list[MatrixBox]:
     """Cut a piece into calls: matrix by matrix, and by rows."""
     outer = -3 - inner  # the other of -1 and -2
     (row, row_stop), (col, col_stop) = piece.box[outer], piece.box[inner]
@@ -34,7 +34,7 @@ def boxes_of(piece: Piece, shape: Shape, inner: int) -> list[Box]:
             matrix = matrix * shape.full[axis] + i
             offset += (i - piece.box[axis][0]) * piece.stride[axis]
         for start in range(row, row_stop, step):
-            found.append(Box(matrix, offset + (start - row) * piece.stride[outer], start, min(step, row_stop - start),
+            found.append(MatrixBox(matrix, offset + (start - row) * piece.stride[outer], start, min(step, row_stop - start),
                              col, cols, piece.stride[outer]))
     return found
 

@@ -13,10 +13,10 @@ from ...kernels import cpu
 from ...weights.mlp import MLP
 from ..matrices.views import Piece
 from ..sharding.plan import Part
-from ..sharding.shape import Shape
-from .boxes import Box, boxes_of
+from ..sharding.shape import BlockShape
+from .boxes import MatrixBox, boxes_of
 from .passes import FirstLayer, Scale, Tensors
-from .plain import Reference
+from .plain import TorchBackend
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Layer:
 Calls = list[tuple[Future, Callable[[], None] | None]]  # under way, and what adds up what they made
 
 
-class Compiled(Reference):
+class Compiled(TorchBackend):
     """The C++ kernels, on as many threads as torch uses. Raises cpu.Unavailable where they can't be built."""
 
     name = "compile"
@@ -51,14 +51,14 @@ class Compiled(Reference):
         self.kernels = cpu.library()
         self.pool = ThreadPoolExecutor(max(1, torch.get_num_threads()), "celo2")
 
-    def factor(self, shape: Shape, v_row: Tensor, v_col: Tensor) -> Factor:
+    def factor(self, shape: BlockShape, v_row: Tensor, v_col: Tensor) -> Factor:
         plain = super().factor(shape, v_row, v_col)
         inner = shape.inner_axis
         if inner is None:
             return Factor(plain)
         return Factor(plain, *_by_storage(*plain, shape, inner))
 
-    def first_layer(self, squares: Tensor, v_row: Tensor, v_col: Tensor, shape: Shape, mlp: MLP) -> Layer:
+    def first_layer(self, squares: Tensor, v_row: Tensor, v_col: Tensor, shape: BlockShape, mlp: MLP) -> Layer:
         plain = super().first_layer(squares, v_row, v_col, shape, mlp)
         inner = shape.inner_axis
         if inner is None:
@@ -125,7 +125,7 @@ class Compiled(Reference):
                     self._direction(calls, t, piece, part.shape, inner, factor, layer, direction)
         _wait(calls)
 
-    def _accumulate(self, calls: Calls, t: Tensors, piece: Piece, shape: Shape, inner: int, row_sum: Tensor,
+    def _accumulate(self, calls: Calls, t: Tensors, piece: Piece, shape: BlockShape, inner: int, row_sum: Tensor,
                     col_sum: Tensor) -> None:
         # v_row's sum is over d0: along d1 it is the storage's row or column sum.
         d1_is_inner = shape.block.factored[0] == len(shape.full) + inner
@@ -136,23 +136,23 @@ class Compiled(Reference):
         for box in boxes_of(piece, shape, inner):
             rows, cols = torch.zeros(box.rows), torch.zeros(box.cols)
 
-            def call(box: Box = box, rows: Tensor = rows, cols: Tensor = cols) -> None:
+            def call(box: MatrixBox = box, rows: Tensor = rows, cols: Tensor = cols) -> None:
                 g, = _float32(box, t.g)
                 self._kernel("accumulate", t)(
                     g.data_ptr(), *_accumulators(t, box), box.rows, box.cols, box.stride,
                     rows.data_ptr(), cols.data_ptr(), t.start + box.offset, keys)
 
-            def add(box: Box = box, rows: Tensor = rows, cols: Tensor = cols) -> None:
+            def add(box: MatrixBox = box, rows: Tensor = rows, cols: Tensor = cols) -> None:
                 outer_total[box.matrix, box.row:box.row + box.rows].add_(rows)
                 inner_total[box.matrix, box.col:box.col + box.cols].add_(cols)
 
             calls.append((self.pool.submit(call), add))
 
-    def _repack(self, calls: Calls, t: Tensors, piece: Piece, shape: Shape, inner: int, old: Scale, new: Scale) -> None:
+    def _repack(self, calls: Calls, t: Tensors, piece: Piece, shape: BlockShape, inner: int, old: Scale, new: Scale) -> None:
         keys = (ctypes.c_uint32 * 5)(*t.keys)
         for box in boxes_of(piece, shape, inner):
 
-            def call(box: Box = box) -> None:
+            def call(box: MatrixBox = box) -> None:
                 g, = _float32(box, t.g)
                 scales = *_scales(old, box), *_scales(new, box)
                 self.kernels.celo2_repack(g.data_ptr(), _at(t.rms, box), box.rows, box.cols, box.stride,
@@ -160,13 +160,13 @@ class Compiled(Reference):
 
             calls.append((self.pool.submit(call), None))
 
-    def _norms(self, calls: Calls, t: Tensors, piece: Piece, shape: Shape, inner: int, factor: Factor, squares: Tensor
+    def _norms(self, calls: Calls, t: Tensors, piece: Piece, shape: BlockShape, inner: int, factor: Factor, squares: Tensor
                ) -> None:
         flat = squares.view(18, -1)
         for box in boxes_of(piece, shape, inner):
             total = torch.zeros(18, dtype=torch.float64)
 
-            def call(box: Box = box, total: Tensor = total) -> None:
+            def call(box: MatrixBox = box, total: Tensor = total) -> None:
                 g, p = _float32(box, t.g, t.p)
                 columns, scales = _columns(factor.inner, box), _scales(t.scale, box)
                 self._kernel("norms", t)(
@@ -176,12 +176,12 @@ class Compiled(Reference):
 
             calls.append((self.pool.submit(call), lambda box=box, total=total: flat[:, box.matrix].add_(total)))
 
-    def _direction(self, calls: Calls, t: Tensors, piece: Piece, shape: Shape, inner: int, factor: Factor, layer: Layer,
+    def _direction(self, calls: Calls, t: Tensors, piece: Piece, shape: BlockShape, inner: int, factor: Factor, layer: Layer,
                    out: Tensor) -> None:
         w1, b1, w2, b2 = layer.second
         for box in boxes_of(piece, shape, inner):
 
-            def call(box: Box = box) -> None:
+            def call(box: MatrixBox = box) -> None:
                 g, p = _float32(box, t.g, t.p)
                 columns, bias, scales = _columns(factor.inner, box), _columns(layer.inner, box), _scales(t.scale, box)
                 self._kernel("direction", t)(
@@ -197,7 +197,7 @@ class Compiled(Reference):
         return getattr(self.kernels, f"celo2_{name}_{kind}")
 
 
-def _by_storage(row: Tensor, col: Tensor, shape: Shape, inner: int) -> tuple[Tensor, Tensor]:
+def _by_storage(row: Tensor, col: Tensor, shape: BlockShape, inner: int) -> tuple[Tensor, Tensor]:
     """(3, *row), (3, *col) as the kernels take them: (matrices, outer, 3) and (matrices, 3, inner)."""
     # What belongs to v_row varies along d1, to v_col along d0.
     by_axis = {axis - len(shape.full): x.reshape(3, -1, shape.full[axis])
@@ -205,12 +205,12 @@ def _by_storage(row: Tensor, col: Tensor, shape: Shape, inner: int) -> tuple[Ten
     return by_axis[-3 - inner].permute(1, 2, 0).contiguous(), by_axis[inner].movedim(0, 1).contiguous()
 
 
-def _columns(x: Tensor, box: Box) -> Tensor:
+def _columns(x: Tensor, box: MatrixBox) -> Tensor:
     """A box's columns of what lies (matrices, any, inner)."""
     return x[box.matrix, :, box.col:box.col + box.cols].contiguous()
 
 
-def _scales(scale: Scale | None, box: Box) -> tuple[Tensor | None, Tensor | None]:
+def _scales(scale: Scale | None, box: MatrixBox) -> tuple[Tensor | None, Tensor | None]:
     """For the rows (rows, 3) and columns (3, cols) of a box."""
     return (None, None) if scale is None else (scale.outer[box.matrix, box.row:], _columns(scale.inner, box))
 
@@ -223,11 +223,11 @@ def _wait(calls: Calls) -> None:
             then()
 
 
-def _at(x: Tensor, box: Box) -> int:
+def _at(x: Tensor, box: MatrixBox) -> int:
     return x.data_ptr() + x.element_size() * box.offset
 
 
-def _accumulators(t: Tensors, box: Box) -> list[int]:
+def _accumulators(t: Tensors, box: MatrixBox) -> list[int]:
     """Addresses of m0, m1, m2, v; packed, all four are the words'."""
     return [_at(t.rms, box)] * 4 if t.packed else [_at(x, box) for x in (*t.momentum, t.rms)]
 
@@ -236,7 +236,7 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _float32(box: Box, *tensors: Tensor) -> list[Tensor]:
+def _float32(box: MatrixBox, *tensors: Tensor) -> list[Tensor]:
     """The range of the flat tensors that a box lies in, in float32: views where they are already."""
     stop = box.offset + (box.rows - 1) * box.stride + box.cols
     return [x[box.offset:stop].to(torch.float32) for x in tensors]

@@ -1,4 +1,4 @@
-"""The three passes of the sharded update (DESIGN §2), in plain torch, on whatever part of a block a rank holds.
+"""The three passes of the sharded update (docs/how_it_works.md, The sharded step), in plain torch, on whatever part of a block a rank holds.
 
 Each pass reads the rank's own elements and adds to small sums; between passes the sums are reduced over
 the ranks. With one rank that holds everything, the same code is the unsharded update.
@@ -25,7 +25,7 @@ from ...kernels.rounding import stochastic_round
 from ...weights.mlp import MLP
 from ..matrices.views import Piece
 from ..reference import FACTORED_DECAYS, GRAD_CLAMP, MOMENTUM_DECAYS, NORM_EPS, RMS_DECAY
-from ..sharding.shape import Shape
+from ..sharding.shape import BlockShape
 
 ROW_FEATURES = (15, 16, 17, 21, 22, 23)  # v_row[3], rsqrt(v_row + 1e-8)[3]
 COL_FEATURES = (18, 19, 20, 24, 25, 26)
@@ -72,23 +72,23 @@ def clamp_gradient(g: Tensor) -> Tensor:
 
 
 @cache
-def rest(decay: float) -> float:
+def one_minus_decay(decay: float) -> float:
     """1 − β as the authors' float32 arithmetic has it: for 0.999 a relative 1.3e-5 less than 0.001."""
     return float(1 - torch.tensor(decay, dtype=torch.float32))
 
 
-def accumulate(t: Tensors, piece: Piece, shape: Shape, row_sum: Tensor, col_sum: Tensor) -> None:
+def accumulate(t: Tensors, piece: Piece, shape: BlockShape, row_sum: Tensor, col_sum: Tensor) -> None:
     """Pass A on one piece, in place. `row_sum`, `col_sum` (of shape row, col) gain this piece's sums of g² + 1e-30."""
     g = clamp_gradient(piece.of(t.g))
     if t.rms.dtype == torch.float32:
         for decay, momentum in zip(MOMENTUM_DECAYS, t.momentum):
-            piece.of(momentum).mul_(decay).add_(g, alpha=rest(decay))
+            piece.of(momentum).mul_(decay).add_(g, alpha=one_minus_decay(decay))
         piece.of(t.rms).mul_(RMS_DECAY).addcmul_(g, g, value=1 - RMS_DECAY)
     elif not t.packed:
         index = piece.of(torch.arange(t.start, t.start + t.rms.numel(), device=g.device))
         for decay, momentum, key in zip(MOMENTUM_DECAYS, t.momentum, t.keys):
             m = piece.of(momentum)
-            m.copy_(stochastic_round(m.float() * decay + g * rest(decay), index, key))
+            m.copy_(stochastic_round(m.float() * decay + g * one_minus_decay(decay), index, key))
         v = piece.of(t.rms)
         v.copy_(stochastic_round(v.float() * RMS_DECAY + g * g * (1 - RMS_DECAY), index, t.keys[3]))
     s = g * g + 1e-30
@@ -98,10 +98,10 @@ def accumulate(t: Tensors, piece: Piece, shape: Shape, row_sum: Tensor, col_sum:
         piece.within(col_sum).add_(s.sum(d1, keepdim=True))
     else:
         for decay, v_full in zip(FACTORED_DECAYS, t.v_full):
-            piece.of(v_full).mul_(decay).add_(s, alpha=rest(decay))
+            piece.of(v_full).mul_(decay).add_(s, alpha=one_minus_decay(decay))
 
 
-def scales(v_row: Tensor, v_col: Tensor, shape: Shape) -> Scale:
+def scales(v_row: Tensor, v_col: Tensor, shape: BlockShape) -> Scale:
     """The scales of packed accumulators from a block's factored second moments (3, *row), (3, *col)."""
     mean = v_row.mean(shape.block.factored[0] + 1, keepdim=True)
     return Scale(powers(v_row / mean.clamp_min(1.2e-38)), powers(v_col))
@@ -111,7 +111,7 @@ def repack(t: Tensors, piece: Piece, old: Scale, new: Scale) -> None:
     """Update packed accumulators of one piece: read by the last step's scales, written by this one's."""
     g, words = clamp_gradient(piece.of(t.g)), piece.of(t.rms)
     *momentum, v = unpack(words, old.of(piece))
-    values = [m * decay + g * rest(decay) for m, decay in zip(momentum, MOMENTUM_DECAYS)]
+    values = [m * decay + g * one_minus_decay(decay) for m, decay in zip(momentum, MOMENTUM_DECAYS)]
     values.append(v * RMS_DECAY + g * g * (1 - RMS_DECAY))
     index = piece.of(torch.arange(t.start, t.start + t.rms.numel(), device=g.device))
     *keys, turn = t.keys
@@ -122,16 +122,16 @@ def update_factored(v: Tensor, total: Tensor, count: int) -> None:
     """`v_k ← β_k v_k + (1 − β_k) total / count` in place, for v of shape (3, …)."""
     mean = total / count
     for k, decay in enumerate(FACTORED_DECAYS):
-        v[k].mul_(decay).add_(mean, alpha=rest(decay))
+        v[k].mul_(decay).add_(mean, alpha=one_minus_decay(decay))
 
 
-def factors(v_row: Tensor, v_col: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+def factors(v_row: Tensor, v_col: Tensor, shape: BlockShape) -> tuple[Tensor, Tensor]:
     """row_factor (3, *row), col_factor (3, *col) of step 3."""
     mean = v_row.mean(shape.block.factored[0] + 1, keepdim=True)
     return (v_row / (mean + 1e-9)).clamp_min(1e-9).rsqrt(), v_col.clamp_min(1e-9).rsqrt()
 
 
-def elementwise_features(t: Tensors, piece: Piece, shape: Shape, factor: tuple[Tensor, Tensor] | None
+def elementwise_features(t: Tensors, piece: Piece, shape: BlockShape, factor: tuple[Tensor, Tensor] | None
                          ) -> Iterator[Tensor]:
     """The 18 (1-D: 15) features that differ from element to element, in ascending order of their index."""
     g, p = clamp_gradient(piece.of(t.g)), piece.of(t.p).float()
@@ -159,7 +159,7 @@ def elementwise_features(t: Tensors, piece: Piece, shape: Shape, factor: tuple[T
         yield m * row[k] * col[k]
 
 
-def norms(t: Tensors, piece: Piece, shape: Shape, factor: tuple[Tensor, Tensor] | None, squares: Tensor) -> None:
+def norms(t: Tensors, piece: Piece, shape: BlockShape, factor: tuple[Tensor, Tensor] | None, squares: Tensor) -> None:
     """Pass B on one piece: `squares` (18 or 15, *lead) gains the sums of squares of the elementwise features."""
     for k, x in enumerate(elementwise_features(t, piece, shape, factor)):
         piece.within(squares[k]).add_(x.square().sum(shape.norm_axes, keepdim=True))
@@ -173,7 +173,7 @@ class FirstLayer:
     bias: list[Tensor]  # broadcastable to (*block shape, 8): the row and column features' part, and b0
 
 
-def first_layer(squares: Tensor, v_row: Tensor, v_col: Tensor, shape: Shape, mlp: MLP) -> FirstLayer:
+def first_layer(squares: Tensor, v_row: Tensor, v_col: Tensor, shape: BlockShape, mlp: MLP) -> FirstLayer:
     """Fold step 5 into `w0`. `squares` (18 or 15, *lead) from pass B, `v_row` (3, *row), `v_col` (3, *col) updated."""
     inverse = (squares / shape.per_matrix + NORM_EPS).rsqrt()  # (features, *lead)
     weight = inverse.unsqueeze(-1) * mlp.w0[list(shape.elementwise)].view(
@@ -189,7 +189,7 @@ def first_layer(squares: Tensor, v_row: Tensor, v_col: Tensor, shape: Shape, mlp
     return FirstLayer(weight, bias)
 
 
-def direction(t: Tensors, piece: Piece, shape: Shape, factor: tuple[Tensor, Tensor] | None, layer: FirstLayer,
+def direction(t: Tensors, piece: Piece, shape: BlockShape, factor: tuple[Tensor, Tensor] | None, layer: FirstLayer,
               mlp: MLP) -> Tensor:
     """Pass C on one piece: output 0 of the MLP, of the piece's shape, float32."""
     x = torch.stack(list(elementwise_features(t, piece, shape, factor)), -1)  # (*piece, features)

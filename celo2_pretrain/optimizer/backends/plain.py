@@ -8,21 +8,21 @@ from torch import Tensor
 from ...weights.mlp import MLP
 from ..reference import NORM_EPS
 from ..sharding.plan import Part
-from ..sharding.shape import Shape
+from ..sharding.shape import BlockShape
 from . import passes
 from .passes import Scale, Tensors
 
 
-class Reference:
+class TorchBackend:
     """Plain torch. A pass is given all parts of a plan (or of a bucket) at once, each with its slice's tensors."""
 
     name = "reference"
 
-    def factor(self, shape: Shape, v_row: Tensor, v_col: Tensor) -> Any:
+    def factor(self, shape: BlockShape, v_row: Tensor, v_col: Tensor) -> Any:
         """What passes B and C need of a block's factored second moments."""
         return passes.factors(v_row, v_col, shape) if shape.matrix else None
 
-    def first_layer(self, squares: Tensor, v_row: Tensor, v_col: Tensor, shape: Shape, mlp: MLP) -> Any:
+    def first_layer(self, squares: Tensor, v_row: Tensor, v_col: Tensor, shape: BlockShape, mlp: MLP) -> Any:
         """What pass C needs of the MLP's first layer, from pass B's sums."""
         return passes.first_layer(squares, v_row, v_col, shape, mlp)
 

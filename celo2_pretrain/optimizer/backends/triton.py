@@ -35,9 +35,9 @@ from ...weights.mlp import MLP
 from ..groups import decay_of
 from ..sharding.layouts import local
 from ..sharding.plan import Part
-from ..sharding.shape import Shape
+from ..sharding.shape import BlockShape
 from .passes import Scale, Tensors
-from .plain import Reference
+from .plain import TorchBackend
 from .triton_tables import (Vectors, boxes_aligned, by_storage, element_pointers, make_buffer, make_table, on_device,
                             pointer_row, scale_pointers, storage_boxes, vector_row)
 
@@ -64,7 +64,7 @@ class Group:
     aligned: bool
 
 
-class Triton(Reference):
+class Triton(TorchBackend):
     """Triton kernels for one kind of device. `size` is that of a tile (tests take small ones)."""
 
     name = "triton"
@@ -73,15 +73,15 @@ class Triton(Reference):
         self.size = size
         self.kept: dict[tuple, Any] = {}
 
-    def factor(self, shape: Shape, v_row: Tensor, v_col: Tensor) -> Vectors:
-        return Vectors(shape, v_row, v_col, super().factor(shape, v_row, v_col) if plain(shape) else None)
+    def factor(self, shape: BlockShape, v_row: Tensor, v_col: Tensor) -> Vectors:
+        return Vectors(shape, v_row, v_col, super().factor(shape, v_row, v_col) if needs_torch(shape) else None)
 
-    def first_layer(self, squares: Tensor, v_row: Tensor, v_col: Tensor, shape: Shape, mlp: MLP) -> Layer:
-        return Layer(squares, super().first_layer(squares, v_row, v_col, shape, mlp) if plain(shape) else None)
+    def first_layer(self, squares: Tensor, v_row: Tensor, v_col: Tensor, shape: BlockShape, mlp: MLP) -> Layer:
+        return Layer(squares, super().first_layer(squares, v_row, v_col, shape, mlp) if needs_torch(shape) else None)
 
     def accumulate(self, parts: Sequence[Part], tensors: Sequence[Tensors], totals: Sequence[tuple[Tensor, Tensor]]
                    ) -> None:
-        rest = [k for k, part in enumerate(parts) if plain(part.shape)]
+        rest = [k for k, part in enumerate(parts) if needs_torch(part.shape)]
         super().accumulate(*(_pick(x, rest) for x in (parts, tensors, totals)))
         for g_dtype, _, table in self._one_dim(parts, tensors):
             accumulate_1d(table, g_dtype)
@@ -96,9 +96,9 @@ class Triton(Reference):
 
     def update_factored(self, parts: Sequence[Part], totals: Sequence[tuple[Tensor, Tensor]],
                         vectors: Sequence[tuple[Tensor, Tensor]]) -> None:
-        rest = [k for k, part in enumerate(parts) if not covered(part.shape)]
+        rest = [k for k, part in enumerate(parts) if not has_kernel(part.shape)]
         super().update_factored(*(_pick(x, rest) for x in (parts, totals, vectors)))
-        chosen = [k for k, part in enumerate(parts) if covered(part.shape)]
+        chosen = [k for k, part in enumerate(parts) if has_kernel(part.shape)]
         if chosen:
             device = vectors[chosen[0]][0].device
             rows = [vector_row(Vectors(parts[k].shape, *vectors[k]), row_total=totals[k][0].data_ptr(),
@@ -108,7 +108,7 @@ class Triton(Reference):
 
     def scales(self, parts: Sequence[Part], vectors: Sequence[tuple[Tensor, Tensor]]) -> list[Scale]:
         """Of parts that the kernels cover in (matrices, 3, size)."""
-        chosen = [k for k, part in enumerate(parts) if covered(part.shape)]
+        chosen = [k for k, part in enumerate(parts) if has_kernel(part.shape)]
         rest = [k for k in range(len(parts)) if k not in set(chosen)]
         made = dict(zip(rest, super().scales(_pick(parts, rest), _pick(vectors, rest))))
         if chosen:
@@ -124,7 +124,7 @@ class Triton(Reference):
 
     def repack(self, parts: Sequence[Part], tensors: Sequence[Tensors], old: Sequence[Scale], new: Sequence[Scale]
                ) -> None:
-        rest = [k for k, part in enumerate(parts) if not covered(part.shape)]
+        rest = [k for k, part in enumerate(parts) if not has_kernel(part.shape)]
         super().repack(*(_pick(x, rest) for x in (parts, tensors, old, new)))
         for group in self._groups(parts, tensors):
             some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
@@ -136,7 +136,7 @@ class Triton(Reference):
 
     def norms(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Vectors],
               squares: Sequence[Tensor]) -> None:
-        rest = [k for k, part in enumerate(parts) if plain(part.shape)]
+        rest = [k for k, part in enumerate(parts) if needs_torch(part.shape)]
         super().norms(_pick(parts, rest), _pick(tensors, rest), [factors[k].plain for k in rest], _pick(squares, rest))
         for g_dtype, p_dtype, table in self._one_dim(parts, tensors, sums=squares):
             norms_1d(table, g_dtype, p_dtype)
@@ -154,13 +154,13 @@ class Triton(Reference):
 
     def direction(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Vectors],
                   layers: Sequence[Layer], mlp: MLP, out: Sequence[Tensor]) -> None:
-        rest = [k for k, part in enumerate(parts) if plain(part.shape)]
+        rest = [k for k, part in enumerate(parts) if needs_torch(part.shape)]
         super().direction(_pick(parts, rest), _pick(tensors, rest), [factors[k].plain for k in rest],
                           [layers[k].plain for k in rest], mlp, _pick(out, rest))
         theta = flat_theta(*mlp)
         for g_dtype, p_dtype, table in self._one_dim(parts, tensors, out, [layer.squares for layer in layers]):
             direction_1d(table, theta, g_dtype, p_dtype)
-        numbers = [k for k, part in enumerate(parts) if covered(part.shape)]
+        numbers = [k for k, part in enumerate(parts) if has_kernel(part.shape)]
         if not numbers:
             return
         device = tensors[numbers[0]].rms.device
@@ -181,14 +181,14 @@ class Triton(Reference):
                           group.s_dtype, group.aligned)
 
     def output_squares(self, parts: Sequence[Part], out: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
-        rest = [k for k, part in enumerate(parts) if plain(part.shape)]
+        rest = [k for k, part in enumerate(parts) if needs_torch(part.shape)]
         super().output_squares(*(_pick(x, rest) for x in (parts, out, squares)))
         for _, _, table in self._one_dim(parts, None, out, squares):
             output_squares_1d(table)
         self._outputs(output_squares, parts, out, squares)
 
     def rescale(self, parts: Sequence[Part], out: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
-        rest = [k for k, part in enumerate(parts) if plain(part.shape)]
+        rest = [k for k, part in enumerate(parts) if needs_torch(part.shape)]
         super().rescale(*(_pick(x, rest) for x in (parts, out, squares)))
         for _, _, table in self._one_dim(parts, None, out, squares):
             rescale_1d(table)
@@ -219,7 +219,7 @@ class Triton(Reference):
     def _outputs(self, launch: Any, parts: Sequence[Part], out: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
         """Launch a kernel of rescale.py for the parts that it covers."""
         for aligned in (True, False):
-            numbers = [k for k, part in enumerate(parts) if covered(part.shape) and part.pieces
+            numbers = [k for k, part in enumerate(parts) if has_kernel(part.shape) and part.pieces
                        and (boxes_aligned(part) and out[k].data_ptr() % 16 == 0) == aligned]
             if numbers:
                 device = out[numbers[0]].device
@@ -261,7 +261,7 @@ class Triton(Reference):
 
     def _factors(self, parts: Sequence[Part], found: Sequence[Vectors]) -> None:
         """Row and column factors of all blocks that the kernels cover, in one buffer."""
-        chosen = [k for k, part in enumerate(parts) if covered(part.shape)]
+        chosen = [k for k, part in enumerate(parts) if has_kernel(part.shape)]
         if not chosen:
             return
         device = found[chosen[0]].v_row.device
@@ -291,7 +291,7 @@ class Triton(Reference):
         """Covered parts of which this rank holds something, by what a launch must know of them."""
         found: dict[tuple, list[int]] = {}
         for k, (part, t) in enumerate(zip(parts, tensors)):
-            if covered(part.shape) and part.pieces:
+            if has_kernel(part.shape) and part.pieces:
                 aligned = boxes_aligned(part) and all(address % 16 == 0 for address in (
                     *element_pointers(t), *((out[k].data_ptr(),) if out else ())))
                 found.setdefault((t.g.dtype, t.p.dtype, t.rms.dtype, aligned), []).append(k)
@@ -327,14 +327,14 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def covered(shape: Shape) -> bool:
+def has_kernel(shape: BlockShape) -> bool:
     """Whether the kernels for matrices do a block."""
     return shape.inner_axis is not None
 
 
-def plain(shape: Shape) -> bool:
+def needs_torch(shape: BlockShape) -> bool:
     """Whether plain torch does a block: one of 2 and more dims that the kernels don't cover."""
-    return shape.matrix and not covered(shape)
+    return shape.matrix and not has_kernel(shape)
 
 
 def _pick(values: Sequence[Any], numbers: Sequence[int]) -> list[Any]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ...kernels.factored import VECTORS
-from ...kernels.tiles import Box
+from ...kernels.tiles import TileBox
 from ..sharding.plan import Part
-from ..sharding.shape import Shape
+from ..sharding.shape import BlockShape
 from .boxes import boxes_of
 from .passes import Scale, Tensors
 
@@ -25,7 +25,7 @@ from .passes import Scale, Tensors
 class Vectors:
     """A block's factored second moments, and where the kernels put what they make of them."""
 
-    shape: Shape
+    shape: BlockShape
     v_row: Tensor  # (3, *row)
     v_col: Tensor
     plain: Any = None  # for plain torch
@@ -44,7 +44,7 @@ class Vectors:
         return self.shape.full[d1], self.shape.full[d0]
 
 
-def by_storage(shape: Shape, along_d1: int, along_d0: int) -> tuple[int, int]:
+def by_storage(shape: BlockShape, along_d1: int, along_d0: int) -> tuple[int, int]:
     """Of what lies along d1 (v_row's) and d0 (v_col's): first what lies along the storage's rows, then its columns."""
     d1_is_inner = shape.block.factored[0] == len(shape.full) + shape.inner_axis
     return (along_d0, along_d1) if d1_is_inner else (along_d1, along_d0)
@@ -64,7 +64,7 @@ def pointer_row(t: Tensors, out: int = 0, factor: tuple[int, int] = (0, 0), weig
     return [*element_pointers(t), out, *factor, weight, *bias, t.start, *keys, *scale, *old]
 
 
-def scale_pointers(shape: Shape, scale: Scale | None) -> tuple[int, int]:
+def scale_pointers(shape: BlockShape, scale: Scale | None) -> tuple[int, int]:
     """Addresses of the scales of packed accumulators, for rows and columns of the storage."""
     return (0, 0) if scale is None else by_storage(shape, scale.row.data_ptr(), scale.col.data_ptr())
 
@@ -84,13 +84,13 @@ def boxes_aligned(part: Part) -> bool:
         piece.offset, *piece.stride[:inner], *piece.stride[len(piece.stride) + inner + 1:], *piece.box[inner]))
 
 
-def storage_boxes(number: int, part: Part) -> list[Box]:
+def storage_boxes(number: int, part: Part) -> list[TileBox]:
     """A part's boxes, matrix by matrix; what was cut for other backends is put together again."""
     shape, inner = part.shape, part.shape.inner_axis
     height, width = shape.full[-3 - inner], shape.full[inner]
-    found = [Box(number, x.matrix, x.offset, x.row, x.rows, x.col, x.cols, x.stride, height, width)
+    found = [TileBox(number, x.matrix, x.offset, x.row, x.rows, x.col, x.cols, x.stride, height, width)
              for piece in part.pieces for x in boxes_of(piece, shape, inner)]
-    joined: list[Box] = []
+    joined: list[TileBox] = []
     for box in sorted(found, key=lambda x: (x.matrix, x.col, x.cols, x.row)):
         last = joined[-1] if joined else None
         if last and last[:2] == box[:2] and last[5:] == box[5:] and last.row + last.rows == box.row and (

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..reference import factored_axes
 
-Box = tuple[tuple[int, int], ...]  # (start, stop) for each axis
+IndexRange = tuple[tuple[int, int], ...]  # (start, stop) for each axis
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Block:
     """
 
     expand: tuple[int, ...]
-    window: Box
+    window: IndexRange
     axes: tuple[tuple[int, ...], ...]
     batch: int
 
@@ -142,7 +142,7 @@ class Block:
 
     @cached_property
     def factored(self) -> tuple[int, int]:
-        """(d1, d0) of DESIGN §1 step 3, in block axes."""
+        """(d1, d0) of step 3 of the rule (docs/how_it_works.md), in block axes."""
         return factored_axes(self.shape, self.batch)
 
     @cached_property
@@ -176,7 +176,7 @@ class Block:
 class Piece:
     """A box of a block that a contiguous slice holds: where in the block, and how it lies in the slice."""
 
-    box: Box  # (start, stop) per block axis
+    box: IndexRange  # (start, stop) per block axis
     offset: int  # of the first element, from the beginning of the slice
     stride: tuple[int, ...]
 
@@ -201,7 +201,7 @@ class Piece:
         return x[tuple(index)]
 
 
-def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[IndexRange]:
     """Cut the flat range [start, stop) of a contiguous tensor into at most 2·ndim − 1 boxes, in order."""
     if start >= stop:
         return
@@ -249,7 +249,7 @@ def pieces(block: Block, start: int, stop: int, most: int = 1 << 20) -> list[Pie
     return found
 
 
-def _cut(box: Box, most: int, deep: bool) -> Iterator[Box]:
+def _cut(box: IndexRange, most: int, deep: bool) -> Iterator[IndexRange]:
     """Cut a box along its outermost axis into parts of at most `most` elements, but at least one index.
 
     With `deep` an index that has more elements is cut along the next axis, and so on.
@@ -275,7 +275,7 @@ class _Run(NamedTuple):
     stride: int
 
 
-def _runs(block: Block, axes: tuple[int, ...], box: Box, strides: tuple[int, ...]) -> list[_Run]:
+def _runs(block: Block, axes: tuple[int, ...], box: IndexRange, strides: tuple[int, ...]) -> list[_Run]:
     """A stored box along one block axis, which consists of the factor axes `axes`."""
     runs, count = [_Run(0, 1, 0, 0)], 1  # of the axes so far, from the innermost; `count` elements in the block
     for axis in reversed(axes):

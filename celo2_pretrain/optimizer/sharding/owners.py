@@ -6,7 +6,7 @@ from math import prod
 
 from ..matrices.views import Piece, cut_first_axis, pieces
 from .layouts import Layout
-from .shape import Shape
+from .shape import BlockShape
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Unit:
         return sum(part.numel for part in self.parts[rank])
 
 
-def units_of(held: int, shape: Shape, number: int, layout: Layout) -> list[Unit]:
+def units_of(held: int, shape: BlockShape, number: int, layout: Layout) -> list[Unit]:
     """The units of a block of the layout's tensor `number`; stacked matrices are spread over the ranks."""
     block = shape.block
     parts = [pieces(block, *layout.ranges[rank, number].tolist(), most=1 << 62) for rank in range(layout.world)]

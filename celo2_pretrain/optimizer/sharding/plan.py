@@ -9,7 +9,7 @@ from torch import Tensor
 from ..matrices.views import MatrixView, Piece, pieces
 from .layouts import Layout
 from .owners import Unit, choose_owners, units_of
-from .shape import Shape
+from .shape import BlockShape
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Part:
     """One block of a slice with what the passes need of it."""
 
     held: int  # which slice of the layout
-    shape: Shape
+    shape: BlockShape
     pieces: list[Piece]
     row_at: int  # where its v_row and v_col begin in the storage's
     col_at: int
@@ -59,7 +59,7 @@ def make_plan(layout: Layout, orthogonalize: bool, bucket_size: int) -> Plan:
     cols: dict[int, int] = {}
     for number, held in enumerate(layout.slices):
         for block in held.original.view.blocks(held.shape):
-            shape, storage = Shape(block), id(held.storage)
+            shape, storage = BlockShape(block), id(held.storage)
             plan.parts.append(Part(number, shape, pieces(block, held.start, held.stop),
                                    rows.get(storage, 0), cols.get(storage, 0)))
             rows[storage] = rows.get(storage, 0) + prod(shape.row)
@@ -82,5 +82,5 @@ def make_plan(layout: Layout, orthogonalize: bool, bucket_size: int) -> Plan:
 
 def factored_sizes(tensor: tuple[int, ...], view: MatrixView) -> tuple[int, int]:
     """Columns of v_row and of v_col of a whole tensor of this shape under the learned rule; 0 for a vector."""
-    shapes = [Shape(block) for block in view.blocks(tensor)]
+    shapes = [BlockShape(block) for block in view.blocks(tensor)]
     return sum(prod(shape.row) for shape in shapes), sum(prod(shape.col) for shape in shapes)

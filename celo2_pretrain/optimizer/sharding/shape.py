@@ -7,13 +7,13 @@ from math import prod
 
 from ..matrices.views import Block
 
-# Features that are one number an element, in the order of DESIGN §1 step 4.
+# Features that are one number an element, in the order of step 4 of the rule (docs/how_it_works.md).
 ELEMENTWISE_ND = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 27, 28, 29)
 ELEMENTWISE_1D = tuple(range(15))
 
 
 @dataclass(frozen=True)
-class Shape:
+class BlockShape:
     """Axes and sizes that the passes need of a block."""
 
     block: Block
@@ -29,7 +29,7 @@ class Shape:
 
     @cached_property
     def row(self) -> tuple[int, ...]:
-        """Shape of v_row: the larger factored axis d0 averaged away (size 1)."""
+        """BlockShape of v_row: the larger factored axis d0 averaged away (size 1)."""
         return self._without(self.block.factored[1]) if self.matrix else (0,)
 
     @cached_property
@@ -38,7 +38,7 @@ class Shape:
 
     @cached_property
     def lead(self) -> tuple[int, ...]:
-        """Shape of a per-matrix quantity: the last two axes (the only axis of a vector) have size 1."""
+        """BlockShape of a per-matrix quantity: the last two axes (the only axis of a vector) have size 1."""
         return (*self.full[:-2], 1, 1) if self.matrix else (1,)
 
     @property

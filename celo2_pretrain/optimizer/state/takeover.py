@@ -27,7 +27,7 @@ from ..celo2 import Celo2
 from ..matrices.views import MatrixView
 from ..reference import FACTORED_DECAYS, MOMENTUM_DECAYS, RMS_DECAY
 from ..sharding.layouts import Original
-from ..sharding.shape import Shape
+from ..sharding.shape import BlockShape
 from ..step.accumulators import element_keys
 from . import files as state_files
 from .adamw_checkpoint import AdamWCheckpoint, SavedAdamW
@@ -163,7 +163,7 @@ def _seed(original: Original, param: Tensor, mean: Tensor, square: Tensor, step:
     elements |= {f"momentum_{k}": mean * (1 - decay ** step) for k, decay in enumerate(MOMENTUM_DECAYS)}
     rows, cols = [], []
     for block in original.view.blocks(original.shape):
-        shape = Shape(block)
+        shape = BlockShape(block)
         if not shape.matrix:
             elements |= {f"v_full_{k}": square * (1 - decay ** step) for k, decay in enumerate(FACTORED_DECAYS)}
             return elements, {}

@@ -16,7 +16,7 @@ from ..backends import passes
 from ..matrices.views import pieces
 from ..sharding.layouts import Slice, local
 from ..sharding.plan import Part, Plan
-from ..sharding.shape import Shape
+from ..sharding.shape import BlockShape
 from .accumulators import ACCUMULATORS, row_col
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": WORD}
@@ -94,7 +94,7 @@ def _parts(held: Slice, start: int, stop: int) -> list[Part]:
     """The blocks of a tensor, and what of them the flat range [start, stop) holds."""
     parts, rows, cols = [], 0, 0
     for block in held.original.view.blocks(held.shape):
-        shape = Shape(block)
+        shape = BlockShape(block)
         parts.append(Part(0, shape, pieces(block, start, stop), rows, cols))
         rows, cols = rows + prod(shape.row), cols + prod(shape.col)
     return parts

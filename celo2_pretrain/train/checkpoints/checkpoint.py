@@ -22,7 +22,8 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
 from celo2_pretrain.common.errors import UserError, one_line
-from celo2_pretrain.config import Config, as_tree
+from celo2_pretrain.common.settings import as_tree
+from celo2_pretrain.config import Config
 from celo2_pretrain.optimizer.state import files as state_files
 from celo2_pretrain.optimizer.state.adamw_checkpoint import load_plain
 from celo2_pretrain.optimizer.state.collective import gather, together

@@ -5,7 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from celo2_pretrain.common.errors import UserError, one_line
-from celo2_pretrain.config import Config, as_tree
+from celo2_pretrain.common.settings import as_tree
+from celo2_pretrain.config import Config
 
 WANDB_ID = "wandb_id"  # in the run folder: a resumed run goes on in the same run of the project
 
