@@ -2,6 +2,7 @@
 import io
 from pathlib import Path
 
+from celo2_pretrain.common.durable import replacing
 from celo2_pretrain.common.errors import UserError
 
 
@@ -23,15 +24,14 @@ def save_figure(figure, path: str | Path, dpi: int = 130, **options) -> None:
     from PIL import Image
 
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.unfinished{path.suffix}")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".png":
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=dpi, **options)
-        # This method keeps the colour of a thin line, where others merge it with a neighbour's.
-        image = Image.open(buffer).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, 3, dither=Image.Dither.NONE)
-        image.save(temporary, "PNG", optimize=True)
-    else:
-        figure.savefig(temporary, **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        if path.suffix == ".png":
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=dpi, **options)
+            # This method keeps the colour of a thin line, where others merge it with a neighbour's.
+            image = Image.open(buffer).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, 3, dither=Image.Dither.NONE)
+            image.save(temporary, "PNG", optimize=True)
+        else:
+            figure.savefig(temporary, format=path.suffix[1:], **options)
     plt.close(figure)
-    temporary.replace(path)

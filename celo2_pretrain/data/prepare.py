@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from celo2_pretrain.common.durable import write_atomically
 from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.common.json_file import read_json
 from celo2_pretrain.data.encode import Chunk, Encoded, chunks, encode_in_order
@@ -74,6 +74,8 @@ def prepare(
             work.mkdir()
             tok.save(work)
         else:
+            for path in work.glob(".*"):
+                path.unlink()  # half written when the earlier call was killed
             done = state["statistics"]["bytes"] / 1e6
             print(f"going on after {done:,.1f} MB that an interrupted call has done", flush=True)
         try:
@@ -165,7 +167,7 @@ def write(source, work: Path, arguments: dict, state: dict | None, shard_tokens:
             writer.flush()
         record = {"arguments": arguments, "cursor": cursor, "fraction": fraction, "statistics": counts.state(),
                   "splits": {split: writer.summary() for split, writer in writers.items()}}
-        write_durably(work / "progress.json", json.dumps(record | {"sha256": fingerprint(record)}))
+        write_atomically(work / "progress.json", json.dumps(record | {"sha256": fingerprint(record)}))
 
     try:
         if state is None:
@@ -191,7 +193,7 @@ def write(source, work: Path, arguments: dict, state: dict | None, shard_tokens:
         "splits": {split: writer.summary() for split, writer in writers.items()},
         "statistics": counts.summary(tok.unk_id, tok.byte_ids()),
     }
-    write_durably(work / "index.json", json.dumps(index, indent=1) + "\n")
+    write_atomically(work / "index.json", json.dumps(index, indent=1) + "\n")
     return index
 
 
@@ -202,12 +204,3 @@ def add(chunk: Chunk, encoded: Encoded, writers: dict[str, ShardWriter], counts:
         chosen = splits == split
         ids = encoded.ids[np.repeat(chosen, encoded.lengths)]
         writer.write(ids, int(chosen.sum()), int(encoded.sizes[chosen].sum()))
-
-
-def write_durably(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.new")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..common.durable import replacing, write_atomically
 from ..common.errors import UserError
 from ..common.figures import new_figure, save_figure
 from ..common.settings import as_tree
@@ -112,19 +112,15 @@ def run(config: MetaConfig, resume: bool = False, overwrite: bool = False) -> Pa
 
 
 def save(training: MetaTraining | Evolution, path: Path) -> None:
-    """Replace the checkpoint at once: a reader finds the old or the new one."""
-    part = path.with_suffix(".part")
-    torch.save(training.state_dict(), part)
-    os.replace(part, path)
+    with replacing(path) as temporary:
+        torch.save(training.state_dict(), temporary)
 
 
 def _drop_after(metrics: Path, step: int) -> None:
     """Forget the lines that a resumed run will write again."""
     lines = [line for line in metrics.read_text(encoding="utf-8").splitlines()
              if line.endswith("}") and json.loads(line)["step"] <= step]
-    part = metrics.with_suffix(".part")
-    part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(part, metrics)
+    write_atomically(metrics, "".join(line + "\n" for line in lines))
 
 
 def plot(out: Path) -> None:

@@ -8,10 +8,10 @@ import deepspeed.comm as dist
 import torch
 
 from celo2_pretrain.common.console import print_line
+from celo2_pretrain.common.durable import write_atomically
 from celo2_pretrain.config import Config, dump_config
 from celo2_pretrain.optimizer.state.collective import gather
 from celo2_pretrain.train.checkpoints import checkpoint, select
-from celo2_pretrain.train.checkpoints.manifest import write_atomically
 from celo2_pretrain.train.faults.failures import join_and_look
 from celo2_pretrain.train.faults.run_lock import InUse, RunLock
 from celo2_pretrain.train.faults.stop import Agreement, StopRequests

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 import transformers
 
+from celo2_pretrain.common.durable import write_atomically
 from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.data.loader import ValLoader
 from celo2_pretrain.data.mixture import open_mixture
 from celo2_pretrain.model.loss import validation_loss
 from celo2_pretrain.train.checkpoints.export import export, load_trained
-from celo2_pretrain.train.checkpoints.manifest import write_atomically
 
 REPORTED = ("results", "groups", "versions", "n-shot", "n-samples")  # of what lm_eval returns; the rest is its settings
 

@@ -17,10 +17,10 @@ from typing import Iterator
 
 import numpy as np
 
+from celo2_pretrain.common.durable import write_atomically
 from celo2_pretrain.common.errors import EXIT_STOPPED, Stopped, UserError
 from celo2_pretrain.common.figures import new_figure, save_figure
 from celo2_pretrain.config import READER, Config, load_config
-from celo2_pretrain.train.checkpoints.manifest import write_atomically
 from celo2_pretrain.train.record.metrics import read_metrics
 
 PAPER_GRID = [float(f"{lr:.3g}") for lr in np.geomspace(1e-5, 1e-3, 5)]  # arXiv 2602.19142: [1e-5, 1e-3], log-spaced

@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from celo2_pretrain.common.durable import write_atomically
 from celo2_pretrain.common.extras import install_line
 from celo2_pretrain.weights.layouts import SHAPES, to_canonical
 from celo2_pretrain.weights.mlp import MLP
@@ -124,14 +124,4 @@ def save_weights(mlp: MLP, path: str | os.PathLike, metadata: Mapping) -> None:
     tensors = to_canonical(dict(zip(SHAPES, mlp)), str(path))
     data = safetensors.torch.save(tensors, metadata={"celo2": json.dumps(dict(metadata), sort_keys=True)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private, others are to read it
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, data)

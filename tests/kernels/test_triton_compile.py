@@ -18,18 +18,17 @@ MOST = {"accumulate": 168, "fold": 168, "symmetric_product": 255}
 SHARED = 6.0  # bytes for an element that neighbours share: vectors and weights from the caches, partial sums
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype, aligned, states", LAUNCHES)
+@pytest.mark.parametrize("target", [pytest.param(target, marks=() if target == "sm_90" else pytest.mark.slow) for target in TARGETS])
 @pytest.mark.parametrize("number", range(len(kernels("fp32", True))), ids=[k.name for k in kernels("fp32", True)])
-def test_a_kernel_keeps_to_its_bounds(number, target):
-    for dtype, aligned, states in LAUNCHES:
-        kernel = kernels(dtype, aligned, target.startswith("gfx"), states)[number]
-        found = measure(kernel, target)
-        what = f"{kernel.name} in {dtype}, states {states}{'' if aligned else ', unaligned'} on {target}: {found}"
-        assert found.spilled == 0, what
-        most = 136 if kernel.name == "direction" and states == "fp8" else MOST.get(kernel.name, 128)
-        assert 0 < found.registers <= most, what
-        assert found.streamed == kernel.bound, f"{what}, which should stream {kernel.bound} bytes an element"
-        assert found.shared <= SHARED, what
+def test_a_kernel_keeps_to_its_bounds(number, target, dtype, aligned, states):
+    kernel = kernels(dtype, aligned, target.startswith("gfx"), states)[number]
+    found = measure(kernel, target)
+    assert found.spilled == 0, found
+    most = 136 if kernel.name == "direction" and states == "fp8" else MOST.get(kernel.name, 128)
+    assert 0 < found.registers <= most, found
+    assert found.streamed == kernel.bound, f"{found}, which should stream {kernel.bound} bytes an element"
+    assert found.shared <= SHARED, found
 
 
 def test_the_bounds_are_those_of_the_design():

@@ -157,7 +157,7 @@ def test_any_partition_of_a_tensor_gives_the_same_words_on_each_backend(shape, v
 
 
 def test_the_passes_read_words_alike_on_each_backend():
-    from test_kernels_cpu import step
+    from support.three_passes import step
 
     from celo2_pretrain.weights.mlp import DIMS, MLP
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.paths import ROOT
+from support.paths import ROOT, TESTS
 from support.processes import drive
 
 from celo2_pretrain.optimizer.state.files import StateReader
@@ -70,4 +70,4 @@ def test_other_ranks_micro_batches_and_backends_agree_to_round_off(runs, name):
 def test_every_test_that_the_page_names_exists():
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs/determinism.md").read_text())
     assert len(named) > 10
-    assert not [name for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()]
+    assert not [name for file, name in named if f"def {name}(" not in next(TESTS.rglob(file)).read_text()]

@@ -4,11 +4,11 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from celo2_pretrain.common.durable import write_atomically
 from celo2_pretrain.common.errors import UserError
 
 from . import analysis
@@ -32,12 +32,12 @@ def write_report(folder: Path, baseline: str = "adamw") -> list[Path]:
     writer = csv.DictWriter(buffer, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows({**row, "loss": "inf" if row["loss"] is None else row["loss"]} for row in rows)
-    written = [_write(folder / "results.csv", buffer.getvalue()),
-               _write(folder / "report.md", markdown(found, rows, baseline))]
+    write_atomically(table := folder / "results.csv", buffer.getvalue())
+    write_atomically(text := folder / "report.md", markdown(found, rows, baseline))
     from . import plots
 
-    return written + [plots.curves(found, folder / "curves.png"), plots.rates(found, folder / "learning_rates.png"),
-                      plots.seeds(found, baseline, folder / "seeds.png")]
+    return [table, text, plots.curves(found, folder / "curves.png"), plots.rates(found, folder / "learning_rates.png"),
+            plots.seeds(found, baseline, folder / "seeds.png")]
 
 
 def _rank(optimizer: str) -> tuple:
@@ -46,13 +46,6 @@ def _rank(optimizer: str) -> tuple:
 
     base = optimizer.partition("[")[0]
     return (list(SPECS).index(base) if base in SPECS else len(SPECS), optimizer)
-
-
-def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.unfinished")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
 
 
 def span_of(task: str) -> float | None:

@@ -9,7 +9,6 @@ A folder under its final name is whole: it is written as `<folder>.incomplete` a
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from functools import lru_cache
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...common.durable import sha256, sync
 from ..matrices.views import MatrixView
 from ..names import match
 from .index import check_index, check_options, view_entry
@@ -238,18 +238,3 @@ class StateReader:
             return self._open(file).get_slice(key)[part]
         except (SafetensorError, OSError) as error:
             raise StateError(f"{self.folder / file}: can't read {key!r} ({error}); use another checkpoint") from None
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk, so that a rename survives a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sha256(path: Path) -> str:
-    """Of a file's contents, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

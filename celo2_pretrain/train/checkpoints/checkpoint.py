@@ -21,6 +21,7 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
+from celo2_pretrain.common.durable import sha256, sync, write_atomically
 from celo2_pretrain.common.errors import UserError, one_line
 from celo2_pretrain.common.settings import as_tree
 from celo2_pretrain.config import Config
@@ -30,7 +31,6 @@ from celo2_pretrain.optimizer.state.collective import gather, together
 from celo2_pretrain.optimizer.state.save_load import StateError, load_state, save_state
 from celo2_pretrain.train.checkpoints import manifest
 from celo2_pretrain.train.checkpoints.deepspeed_files import Files, files_of, random_states, set_random_states
-from celo2_pretrain.train.checkpoints.manifest import write_atomically
 from celo2_pretrain.train.checkpoints.select import ANY_WORLD, in_order, latest, step_of
 from celo2_pretrain.train.checkpoints.staging import Copy, staged_folder
 from celo2_pretrain.train.start.ranks import lost_connection
@@ -183,7 +183,7 @@ def any_world_entries(folder: Path) -> dict[str, dict[str, Any]]:
     """The manifest's entries of what `save_state` wrote, which has the checksums already."""
     index = folder / ANY_WORLD / state_files.INDEX
     digests = {name: entry["sha256"] for name, entry in json.loads(index.read_bytes())["files"].items()}
-    digests[state_files.INDEX] = state_files.sha256(index)
+    digests[state_files.INDEX] = sha256(index)
     return {f"{ANY_WORLD}/{name}": {"size": (folder / ANY_WORLD / name).stat().st_size, "sha256": digest}
             for name, digest in digests.items()}
 
@@ -194,7 +194,7 @@ def publish(temporary: Path, final: Path, step: int, entries: dict[str, dict[str
     if final.exists():
         remove(final)  # damaged: a rollback has passed it over
     os.rename(temporary, final)
-    state_files.sync(final.parent)
+    sync(final.parent)
     write_atomically(final.parent / "latest", final.name)
 
 

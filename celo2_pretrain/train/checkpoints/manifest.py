@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, BinaryIO, Callable
 
-from celo2_pretrain.optimizer.state.files import sha256, sync
+from celo2_pretrain.common.durable import sha256, sync
 
 NAME = "manifest.json"
 FORMAT = "celo2-checkpoint-1"
@@ -56,21 +56,6 @@ def write_file(path: Path, write: Callable[[Hashing], None]) -> dict[str, Any]:
         file.flush()
         os.fsync(file.fileno())
     return {"size": hashing.size, "sha256": hashing.sha256.hexdigest()}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file: after a crash it is the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
 
 
 def as_text(content: dict[str, Any]) -> str:

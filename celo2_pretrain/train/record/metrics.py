@@ -10,9 +10,9 @@ from typing import Callable
 from tqdm import tqdm
 
 from celo2_pretrain.common.console import print_line
+from celo2_pretrain.common.durable import write_atomically
 from celo2_pretrain.common.errors import one_line
 from celo2_pretrain.common.json_file import parse_json
-from celo2_pretrain.train.checkpoints.manifest import write_atomically
 
 
 NUMBERS = re.compile(r"loss|val_loss|val_bits_per_byte|lr|grad_norm|tokens|tokens_per_s|seconds|"
