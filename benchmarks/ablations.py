@@ -14,7 +14,6 @@ import time
 from dataclasses import replace
 
 import torch
-from report import RESULTS, write_csv
 
 from celo2_pretrain.common.figures import new_figure, save_figure
 from celo2_pretrain.meta import inner
@@ -24,6 +23,8 @@ from celo2_pretrain.meta.problems import tasks
 from celo2_pretrain.meta.rule import flatten
 from celo2_pretrain.meta.train import MetaTraining
 from celo2_pretrain.weights.load import load_weights
+
+from report import RESULTS, write_csv
 
 # The rate is the paper's, 1e-3 throughout, so that the scale is all that varies how far a step leads.
 META = MetaConfig(families="mlp/digits_on_photos mlp/photos", problems=4, estimator="analytic", truncation=20, length_min=100,

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from report import RESULTS, device_name, quartiles, write_csv
 
 from celo2_pretrain.config import load_config
 from celo2_pretrain.deepspeed_config import deepspeed_config
@@ -27,6 +26,8 @@ from celo2_pretrain.model.build_optimizer import build_optimizer
 from celo2_pretrain.model.loss import training_loss
 from celo2_pretrain.train.checkpoints import checkpoint
 from celo2_pretrain.train.start.ranks import join_ranks
+
+from report import RESULTS, device_name, quartiles, write_csv
 
 VOCABULARY = 8192
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from report import RESULTS, device_name, quartiles, write_csv
 
 from celo2_pretrain.config import load_config
 from celo2_pretrain.deepspeed_config import deepspeed_config
@@ -27,6 +26,8 @@ from celo2_pretrain.model.loss import training_loss
 from celo2_pretrain.train.record.insight import Insight
 from celo2_pretrain.train.record.peak_flops import Peak
 from celo2_pretrain.train.start.ranks import join_ranks
+
+from report import RESULTS, device_name, quartiles, write_csv
 
 VOCABULARY = 4096
 

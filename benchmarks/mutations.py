@@ -300,7 +300,7 @@ def main() -> int:
     done = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     found = {record["name"]: record for record in done if record["commit"] == commit}
     for mutation in MUTATIONS:
-        if mutation.name in found or words and not any(word in mutation.name for word in words):
+        if mutation.name in found or (words and not any(word in mutation.name for word in words)):
             continue
         began = time.monotonic()
         record = {

@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from celo2_pretrain.kernels.newton_schulz import BF16_GRAM_ITERATIONS, COEFFICIENTS, _direct, _gram, use_gram
+
 from report import RESULTS, device_name, quartiles, write_csv
 
 SHAPES = [(64, 64), (64, 256), (256, 256), (256, 512), (256, 1024), (768, 768), (768, 3072)]

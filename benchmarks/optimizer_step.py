@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from celo2_pretrain.common.figures import new_figure, save_figure
 from celo2_pretrain.optimizer.backends.choose import backend_for
 from celo2_pretrain.optimizer.matrices.param_groups import tag_of
 from celo2_pretrain.optimizer.step.learned import LearnedStep
+
 from report import RESULTS, device_name, quartiles, write_csv
 
 MODELS = {"124m": (12, 768, 12), "350m": (24, 1024, 16), "1.3b": (24, 2048, 16)}

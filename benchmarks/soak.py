@@ -24,6 +24,7 @@ import psutil
 from celo2_pretrain.common.figures import new_figure, save_figure
 from celo2_pretrain.train.record.metrics import read_metrics
 from celo2_pretrain.train.start.ranks import free_port
+
 from report import write_csv
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from report import RESULTS, write_csv
 
 from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.common.figures import new_figure, save_figure
@@ -28,6 +27,8 @@ from celo2_pretrain.config import Schedule
 from celo2_pretrain.meta.evaluation.suite.models import GPT
 from celo2_pretrain.meta.evaluation.suite.text import CONTEXT, corpus, language_model
 from celo2_pretrain.train.schedule import lr_factor
+
+from report import RESULTS, write_csv
 
 RISE, WINDOW = 0.3, 200  # nats a byte, steps
 

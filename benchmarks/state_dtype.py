@@ -19,6 +19,7 @@ from pathlib import Path
 
 from celo2_pretrain.common.figures import new_figure, save_figure
 from celo2_pretrain.train.record.metrics import read_metrics
+
 from report import RESULTS, write_csv
 
 ROOT = Path(__file__).parents[1]

@@ -18,11 +18,12 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from optimizer_step import MODELS
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from celo2_pretrain import Celo2, param_groups, register
 from celo2_pretrain.train.start.ranks import free_port
-from optimizer_step import MODELS
+
 from report import RESULTS, device_name, quartiles, write_csv
 
 CONTEXT = {"124m": 1024, "350m": 2048, "1.3b": 2048}

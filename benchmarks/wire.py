@@ -30,6 +30,7 @@ from celo2_pretrain.optimizer.sharding.plan import make_plan
 from celo2_pretrain.optimizer.step.learned import LearnedStep
 from celo2_pretrain.plan.shards import plan_for, ranges, sent_bytes
 from celo2_pretrain.train.start.ranks import free_port
+
 from report import RESULTS, write_csv
 
 

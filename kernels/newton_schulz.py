@@ -9,7 +9,7 @@ docs/newton_schulz.md has the measured errors and times, and why which form and 
 from __future__ import annotations
 
 import os
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor

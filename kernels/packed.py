@@ -21,7 +21,8 @@ Rounding is stochastic, as in rounding.py, but a draw is that element's first on
 """
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

@@ -21,8 +21,21 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import (accumulate, adamw, apply, direction, factored, flat, fold, norms, one_dim, repack, rescale,
-               symmetric_product, tiles)
+from . import (
+    accumulate,
+    adamw,
+    apply,
+    direction,
+    factored,
+    flat,
+    fold,
+    norms,
+    one_dim,
+    repack,
+    rescale,
+    symmetric_product,
+    tiles,
+)
 from .tiles import OPTIONS, Size
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
@@ -111,7 +124,7 @@ def kernels(dtype: str, aligned: bool, amd: bool = False, states: str = "fp32") 
 
 
 def _floats(*names: str) -> dict[str, str]:
-    return {name: "fp32" for name in names}
+    return dict.fromkeys(names, "fp32")
 
 
 def _product(dtype: str, aligned: bool, amd: bool) -> Kernel:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from support import fuzz, warm
 from support.paths import TESTS
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from support.processes import run_script
+
 from support.paths import ROOT
+from support.processes import run_script
 
 BENCHMARKS = ROOT / "benchmarks"
 

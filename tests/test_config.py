@@ -2,12 +2,13 @@
 from dataclasses import asdict
 
 import pytest
-from support.paths import ROOT
 import yaml
 
 from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.config import KEYS, Config, accumulation_steps, dump_config, list_keys, load_config
 from celo2_pretrain.deepspeed_config import deepspeed_config
+
+from support.paths import ROOT
 
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 

@@ -2,15 +2,16 @@
 import re
 from pathlib import Path
 
-from support import docs_worker
 import pytest
 import torch
 import yaml
-from support.processes import run_script
-from support.paths import ROOT, SUPPORT
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.config import load_config
+
+from support import docs_worker
+from support.paths import ROOT, SUPPORT
+from support.processes import run_script
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "celo2_pretrain").rglob("*.md"))]
 WORKER = SUPPORT / "docs_worker.py"

@@ -4,6 +4,7 @@ import importlib
 import re
 
 import pytest
+
 from support.paths import ROOT, TESTS
 from support.shell_commands import commands, problem
 

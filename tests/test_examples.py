@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.processes import environment
-from support.paths import ROOT, SUPPORT
 
 from celo2_pretrain.train.start.ranks import free_port
+
+from support.paths import ROOT, SUPPORT
+from support.processes import environment
 
 WORKER = SUPPORT / "example_worker.py"
 DEEPSPEED = ["-m", "deepspeed.launcher.runner", "--log_level", "critical", "--num_gpus"]

@@ -4,7 +4,6 @@ import os
 
 import pytest
 import yaml
-from support.fuzz import ODD_TEXT, PATHS, cases, numbers, spoilers, values, works_or_refuses
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +11,8 @@ from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.config import KEYS, dump_config, load_config
 from celo2_pretrain.deepspeed_config import deepspeed_config
 from celo2_pretrain.train.schedule import BatchSizes, lr_factor
+
+from support.fuzz import ODD_TEXT, PATHS, cases, numbers, spoilers, values, works_or_refuses
 
 # YAML's tags, aliases, odd numbers and half-written things.
 ODD_YAML = ["nan", ".nan", ".inf", "-.inf", "1e999", "9" * 5000, "0x" + "f" * 5000, "0b1", "0o8", "1:60:99", "1_0",

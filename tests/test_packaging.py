@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import celo2_pretrain
+
 from support.paths import ROOT
 
 BUNDLED = ("celo2.safetensors", "celo2_base.safetensors", "celo2.md")

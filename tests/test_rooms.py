@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from support.paths import ROOT
 
 # From the ground up. A room imports itself and those before it. `celo2_pretrain/__init__.py` is the optimizer's door.

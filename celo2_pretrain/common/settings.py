@@ -62,7 +62,7 @@ class Key:
             raise self.refusal(shown(value), "must be at most 2**53")
         if self.kind is dict:
             check_json(self.name, value)
-        if self.least is not None and value < self.least or self.most is not None and value > self.most:
+        if (self.least is not None and value < self.least) or (self.most is not None and value > self.most):
             bounds = f"at least {self.least:g}" if self.most is None else f"between {self.least:,} and {self.most:,}"
             raise self.refusal(value, f"must be {bounds}")
         return value
@@ -101,7 +101,7 @@ def check_json(name: str, value) -> None:
     elif isinstance(value, list):
         for inner in value:
             check_json(name, inner)
-    elif isinstance(value, str) and SURROGATE.search(value) or isinstance(value, float) and not math.isfinite(value) or not (
+    elif (isinstance(value, str) and SURROGATE.search(value)) or (isinstance(value, float) and not math.isfinite(value)) or not (
             value is None or isinstance(value, (bool, int, float, str))):
         raise UserError(f"{name}={shown(value)}: must be text, a finite number, true, false, null, a list or a mapping")
 
@@ -229,4 +229,4 @@ class Reader:
     def list_keys(self) -> str:
         """One line a key: name, default, meaning."""
         width, default = max(map(len, self.keys)) + 2, self.values(self.cls())
-        return "\n".join(f"  {name:<{width}} {str(default[name]):<14} {key_.doc}" for name, key_ in self.keys.items())
+        return "\n".join(f"  {name:<{width}} {default[name]!s:<14} {key_.doc}" for name, key_ in self.keys.items())

@@ -1,7 +1,7 @@
 """An inner step on a GPU as one CUDA graph: launching its thousands of small kernels costs more than running them."""
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor

@@ -6,8 +6,9 @@ written for one problem; `torch.vmap` runs it over n of them, each with its own 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Callable
 
 import torch
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from typing import Any, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,17 @@ from .groups import IGNORED, Assignment, check_keys, check_options, named_in_con
 from .matrices.param_groups import tag_of
 from .matrices.views import MatrixView, whole
 from .names import canonical_names
-from .sharding.layouts import (Layout, LayoutError, Original, called_to_initialize, check_gradient, flattened_by_fsdp1, local,
-                               locate, refuse_unknown)
+from .sharding.layouts import (
+    Layout,
+    LayoutError,
+    Original,
+    called_to_initialize,
+    check_gradient,
+    flattened_by_fsdp1,
+    local,
+    locate,
+    refuse_unknown,
+)
 from .sharding.plan import Plan, factored_sizes, make_plan
 from .sharding.replicas import check_replicas
 from .step.accumulators import init_state

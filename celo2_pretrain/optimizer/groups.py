@@ -5,9 +5,10 @@ import difflib
 import logging
 import os
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist

@@ -18,7 +18,7 @@ from celo2_pretrain.model.build_optimizer import build_optimizer
 from celo2_pretrain.optimizer.sharding.plan import Plan
 from celo2_pretrain.plan.activations import Activations, activations
 from celo2_pretrain.plan.memory import Memory, memory
-from celo2_pretrain.plan.shards import Group, ZERO3_SUB_GROUP, groups
+from celo2_pretrain.plan.shards import ZERO3_SUB_GROUP, Group, groups
 from celo2_pretrain.plan.step_time import MFU, StepTime, step_time
 
 ASSUMED_VOCABULARY = 50257  # GPT-2's, where neither config nor data say

@@ -7,9 +7,10 @@ the step, alike on all ranks, and says whether the run stops, goes on, or goes b
 import math
 import statistics
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Literal
+from typing import Literal
 
 import torch
 
@@ -17,7 +18,7 @@ from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.config import Config
 from celo2_pretrain.optimizer.step.finite import LARGEST
 from celo2_pretrain.train.checkpoints import checkpoint
-from celo2_pretrain.train.checkpoints.select import newest_good, read_state, find_damage
+from celo2_pretrain.train.checkpoints.select import find_damage, newest_good, read_state
 from celo2_pretrain.train.record.metrics import Metrics
 
 WINDOW = 64  # steps whose median a loss is compared with

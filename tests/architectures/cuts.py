@@ -5,8 +5,8 @@ the stored tensor to the weights, (out, in), of the `nn.Linear`s that could stan
 unless the number is listed, too; "{q,k}_proj" stands for both. One-dimensional tensors are vectors and aren't listed.
 """
 import re
+from collections.abc import Callable
 from itertools import product
-from typing import Callable
 
 import torch
 from torch import Tensor, nn

@@ -66,7 +66,7 @@ def chatglm() -> nn.Module:
 
 
 def resnet() -> nn.Module:
-    block = lambda: tree("BasicBlock", conv1=nn.Conv2d(8, 12, 3, bias=False), bn1=nn.BatchNorm2d(12),  # noqa: E731
+    block = lambda: tree("BasicBlock", conv1=nn.Conv2d(8, 12, 3, bias=False), bn1=nn.BatchNorm2d(12),
                          conv2=nn.Conv2d(12, 8, 3, bias=False), downsample=nn.Sequential(nn.Conv2d(8, 12, 1)))
     return tree("ResNet", conv1=nn.Conv2d(3, 8, 7), bn1=nn.BatchNorm2d(8), layer1=nn.Sequential(block(), block()),
                 avgpool=nn.AdaptiveAvgPool2d(1), fc=nn.Linear(12, 10))

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from support.paths import ROOT
 
 from celo2_pretrain.train.record.metrics import read_metrics
 
+from support.paths import ROOT
 
 
 def commands(name: str) -> str:

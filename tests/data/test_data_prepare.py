@@ -11,16 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.paths import ROOT
 
 from celo2_pretrain.common.errors import UserError
-from celo2_pretrain.data import encode, prepare as module, progress
+from celo2_pretrain.data import encode, progress
+from celo2_pretrain.data import prepare as module
 from celo2_pretrain.data.prepare import prepare
 from celo2_pretrain.data.shards import TokenArray, read_index
 from celo2_pretrain.data.sources import Files, Interrupted, PythonSources
 from celo2_pretrain.data.statistics import EDGES, Statistics, describe
 from celo2_pretrain.data.tokenizer import load_tokenizer
 
+from support.paths import ROOT
 
 
 def source() -> PythonSources:

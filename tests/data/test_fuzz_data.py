@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.fuzz import cases, snapshot, spoiled_trees, spoilers, works_or_refuses
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +16,8 @@ from celo2_pretrain.data.mixture import open_mixture
 from celo2_pretrain.data.shards import SPLITS, ShardWriter, TokenArray, read_index
 from celo2_pretrain.data.tokenizer import load_tokenizer
 from celo2_pretrain.model.build import vocab_rows
+
+from support.fuzz import cases, snapshot, spoiled_trees, spoilers, works_or_refuses
 
 CONTEXT = 16
 

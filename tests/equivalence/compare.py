@@ -154,7 +154,7 @@ def compare(cell: Cell) -> dict[str, Any]:
     """Run one cell on this rank. Returns the largest error of each kind over all ranks, and which tensor had it."""
     rank, world = dist.get_rank(), dist.get_world_size()
     run = start(cell)
-    worst: dict[str, tuple[float, str]] = {kind: (0.0, "") for kind in TOLERANCE}
+    worst: dict[str, tuple[float, str]] = dict.fromkeys(TOLERANCE, (0.0, ""))
 
     def note(kind: str, value: float, where: str) -> None:
         if not value <= worst[kind][0]:

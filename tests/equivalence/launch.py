@@ -9,9 +9,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 from celo2_pretrain.train.start.ranks import free_port
 

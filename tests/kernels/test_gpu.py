@@ -7,9 +7,6 @@ import sys
 
 import pytest
 import torch
-from equivalence.model import theta
-from support.paths import ROOT
-from support.golden import CASES, Case, close, repeat
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.meta.config import MetaConfig
@@ -21,6 +18,10 @@ from celo2_pretrain.optimizer.matrices.param_groups import TAG, Tag
 from celo2_pretrain.optimizer.matrices.views import MatrixView
 from celo2_pretrain.optimizer.step.finite import nonfinite
 from celo2_pretrain.weights import load_weights
+
+from equivalence.model import theta
+from support.golden import CASES, Case, close, repeat
+from support.paths import ROOT
 from support.processes import environment
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

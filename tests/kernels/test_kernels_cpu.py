@@ -3,7 +3,6 @@ import logging
 
 import pytest
 import torch
-from support.three_passes import step
 
 from celo2_pretrain.kernels import cpu
 from celo2_pretrain.optimizer.backends import boxes, choose
@@ -15,6 +14,8 @@ from celo2_pretrain.optimizer.matrices.views import MatrixView, pieces
 from celo2_pretrain.optimizer.sharding.plan import Part
 from celo2_pretrain.optimizer.sharding.shape import BlockShape
 from celo2_pretrain.weights.mlp import DIMS, MLP
+
+from support.three_passes import step
 
 CASES = [
     ((1, 1), MatrixView()), ((1, 9), MatrixView()), ((9, 1), MatrixView()), ((7, 13), MatrixView()),
@@ -49,7 +50,7 @@ def test_the_kernels_are_their_twins(compiled, shape, view, dtype, monkeypatch):
             made = []
             for backend in (compiled, TorchBackend()):
                 generator = torch.Generator().manual_seed(n)
-                draw = lambda scale=1.0: torch.randn(n, generator=generator) * scale  # noqa: E731
+                draw = lambda scale=1.0: torch.randn(n, generator=generator) * scale
                 t = Tensors(draw().to(dtype), (draw() * 10.0 ** torch.randint(-4, 4, (n,), generator=generator)).to(dtype),
                             [draw() for _ in range(3)], draw().square(),
                             [draw().square() for _ in range(3)] if len(shape) == 1 else [])

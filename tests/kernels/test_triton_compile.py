@@ -5,8 +5,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from celo2_pretrain.kernels import resources  # noqa: E402
-from celo2_pretrain.kernels.resources import TARGETS, Kernel, kernels, measure, traffic  # noqa: E402
+from celo2_pretrain.kernels import resources
+from celo2_pretrain.kernels.resources import TARGETS, Kernel, kernels, measure, traffic
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1",
                                 reason="the interpreter replaces the compiler")

@@ -5,16 +5,18 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-import triton.language as tl  # noqa: E402
+import triton.language as tl
 
-from celo2_pretrain import Celo2  # noqa: E402
-from celo2_pretrain import kernels  # noqa: E402
-from celo2_pretrain.kernels import flat, tiles  # noqa: E402
-from celo2_pretrain.kernels.adamw import adamw, adamw_twin  # noqa: E402
-from celo2_pretrain.kernels.apply import apply_twin  # noqa: E402
-from celo2_pretrain.kernels.newton_schulz import COEFFICIENTS, newton_schulz  # noqa: E402
-from celo2_pretrain.kernels.symmetric_product import symmetric_product, symmetric_product_twin  # noqa: E402
-from celo2_pretrain.optimizer.backends.triton import DTYPES, Triton  # noqa: E402
+from celo2_pretrain import (
+    Celo2,
+    kernels,
+)
+from celo2_pretrain.kernels import flat, tiles
+from celo2_pretrain.kernels.adamw import adamw, adamw_twin
+from celo2_pretrain.kernels.apply import apply_twin
+from celo2_pretrain.kernels.newton_schulz import COEFFICIENTS, newton_schulz
+from celo2_pretrain.kernels.symmetric_product import symmetric_product, symmetric_product_twin
+from celo2_pretrain.optimizer.backends.triton import DTYPES, Triton
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1",
                                 reason="run by test_triton_parity.py, in a process with TRITON_INTERPRET=1")

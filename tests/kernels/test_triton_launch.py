@@ -12,18 +12,19 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.driver import driver  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
-from celo2_pretrain import Celo2  # noqa: E402
-from celo2_pretrain.kernels.resources import kernels  # noqa: E402
-from celo2_pretrain.kernels.symmetric_product import symmetric_product  # noqa: E402
-from celo2_pretrain.optimizer.backends import choose, triton as triton_backend  # noqa: E402
-from celo2_pretrain.optimizer.backends.choose import backend_for  # noqa: E402
-from celo2_pretrain.optimizer.matrices.views import MatrixView, pieces  # noqa: E402
-from celo2_pretrain.optimizer.sharding.plan import Part  # noqa: E402
-from celo2_pretrain.optimizer.sharding.shape import BlockShape  # noqa: E402
+from celo2_pretrain import Celo2
+from celo2_pretrain.kernels.resources import kernels
+from celo2_pretrain.kernels.symmetric_product import symmetric_product
+from celo2_pretrain.optimizer.backends import choose
+from celo2_pretrain.optimizer.backends import triton as triton_backend
+from celo2_pretrain.optimizer.backends.choose import backend_for
+from celo2_pretrain.optimizer.matrices.views import MatrixView, pieces
+from celo2_pretrain.optimizer.sharding.plan import Part
+from celo2_pretrain.optimizer.sharding.shape import BlockShape
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1",
                                 reason="the interpreter replaces the compiler")

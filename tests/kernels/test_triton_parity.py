@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from support.paths import TESTS
 
 INTERPRETED = ["kernels/test_triton_parity.py", "kernels/test_triton_flat.py", "optimizer/test_strides.py"]
@@ -27,7 +28,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         assert " passed" in done.stdout and "failed" not in done.stdout
 else:
-    from support.golden import TOLERANCE, Case
     from triton.runtime.interpreter import GridExecutor
 
     from celo2_pretrain import Celo2
@@ -41,6 +41,8 @@ else:
     from celo2_pretrain.optimizer.sharding.plan import Part
     from celo2_pretrain.optimizer.sharding.shape import BlockShape
     from celo2_pretrain.weights.mlp import DIMS, MLP
+
+    from support.golden import TOLERANCE, Case
 
     CASES = [
         ((1, 1), MatrixView()), ((1, 9), MatrixView()), ((9, 1), MatrixView()), ((7, 13), MatrixView()),

@@ -3,11 +3,12 @@ import re
 import shutil
 
 import pytest
-from support.paths import ROOT
 
 from celo2_pretrain.meta.evaluation import analysis
 from celo2_pretrain.meta.evaluation.report import write_report
 from celo2_pretrain.meta.evaluation.runner import read_results
+
+from support.paths import ROOT
 
 FOLDER = ROOT / "benchmarks/results/evaluation"
 OPTIMIZERS = ("celo2", "celo2[published]", "adamw", "muon", "soap")  # the tables' columns
@@ -43,4 +44,4 @@ def test_a_table_shows_tasks_as_they_were_measured(path, rows):
                 digits = len(re.sub(r"^[^.]*\.?", "", figure))
                 assert abs(float(figure) - value) <= 0.5001 * 10 ** -digits, (name, optimizer, value)
             assert cell.startswith("**") == (entry.best == least), (name, optimizer)
-    assert len(shown) == len(set(shown)) and (set(shown) == set(TASKS.values()) or path == "README.md" and shown)
+    assert len(shown) == len(set(shown)) and (set(shown) == set(TASKS.values()) or (path == "README.md" and shown))

@@ -10,16 +10,18 @@ import time
 import numpy as np
 import pytest
 import torch
-from support.paths import ROOT, TESTS
 from torch import nn
 
 from celo2_pretrain import cli
 from celo2_pretrain.common.errors import UserError
-from celo2_pretrain.meta.evaluation import analysis, evaluate, job as jobs, optimizers, runner
+from celo2_pretrain.meta.evaluation import analysis, evaluate, optimizers, runner
+from celo2_pretrain.meta.evaluation import job as jobs
 from celo2_pretrain.meta.evaluation.job import Job
 from celo2_pretrain.meta.evaluation.report import write_report
 from celo2_pretrain.meta.evaluation.suite.problem import Problem, Task
 from celo2_pretrain.meta.evaluation.suite.tasks import TASKS
+
+from support.paths import ROOT, TESTS
 
 ADAMW = optimizers.SPECS["adamw"]
 

@@ -9,8 +9,6 @@ import sys
 import numpy
 import pytest
 import torch
-from support.processes import environment
-from support.paths import ROOT
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.common.errors import UserError
@@ -19,6 +17,9 @@ from celo2_pretrain.meta.problems import images, tasks
 from celo2_pretrain.optimizer import reference
 from celo2_pretrain.weights import construct, load_weights
 from celo2_pretrain.weights.files import save_weights
+
+from support.paths import ROOT
+from support.processes import environment
 
 EVOLVE = ["families=quadratic", "problems=3", "estimator=evolution", "init=constructed", "sigma=0.15", "truncation=12",
           "length_min=12", "length_max=12", "population=6", "lr_min=1e-2", "lr_max=5e-2", "save_every=3"]
@@ -169,7 +170,7 @@ def test_back_propagation_gives_the_exact_gradient_of_a_truncation():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_broken_particle_counts_for_nothing_and_is_named(bad):
     theta = torch.zeros(DIM)
-    unroll = lambda thetas: thetas.sum(-1).index_fill(0, torch.tensor([4]), bad)  # noqa: E731 - the second minus
+    unroll = lambda thetas: thetas.sum(-1).index_fill(0, torch.tensor([4]), bad)
     estimate, _ = estimators.pes(theta, torch.zeros(3, DIM), 0.01, unroll, torch.Generator().manual_seed(0))
     assert estimate.broken.tolist() == [False, True, False]
     assert estimate.gradient.isfinite().all() and estimate.loss.isfinite()
@@ -201,7 +202,7 @@ def test_a_resumed_meta_training_is_the_uninterrupted_one(tmp_path, estimator):
     assert parts.read_bytes() is not None
     for a, b in zip(load_weights(whole), load_weights(parts)):
         assert torch.equal(a, b)
-    read = lambda name: [json.loads(line) for line in (tmp_path / name / train.METRICS).read_text().splitlines()]  # noqa: E731
+    read = lambda name: [json.loads(line) for line in (tmp_path / name / train.METRICS).read_text().splitlines()]
     for a, b in zip(read("whole"), read("parts"), strict=True):
         assert a | {"seconds": 0} == b | {"seconds": 0}
     assert [record["step"] for record in read("parts")] == list(range(1, 9))

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from support.paths import ROOT
 from transformers.utils import is_flash_attn_2_available
 
 from celo2_pretrain.cli import main
@@ -11,6 +10,8 @@ from celo2_pretrain.config import Model, dump_config, load_config
 from celo2_pretrain.model.build import build_model
 from celo2_pretrain.model.loss import training_loss
 from celo2_pretrain.model.sample import sample
+
+from support.paths import ROOT
 
 CONFIGS = ROOT / "configs"
 TINY = dict(layers=2, width=32, heads=4, context=16)

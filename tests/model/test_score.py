@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.processes import drive
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.data.loader import Windows
@@ -17,6 +16,8 @@ from celo2_pretrain.data.shards import TokenArray
 from celo2_pretrain.data.tokenizer import load_tokenizer
 from celo2_pretrain.train.checkpoints.export import load_trained
 from celo2_pretrain.train.record.metrics import read_metrics
+
+from support.processes import drive
 
 TEXT = "def main(argv: list[str]) -> int:\n\n    return 'ü €'  # 25\n"
 

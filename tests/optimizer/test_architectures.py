@@ -1,13 +1,14 @@
 """Which rule every tensor of an architecture gets and which matrices it is, for those that people train."""
 import pytest
 import torch
+
+from celo2_pretrain import param_groups
+
 from architectures.cuts import by_name, check_reading, check_step, listed
 from architectures.decoders import DECODERS
 from architectures.encoders import ENCODERS
 from architectures.forwards import SAME_OUTPUT
 from architectures.modules import MODULES
-
-from celo2_pretrain import param_groups
 
 ARCHITECTURES = DECODERS | ENCODERS | MODULES
 
@@ -28,7 +29,7 @@ def test_the_expected_cuts_are_those_of_the_forward(architecture):
     torch.manual_seed(0)
     ids, expected = torch.randint(3, 96, (2, 7)), by_name(expected)
     model = build().eval()
-    output = lambda: model(ids, use_cache=False).logits if model.can_generate() else model(ids).logits  # noqa: E731
+    output = lambda: model(ids, use_cache=False).logits if model.can_generate() else model(ids).logits
 
     def scale(name: str, factors: tuple[float, ...]) -> None:
         param = model.get_parameter(name)

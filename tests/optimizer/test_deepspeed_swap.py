@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.processes import on_ranks
-from support.swap_worker import unsharded
-from support.paths import SUPPORT
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.optimizer.sharding.layouts import LayoutError
+
+from support.paths import SUPPORT
+from support.processes import on_ranks
+from support.swap_worker import unsharded
 
 WORKER = SUPPORT / "swap_worker.py"
 

@@ -6,11 +6,24 @@ docs/equivalence.md says what is compared; `python -m tests.equivalence` runs ev
 from collections import Counter
 
 import pytest
-from equivalence.cells import (Cell, PRECISIONS, STAGES, extra_cells, few_cells, from_name, half_of_the_cells, matching, pairs,
-                               pairwise_cells, product_cells, valid_cells)
+
+from equivalence.cells import (
+    PRECISIONS,
+    STAGES,
+    Cell,
+    extra_cells,
+    few_cells,
+    from_name,
+    half_of_the_cells,
+    matching,
+    pairs,
+    pairwise_cells,
+    product_cells,
+    valid_cells,
+)
 from equivalence.launch import Result, World
-from support.share import share_of_this_commit
 from support.paths import ROOT
+from support.share import share_of_this_commit
 
 EVERYTHING = [(world, "", cell) for world, part in ((1, few_cells), (2, valid_cells), (3, half_of_the_cells), (4, few_cells))
               for cell in part()] + [(2, "reference", cell) for cell in few_cells()]

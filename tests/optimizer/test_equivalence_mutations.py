@@ -2,6 +2,7 @@
 import time
 
 import pytest
+
 from equivalence.cells import from_name
 from equivalence.launch import run_cells
 from equivalence.mutations import MUTATIONS

@@ -4,13 +4,14 @@ import logging
 
 import pytest
 import torch
-from support.processes import join, leave, spawn
 from torch import nn
 from torch.optim import lr_scheduler
 
 from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.optimizer.groups import CONSTRUCTOR_ONLY, OPTIONS, OTHERS
 from celo2_pretrain.optimizer.matrices.param_groups import tag_model, tag_of
+
+from support.processes import join, leave, spawn
 
 
 def matrix() -> nn.Parameter:
@@ -138,7 +139,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_list_with_a_value_for_each_of_the_users_groups_is_refused_with_how_they_were_split(name):
     net = network()
-    make = lambda: Celo2([{"params": net[1].parameters()}, {"params": net[3].parameters()}])  # noqa: E731
+    make = lambda: Celo2([{"params": net[1].parameters()}, {"params": net[3].parameters()}])
     with pytest.raises(ValueError, match=r"group 0 into 2 \(celo2: 1 tensor, adamw: 1 tensor\); group 1 into 2"):
         SCHEDULERS[name](make(), 2)
     with pytest.raises(ValueError, match="group 0 into 2"):
@@ -296,11 +297,11 @@ def test_weight_decay_acts_on_hidden_matrices_and_adamw_weight_decay_on_the_rest
 def test_a_group_that_names_adamw_and_its_decay_means_it():
     net = decay_network()
     hidden, rest = [net[1].weight], [p for p in net.parameters() if p is not net[1].weight]
-    make = lambda none: Celo2([  # noqa: E731
+    make = lambda none: Celo2([
         {"params": hidden, "rule": "celo2"}, {"params": rest, "rule": "adamw", "weight_decay": 0.0 if none else 0.25}],
         lr=0.1, adamw_lr_multiplier=1.0, weight_decay=0.0 if none else 0.5)
     assert decays(net, make) == {"0.weight": 0.25, "1.weight": 0.5, "1.bias": 0.25, "2.weight": 0.25, "2.bias": 0.25}
-    make = lambda none: Celo2([{"params": net.parameters(), "weight_decay": 0.0 if none else 0.25}],  # noqa: E731
+    make = lambda none: Celo2([{"params": net.parameters(), "weight_decay": 0.0 if none else 0.25}],
                               lr=0.1, adamw_lr_multiplier=1.0)
     assert decays(net, make) == {"0.weight": 0.25, "1.weight": 0.25, "1.bias": 0.0, "2.weight": 0.0, "2.bias": 0.0}
 

@@ -5,11 +5,12 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from support.processes import join, leave, spawn
 from torch import nn
 
 from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.optimizer.sharding.layouts import LayoutError
+
+from support.processes import join, leave, spawn
 
 
 def _unsharded(scale: float) -> nn.Module:

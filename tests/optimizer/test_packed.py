@@ -7,8 +7,20 @@ from test_celo2 import model, same, train, weights
 from torch import nn
 
 from celo2_pretrain import Celo2, param_groups
-from celo2_pretrain.kernels.packed import (FIELDS, MOMENTA, NEAREST, RMS, WORD, decode, draws, encode, pack, powers, turn_of,
-                                           unpack)
+from celo2_pretrain.kernels.packed import (
+    FIELDS,
+    MOMENTA,
+    NEAREST,
+    RMS,
+    WORD,
+    decode,
+    draws,
+    encode,
+    pack,
+    powers,
+    turn_of,
+    unpack,
+)
 from celo2_pretrain.optimizer.backends import boxes
 from celo2_pretrain.optimizer.backends.compiled import Compiled
 from celo2_pretrain.optimizer.backends.passes import Scale, Tensors, scales
@@ -157,9 +169,9 @@ def test_any_partition_of_a_tensor_gives_the_same_words_on_each_backend(shape, v
 
 
 def test_the_passes_read_words_alike_on_each_backend():
-    from support.three_passes import step
-
     from celo2_pretrain.weights.mlp import DIMS, MLP
+
+    from support.three_passes import step
 
     torch.manual_seed(0)
     mlp = MLP(*(torch.randn(s) / 3 for s in [DIMS[:2], DIMS[1:2], DIMS[1:3], DIMS[2:3], DIMS[2:], DIMS[3:]]))
@@ -212,7 +224,7 @@ def test_a_gpt_takes_at_most_four_and_a_half_bytes_a_parameter():
 def test_packed_states_go_on_bit_for_bit(orthogonalize, tmp_path):
     """Through torch's state dict, and through a state for any world, which holds them as float32."""
     net = model()
-    make = lambda net: Celo2(net.named_parameters(), 1e-2, orthogonalize=orthogonalize, state_dtype="fp8")  # noqa: E731
+    make = lambda net: Celo2(net.named_parameters(), 1e-2, orthogonalize=orthogonalize, state_dtype="fp8")
     optimizer = make(net)
     train(net, optimizer, range(3))
     assert optimizer.state[net[0].weight]["packed"].dtype == WORD

@@ -1,11 +1,13 @@
 """The reference update is the authors' update: every parameter and accumulator of the golden trajectories."""
 import pytest
 import torch
-from support.golden import CASES, TOLERANCE, Case, close, repeat
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.optimizer import reference
 from celo2_pretrain.weights.mlp import FEATURES_ND
+
+from support.golden import CASES, TOLERANCE, Case, close, repeat
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_reference_repeats_the_golden_trajectories(golden, name):

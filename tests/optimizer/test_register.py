@@ -7,11 +7,12 @@ import time
 
 import pytest
 import torch
-from support.processes import environment
 
 import celo2_pretrain
 from celo2_pretrain import Celo2, register
 from celo2_pretrain.optimizer.enroll import ZERO_UTILS, enroll
+
+from support.processes import environment
 
 
 def python(code: str) -> str:

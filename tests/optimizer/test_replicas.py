@@ -2,10 +2,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-from support.processes import join, leave, spawn
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.optimizer.sharding.replicas import DriftError, checksum
+
+from support.processes import join, leave, spawn
 
 
 def test_the_checksum_sees_one_bit():

@@ -1,13 +1,14 @@
 """Which tensor gets which rule, read as which matrices, for the models people have."""
 import pytest
 import torch
-from architectures.modules import bare, tree
 from torch import nn
 from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, Phi3Config
 
 from celo2_pretrain import Celo2, param_groups, register
 from celo2_pretrain.optimizer.matrices.param_groups import table, tag_model, tag_of
 from celo2_pretrain.optimizer.matrices.views import MatrixView
+
+from architectures.modules import bare, tree
 
 
 def gpt2(tied: bool = True) -> nn.Module:
@@ -140,7 +141,7 @@ def test_wrapped_and_partitioned_models_are_read_as_the_model_itself(config):
 
 
 def test_a_matrix_inside_of_a_layer_is_no_head_whatever_its_name():
-    layer = lambda: tree("Layer", fc=nn.Linear(8, 16), output=nn.Linear(16, 8), classifier=nn.Linear(8, 4))  # noqa: E731
+    layer = lambda: tree("Layer", fc=nn.Linear(8, 16), output=nn.Linear(16, 8), classifier=nn.Linear(8, 4))
     for layers in (nn.ModuleList([layer()]), nn.ModuleList([layer(), layer()])):
         model = tree("Model", embed=nn.Embedding(9, 8), layers=layers)
         param_groups(model)

@@ -7,9 +7,6 @@ import sys
 
 import pytest
 import torch
-from support.processes import on_ranks
-from support.state_worker import batch, build, celo2, train
-from support.paths import SUPPORT
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.optimizer.matrices.views import MatrixView
@@ -17,6 +14,10 @@ from celo2_pretrain.optimizer.state import files as state_files
 from celo2_pretrain.optimizer.state.files import StateReader
 from celo2_pretrain.optimizer.state.save_load import StateError, load_state, save_state
 from celo2_pretrain.optimizer.step.accumulators import element_keys
+
+from support.paths import SUPPORT
+from support.processes import on_ranks
+from support.state_worker import batch, build, celo2, train
 
 WORKER = SUPPORT / "state_worker.py"
 ROUND_OFF = 1e-5  # relative to the largest element; measured: below 2e-6

@@ -4,7 +4,6 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from support.view_cases import CASES
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.optimizer.matrices.param_groups import TAG, Tag
@@ -12,6 +11,8 @@ from celo2_pretrain.optimizer.matrices.views import MatrixView
 from celo2_pretrain.optimizer.state.files import StateError, tensor_entry
 from celo2_pretrain.optimizer.state.index import view_entry, view_of
 from celo2_pretrain.optimizer.state.save_load import load_state, save_state
+
+from support.view_cases import CASES
 
 QKV = MatrixView(transpose=True, split=(2, 2, 2), repeats=2)
 

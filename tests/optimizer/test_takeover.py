@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.state_worker import batch, build, celo2
 from test_state import ROUND_OFF, difference, launch
 from torch.nn.functional import cross_entropy
 
@@ -13,6 +12,8 @@ from celo2_pretrain.optimizer.state.files import StateReader
 from celo2_pretrain.optimizer.state.save_load import StateError, load_state, save_state
 from celo2_pretrain.optimizer.state.takeover import describe, from_adamw, to_adamw
 from celo2_pretrain.optimizer.step.accumulators import element_keys
+
+from support.state_worker import batch, build, celo2
 
 BETAS = (0.9, 0.999)  # torch's default, which the worker's AdamW runs with
 STAGES = ((0, "fp32"), (0, "bf16"), (1, "bf16-fp32acc"), (2, "fp32"), (3, "fp32"), (3, "bf16"))

@@ -7,12 +7,12 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from support.view_cases import CASES, FLATTENED, INTERLEAVED, Case
 
 from celo2_pretrain.kernels.packed import WORD, draws, pack, turn_of, unpack
 from celo2_pretrain.kernels.rounding import key_of, stochastic_round
@@ -28,6 +28,8 @@ from celo2_pretrain.optimizer.step.accumulators import ACCUMULATORS, init_state
 from celo2_pretrain.optimizer.step.exchange import Exchange
 from celo2_pretrain.optimizer.step.state_dtypes import pack_range, unpack_range
 from celo2_pretrain.weights.mlp import DIMS, MLP
+
+from support.view_cases import CASES, FLATTENED, INTERLEAVED, Case
 
 STEPS, LR = 2, 0.5  # a large rate: a parameter's own rounding is small beside its update
 
@@ -91,14 +93,14 @@ def ranks(monkeypatch) -> Ranks:
 
 def random_mlp() -> MLP:
     generator = torch.Generator().manual_seed(3)
-    draw = lambda *size: torch.randn(size, generator=generator) / 3  # noqa: E731
+    draw = lambda *size: torch.randn(size, generator=generator) / 3
     return MLP(draw(*DIMS[:2]), draw(DIMS[1]), draw(*DIMS[1:3]), draw(DIMS[2]), draw(*DIMS[2:]), draw(DIMS[3]))
 
 
 def values(case: Case) -> tuple[Tensor, list[Tensor]]:
     """The parameter and the gradients of the steps, flat. Gradients differ between rows and columns, as real ones do."""
     generator = torch.Generator().manual_seed(case.numel)
-    draw = lambda: torch.randn(case.numel, generator=generator)  # noqa: E731
+    draw = lambda: torch.randn(case.numel, generator=generator)
     return draw(), [draw() * (1 + torch.arange(case.numel) % 7) for _ in range(STEPS)]
 
 

@@ -3,11 +3,12 @@ import itertools
 
 import pytest
 import torch
-from support.view_cases import CASES, FLATTENED, INTERLEAVED
 
 from celo2_pretrain import Celo2
 from celo2_pretrain.optimizer.matrices.param_groups import TAG, Tag
 from celo2_pretrain.optimizer.matrices.views import Block, MatrixView, boxes, cut_first_axis, pieces
+
+from support.view_cases import CASES, FLATTENED, INTERLEAVED
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 

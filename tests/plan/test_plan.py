@@ -4,8 +4,6 @@ import re
 
 import pytest
 import torch
-from support.processes import on_ranks
-from support.paths import ROOT, SUPPORT
 
 from celo2_pretrain import Celo2, param_groups
 from celo2_pretrain.cli import main
@@ -19,6 +17,9 @@ from celo2_pretrain.plan.estimate import estimate, subject
 from celo2_pretrain.plan.memory import step_buffers
 from celo2_pretrain.plan.report import rank_rows
 from celo2_pretrain.plan.shards import groups, newton_schulz_flops
+
+from support.paths import ROOT, SUPPORT
+from support.processes import on_ranks
 
 CONFIGS = ROOT / "configs"
 TINY = ["model.layers=2", "model.width=64", "model.heads=4", "model.context=32", "model.vocab_size=256",

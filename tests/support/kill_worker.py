@@ -15,22 +15,23 @@ from pathlib import Path
 
 import torch
 import transformers.models.gpt2.modeling_gpt2  # noqa: F401  (imported late: here it is once, for all forks)
-from support.state_digest import digests
 
 from celo2_pretrain.cli import quiet_libraries
 
+from support.state_digest import digests
+
 quiet_libraries()
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401  (late too, with all of torch's compiler)
-from deepspeed.accelerator import get_accelerator  # noqa: E402
-from deepspeed.comm.torch import build_shm_op  # noqa: E402
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (late too, with all of torch's compiler)
+from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.torch import build_shm_op
 
-from celo2_pretrain.config import load_config  # noqa: E402
-from celo2_pretrain.train import finish, loop  # noqa: E402
-from celo2_pretrain.train.checkpoints import checkpoint  # noqa: E402
-from celo2_pretrain.train.faults.failures import ending_all_ranks  # noqa: E402
-from celo2_pretrain.train.record.metrics import read_metrics  # noqa: E402
-from celo2_pretrain.train.start.ranks import announce_compilation, free_port  # noqa: E402
+from celo2_pretrain.config import load_config
+from celo2_pretrain.train import finish, loop
+from celo2_pretrain.train.checkpoints import checkpoint
+from celo2_pretrain.train.faults.failures import ending_all_ranks
+from celo2_pretrain.train.record.metrics import read_metrics
+from celo2_pretrain.train.start.ranks import announce_compilation, free_port
 
 WHERE = ("loop", "save", "loop", "start", "loop", "save", "loop", "loop")  # one kill after the other, again and again
 NEVER = float("inf")

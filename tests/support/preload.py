@@ -8,13 +8,13 @@ from celo2_pretrain.cli import quiet_libraries
 
 quiet_libraries()
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401  (imported late, with all of torch's compiler)
-import matplotlib.pyplot  # noqa: E402, F401
-import transformers.models.gpt2.modeling_gpt2  # noqa: E402, F401
-import transformers.models.llama.modeling_llama  # noqa: E402, F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (imported late, with all of torch's compiler)
+import matplotlib.pyplot  # noqa: F401
+import transformers.models.gpt2.modeling_gpt2
+import transformers.models.llama.modeling_llama  # noqa: F401
 
-import celo2_pretrain.optimizer.celo2  # noqa: E402, F401
-import celo2_pretrain.train.loop  # noqa: E402, F401
+import celo2_pretrain.optimizer.celo2
+import celo2_pretrain.train.loop  # noqa: F401
 
 torch.set_num_threads(1)
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

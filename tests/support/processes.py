@@ -4,16 +4,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.distributed as dist
-from support import warm
-from support.paths import ROOT
 
 from celo2_pretrain.train.start.ranks import free_port
 
+from support import warm
+from support.paths import ROOT
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -9,8 +9,8 @@ broken = Path(sys.argv[1])
 if os.environ["RANK"] == "1" and broken.exists():
     os.kill(os.getpid(), signal.SIGKILL)
 
-from celo2_pretrain import cli  # noqa: E402
-from celo2_pretrain.train import trainer  # noqa: E402
+from celo2_pretrain import cli
+from celo2_pretrain.train import trainer
 
 calls = 0
 real = trainer.training_loss

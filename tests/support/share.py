@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-from typing import Sequence, TypeVar
+from collections.abc import Sequence
+from typing import TypeVar
 
 from support.paths import ROOT
 

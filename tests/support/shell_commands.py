@@ -6,9 +6,9 @@ import shlex
 import tomllib
 from pathlib import Path
 
-from support.paths import ROOT
-
 from celo2_pretrain import cli
+
+from support.paths import ROOT
 
 PLACEHOLDERS = re.compile(r"…|\.\.\.|[A-Z]{3,}")  # of what the reader fills in: "RUN", "--config …"
 PROGRAMS = r"(?:[A-Z_0-9]+=\S+ )*(?:celo2-pretrain|deepspeed|torchrun|python|sbatch|srun|launch/\S+) "

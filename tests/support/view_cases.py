@@ -1,8 +1,8 @@
 """Tensors with matrix views, and the matrices that they consist of, cut out with plain torch and without the view."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import Tensor

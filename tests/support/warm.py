@@ -8,9 +8,10 @@ import os
 import runpy
 import signal
 import sys
+from collections.abc import Callable
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 from unittest import mock
 
 import psutil

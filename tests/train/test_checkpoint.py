@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.processes import drive
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.train.checkpoints import manifest, select
+
+from support.processes import drive
 
 SMALL = ["model.layers=1", "model.width=16", "model.heads=2", "model.context=16", "train.micro_batch_size=1",
          "train.global_batch_size=2", "train.log_every=1", "eval.every=100000", "eval.sequences=2",

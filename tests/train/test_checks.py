@@ -4,8 +4,6 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from support.paths import ROOT
-from support.processes import environment, torchrun
 
 from celo2_pretrain import param_groups
 from celo2_pretrain.cli import main
@@ -13,6 +11,9 @@ from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.config import load_config
 from celo2_pretrain.train.start import preflight
 from celo2_pretrain.train.start.ranks import free_port
+
+from support.paths import ROOT
+from support.processes import environment, torchrun
 
 SMALL = ["model.layers=1", "model.width=16", "model.heads=1", "model.context=16", "train.micro_batch_size=2",
          "train.global_batch_size=4", "train.max_steps=1", "eval.sequences=4", "optimizer.adamw_lr_multiplier=2"]

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.paths import ROOT, TESTS
-from support.processes import drive
 
 from celo2_pretrain.optimizer.state.files import StateReader
 from celo2_pretrain.optimizer.step.accumulators import element_keys
 from celo2_pretrain.train.record.metrics import read_metrics
+
+from support.paths import ROOT, TESTS
+from support.processes import drive
 
 STEPS = 4
 CONFIG = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32", "train.micro_batch_size=2",

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support.processes import drive
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.common.errors import UserError
@@ -23,6 +22,8 @@ from celo2_pretrain.train.rates import Rates
 from celo2_pretrain.train.record.backend import telling_backend
 from celo2_pretrain.train.record.metrics import read_metrics
 from celo2_pretrain.train.start.ranks import free_port
+
+from support.processes import drive
 
 MODEL = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32"]
 SMALL = [*MODEL, "train.micro_batch_size=2", "train.global_batch_size=4", "train.log_every=1", "eval.sequences=8",

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.processes import drive
 
 from celo2_pretrain.train.record.metrics import read_metrics
+
+from support.processes import drive
 
 pytestmark = pytest.mark.multiprocess
 

@@ -3,13 +3,14 @@ import json
 import tarfile
 
 import pytest
-from support.paths import TESTS
-from support.processes import drive
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.config import load_config
 from celo2_pretrain.train.checkpoints import select
 from celo2_pretrain.train.record.metrics import read_metrics
+
+from support.paths import TESTS
+from support.processes import drive
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import io
 import os
 import sys
 
-from celo2_pretrain.common.console import print_notice, print_line
+from celo2_pretrain.common.console import print_line, print_notice
 from celo2_pretrain.common.errors import LONGEST, UserError, one_line
 
 

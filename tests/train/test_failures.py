@@ -5,12 +5,13 @@ import sys
 
 import pytest
 import torch
-from support.processes import deepspeed, environment, torchrun
-from support.paths import SUPPORT
 
 from celo2_pretrain import cli
 from celo2_pretrain.train.faults import failures
 from celo2_pretrain.train.start import prepare, ranks
+
+from support.paths import SUPPORT
+from support.processes import deepspeed, environment, torchrun
 
 WORKER = SUPPORT / "failing_worker.py"
 SMALL = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32", "train.micro_batch_size=2",

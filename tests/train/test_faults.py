@@ -3,10 +3,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from support.processes import deepspeed, drive
-from support.running import Driver
 
 from celo2_pretrain.train.record.metrics import read_metrics
+
+from support.processes import deepspeed, drive
+from support.running import Driver
 
 pytestmark = pytest.mark.multiprocess
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.fuzz import PATHS, cases, snapshot, spoiled_trees, spoilers, works_or_refuses
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +13,8 @@ from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.train.checkpoints import manifest
 from celo2_pretrain.train.checkpoints.select import find, newest_good, read_state, verify
 from celo2_pretrain.train.start.hostfile import read_hostfile
+
+from support.fuzz import PATHS, cases, snapshot, spoiled_trees, spoilers, works_or_refuses
 
 DESCRIPTION = {"model.layers": 2, "number of ranks": 1}
 STATE = {"step": 2, "samples": 8, "description": DESCRIPTION, "extra": {}}

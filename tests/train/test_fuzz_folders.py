@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.fuzz import PATHS, cases, snapshot, spoiled_trees, spoilers, works_or_refuses
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +20,8 @@ from celo2_pretrain.model.build import build_model
 from celo2_pretrain.optimizer.state.save_load import StateError, load_state, save_state
 from celo2_pretrain.train.record.metrics import Metrics, read_metrics
 from celo2_pretrain.train.record.plot import plot_runs
+
+from support.fuzz import PATHS, cases, snapshot, spoiled_trees, spoilers, works_or_refuses
 
 RECORDS = [{"step": 0, "val_loss": 6.2, "val_bits_per_byte": 4.0}] + [
     {"step": k, "loss": 6.0 - k / 10, "lr": 1e-3, "grad_norm": 1.0, "samples": 4 * k, "tokens_per_s": 100.0}

@@ -6,9 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.guard_worker import BAD, BAD_STEP, STEPS
-from support.processes import on_ranks
-from support.paths import SUPPORT
 
 from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.config import Config, Train
@@ -17,6 +14,10 @@ from celo2_pretrain.model.guarded_adamw import GuardedAdamW
 from celo2_pretrain.train import guard as guards
 from celo2_pretrain.train.guard import Guard
 from celo2_pretrain.train.record.metrics import read_metrics
+
+from support.guard_worker import BAD, BAD_STEP, STEPS
+from support.paths import SUPPORT
+from support.processes import on_ranks
 
 WORKER = SUPPORT / "guard_worker.py"
 SETTINGS = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16", "fp16")

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.processes import drive
-from support.paths import ROOT
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.common.errors import UserError
@@ -19,6 +17,9 @@ from celo2_pretrain.train.record.norms import CHUNK, sum_of_squares
 from celo2_pretrain.train.record.plot import PANELS
 from celo2_pretrain.train.record.profiler import Profiler
 from celo2_pretrain.train.record.timers import COMMUNICATION, PHASES, Timers
+
+from support.paths import ROOT
+from support.processes import drive
 
 SMALL = ["model.layers=1", "model.width=24", "model.heads=2", "model.context=16", "train.micro_batch_size=2",
          "train.global_batch_size=4", "train.log_every=2", "train.max_steps=5", "eval.sequences=2", "eval.every=5",

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.processes import environment
+
 from support.paths import SUPPORT
+from support.processes import environment
 
 pytestmark = pytest.mark.multiprocess
 

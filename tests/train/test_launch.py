@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.paths import ROOT
-from support.processes import environment
 
 from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.config import load_config
 from celo2_pretrain.train.start.hostfile import read_hostfile
 from celo2_pretrain.train.start.ranks import free_port
 from celo2_pretrain.train.start.resume_command import resume_command
+
+from support.paths import ROOT
+from support.processes import environment
 
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in [*(ROOT / "launch").glob("*.sh"), ROOT / ".ci/run"])
 HARD = """it's "$HOME" `x` & a\\b; *"""  # what shells would take for their own

@@ -8,12 +8,13 @@ import subprocess
 import sys
 
 import pytest
-from support.paths import ROOT
-from support.processes import environment
 
 from celo2_pretrain import cli
 from celo2_pretrain.config import accumulation_steps, load_config
 from celo2_pretrain.train.start import hostfile
+
+from support.paths import ROOT
+from support.processes import environment
 
 # In the place of Python: takes any hostfile, and shows what DeepSpeed's launcher would hand on.
 PYTHON = """#!/usr/bin/env bash

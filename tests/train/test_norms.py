@@ -2,8 +2,9 @@
 import json
 
 import pytest
-from support.processes import on_ranks
+
 from support.paths import SUPPORT
+from support.processes import on_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 

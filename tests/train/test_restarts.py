@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.processes import command, environment
-from support.paths import SUPPORT
 from test_failures import SMALL
 
 from celo2_pretrain.cli import main
@@ -18,6 +16,8 @@ from celo2_pretrain.train.faults.stop import StopRequests
 from celo2_pretrain.train.record.metrics import read_metrics
 from celo2_pretrain.train.start.ranks import free_port
 
+from support.paths import SUPPORT
+from support.processes import command, environment
 
 
 class Supervised:

@@ -3,7 +3,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.paths import ROOT
 import yaml
 
 from celo2_pretrain.cli import main
@@ -11,6 +10,8 @@ from celo2_pretrain.common.settings import as_tree
 from celo2_pretrain.config import READER, load_config
 from celo2_pretrain.train import loop
 from celo2_pretrain.train.checkpoints import select
+
+from support.paths import ROOT
 
 CONFIG = ROOT / "configs/gpt2_124m.yaml"
 

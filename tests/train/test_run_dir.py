@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import deepspeed.comm as dist
 import pytest
 import torch
-from support.fuzz import snapshot
 
 from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.config import load_config
@@ -23,6 +22,8 @@ from celo2_pretrain.train.checkpoints import checkpoint, manifest, select
 from celo2_pretrain.train.faults import failures, run_lock
 from celo2_pretrain.train.faults.run_lock import InUse, RunLock
 from celo2_pretrain.train.record.metrics import Metrics
+
+from support.fuzz import snapshot
 
 SMALL = ["model.layers=1", "model.width=16", "model.heads=2", "model.context=16", "train.micro_batch_size=1", "train.max_steps=2",
          "train.global_batch_size=2", "train.log_every=1", "eval.sequences=2", "optimizer.adamw_lr_multiplier=2",

@@ -3,12 +3,14 @@ import math
 from pathlib import Path
 
 import pytest
-from support.processes import drive
 
 from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.config import Schedule, Train, accumulation_steps, load_config
 from celo2_pretrain.train.record.metrics import read_metrics
 from celo2_pretrain.train.schedule import BatchSizes, lr_factor
+
+from support.processes import drive
+
 
 def factors(steps: int = 100, **keys) -> list[float]:
     return [lr_factor(step, Schedule(**keys), steps) for step in range(steps)]

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+
 from support.paths import ROOT
 from support.processes import environment
 

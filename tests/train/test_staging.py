@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import deepspeed.comm as dist
 import pytest
-from support.processes import drive
 
 from celo2_pretrain.common.errors import UserError
 from celo2_pretrain.config import Checkpoint, Config
@@ -16,6 +15,8 @@ from celo2_pretrain.train.checkpoints import checkpoint, manifest, select, stagi
 from celo2_pretrain.train.checkpoints.staging import Copy, check_staging, settle
 from celo2_pretrain.train.faults import failures
 from celo2_pretrain.train.record.metrics import read_metrics
+
+from support.processes import drive
 
 CONFIG = ["model.layers=1", "model.width=16", "model.heads=2", "model.context=16", "train.micro_batch_size=1", "schedule.steps=6",
           "train.global_batch_size=4", "train.log_every=1", "eval.every=100000", "eval.sequences=4", "checkpoint.every=2",

@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from support.warm import default_signals
-from support.paths import ROOT
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.train.record.metrics import read_metrics
 from celo2_pretrain.train.sweep import PAPER_GRID
 
+from support.paths import ROOT
+from support.warm import default_signals
 
 # A driver that takes train's arguments and writes what a run writes. Its loss is least at 3e-4; above 3e-3 it diverges.
 DRIVER = '''

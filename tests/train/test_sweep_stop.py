@@ -8,10 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from support.processes import command, environment
-from support.warm import default_signals
 
 from celo2_pretrain.cli import main
+
+from support.processes import command, environment
+from support.warm import default_signals
 
 # It saves a second after Ctrl-C, and says so before and after.
 SAVING = """

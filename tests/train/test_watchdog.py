@@ -5,12 +5,13 @@ import sys
 
 import pytest
 import torch
-from support.processes import environment
-from support.paths import SUPPORT
 
 from celo2_pretrain.config import load_config
 from celo2_pretrain.train.faults.out_of_memory import explained
 from celo2_pretrain.train.start.ranks import free_port
+
+from support.paths import SUPPORT
+from support.processes import environment
 
 WATCHED = """
 import sys, time

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from support.fuzz import cases, snapshot, spoiled_trees, spoilers, works_or_refuses
 from hypothesis import given
 from hypothesis import strategies as st
 
 from celo2_pretrain.weights import load_weights
 from celo2_pretrain.weights.layouts import GROUPS, SHAPES
+
+from support.fuzz import cases, snapshot, spoiled_trees, spoilers, works_or_refuses
 
 ARRAYS = {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)) for name, shape in SHAPES.items()}
 

@@ -9,9 +9,10 @@ comes with the i-th of the same AdamW rates, EMBEDDING in the middle. Weight dec
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import torch

@@ -13,9 +13,9 @@ the reduced axis with size 1, so everything broadcasts; `(3, *row_shape)` means 
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Iterator
 
 import torch
 from torch import Tensor

@@ -1,7 +1,8 @@
 """The passes in plain torch, on every device and for every shape."""
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 

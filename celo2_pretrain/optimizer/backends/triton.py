@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 import os
 import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -38,8 +39,19 @@ from ..sharding.plan import Part
 from ..sharding.shape import BlockShape
 from .passes import Scale, Tensors
 from .plain import TorchBackend
-from .triton_tables import (Vectors, boxes_aligned, by_storage, element_pointers, make_buffer, make_table, on_device,
-                            pointer_row, scale_pointers, storage_boxes, vector_row)
+from .triton_tables import (
+    Vectors,
+    boxes_aligned,
+    by_storage,
+    element_pointers,
+    make_buffer,
+    make_table,
+    on_device,
+    pointer_row,
+    scale_pointers,
+    storage_boxes,
+    vector_row,
+)
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
           WORD: tl.int32}  # packed accumulators

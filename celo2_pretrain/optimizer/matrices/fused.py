@@ -7,9 +7,10 @@ matrix, with a note that `table` shows.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 

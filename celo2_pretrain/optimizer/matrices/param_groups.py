@@ -6,10 +6,11 @@ the way through a DeepSpeed config, `zero.Init` and its flat partitions to the o
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Any, Iterable
+from typing import Any
 
 from torch import Tensor, nn
 

@@ -1,10 +1,11 @@
 """Where a parameter stands in a model: the module that holds it, and the module that uses it."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -123,7 +124,7 @@ def places(model: nn.Module) -> Iterator[Place]:
         chain = [modules[".".join(above[:depth])] for depth in range(len(above) + 1)]
         config = next((m.config for m in (owner, *reversed(chain)) if getattr(m, "config", None) is not None), None)
         in_layer = any(is_layer_list(above) or _one_of_several(above, below) for above, below in zip(chain, chain[1:-1]))
-        yield Place(name, param, module, projection, owner, config, in_layer or len(chain) > 1 and is_layer_list(chain[-2]))
+        yield Place(name, param, module, projection, owner, config, in_layer or (len(chain) > 1 and is_layer_list(chain[-2])))
 
 
 def _one_of_several(above: nn.Module, layer: nn.Module) -> bool:

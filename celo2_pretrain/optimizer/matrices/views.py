@@ -9,11 +9,12 @@ rectangular boxes of a block, so that every pass of the update is plain dense ar
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import prod
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 

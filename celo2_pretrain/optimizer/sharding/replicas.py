@@ -6,7 +6,8 @@ Ranks that drift apart train on without an error; DeepSpeed had such bugs (issue
 """
 from __future__ import annotations
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor

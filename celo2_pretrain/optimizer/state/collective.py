@@ -1,7 +1,8 @@
 """Work that all ranks do together, so that an error on one of them is an error on all."""
 from __future__ import annotations
 
-from typing import Any, Callable, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from math import prod
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, Callable, Iterable
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist

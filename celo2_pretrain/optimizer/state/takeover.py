@@ -16,9 +16,10 @@ rule keep exp_avg, exp_avg_sq and step as they are.
 """
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor

@@ -7,9 +7,9 @@ direction travels, never p, m or v, and nobody ever holds more than its bucket's
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
-from typing import Callable, Sequence
 
 import torch
 import torch.distributed as dist

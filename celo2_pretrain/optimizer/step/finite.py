@@ -1,7 +1,7 @@
 """Which gradients no step can be taken with."""
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor

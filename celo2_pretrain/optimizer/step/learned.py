@@ -4,9 +4,10 @@
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist

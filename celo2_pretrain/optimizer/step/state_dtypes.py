@@ -5,8 +5,9 @@ word's fields are multiples of; what they give as float32 is packed again into t
 """
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from math import prod
-from typing import Any, Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor

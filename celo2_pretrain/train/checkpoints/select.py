@@ -1,8 +1,9 @@
 """Which checkpoint a run goes on from: the one that was named, or the newest whole one; and whether it fits the run."""
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import deepspeed.comm as dist
 

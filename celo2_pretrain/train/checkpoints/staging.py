@@ -9,8 +9,8 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 from celo2_pretrain.common.errors import UserError, one_line
 from celo2_pretrain.optimizer.state.save_load import StateError

@@ -267,7 +267,7 @@ def supervise(args, config: Config) -> int:
             half_saved = restarts > 0 and not args.overwrite and checkpoints.half_saved()
             # One that was begun from another run's checkpoint has nothing else to begin from.
             replace = half_saved and args.resume not in (None, "auto") and not any(checkpoints.path.parent.glob("step_*"))
-            command += arguments(args, config.run_dir, bool(own) or half_saved and not replace, replace)
+            command += arguments(args, config.run_dir, bool(own) or (half_saved and not replace), replace)
             print_notice(f"start {restarts + 1} of at most {args.max_restarts + 1}: {shlex.join(command)}")
             start = DriverStart(command, Path(folder, f"start_{restarts + 1}"), signals.since)
             code = start.wait(signals)

@@ -4,8 +4,8 @@ import math
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 from tqdm import tqdm
 
@@ -13,7 +13,6 @@ from celo2_pretrain.common.console import print_line
 from celo2_pretrain.common.durable import write_atomically
 from celo2_pretrain.common.errors import one_line
 from celo2_pretrain.common.json_file import parse_json
-
 
 NUMBERS = re.compile(r"loss|val_loss|val_bits_per_byte|lr|grad_norm|tokens|tokens_per_s|seconds|"
                      r"(time|update_norm|weight_norm)/.*")
@@ -23,7 +22,7 @@ def is_record(tree) -> bool:
     """Is it a line of metrics.jsonl: a step, and numbers (or null) where there must be some?"""
     if not isinstance(tree, dict) or type(tree.get("step")) is not int or not 0 <= tree["step"] < 2**53:
         return False
-    return all(isinstance(value, float) or type(value) is int and abs(value) < 2**53
+    return all(isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
                for name, value in tree.items() if NUMBERS.fullmatch(name) and (value is not None or name == "val_loss"))
 
 

@@ -1,9 +1,9 @@
 """What is an evaluation task? Something that builds, from a seed, a model with a training loss and a measure of it."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Callable
 
 from torch import Tensor, nn
 
