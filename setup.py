@@ -1,4 +1,5 @@
 """Packages: `celo2_pretrain/` as it lies; kernels/ and configs/ of the root are its subpackages, too."""
+
 from setuptools import find_packages, setup
 
 ROOT_FOLDERS = {

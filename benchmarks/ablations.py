@@ -6,6 +6,7 @@ three seeds. Thetas that hardly use the second moment can't show what its decay 
 which divides by its root, is put beside them with both decays. Everything runs in meta-training's own vectorised inner
 loop, because the variants are no deployable optimizers. Writes results/ablations.csv and .png.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -27,8 +28,20 @@ from celo2_pretrain.weights.load import load_weights
 from report import RESULTS, write_csv
 
 # The rate is the paper's, 1e-3 throughout, so that the scale is all that varies how far a step leads.
-META = MetaConfig(families="mlp/digits_on_photos mlp/photos", problems=4, estimator="analytic", truncation=20, length_min=100,
-                  length_max=1000, scale_min=0.1, scale_max=10, schedule="cosine", inner_clip=1.0, outer_lr=3e-3, average=0.95)
+META = MetaConfig(
+    families="mlp/digits_on_photos mlp/photos",
+    problems=4,
+    estimator="analytic",
+    truncation=20,
+    length_min=100,
+    length_max=1000,
+    scale_min=0.1,
+    scale_max=10,
+    schedule="cosine",
+    inner_clip=1.0,
+    outer_lr=3e-3,
+    average=0.95,
+)
 VARIANTS = {
     "full": {},
     "no input normalisation": {"normalize_inputs": False},
@@ -83,8 +96,18 @@ def main() -> None:
             theta = flatten(load_weights("constructed-base")) if variant in RULES else meta_trained(config, args.outer_steps)
             for name, times in HELD_OUT.items():
                 losses = evaluate(theta, config, name, args.seeds, args.steps * times)
-                rows += [{"variant": variant, "meta_seed": meta_seed, "task": name, "lr": lr, "seed": seed,
-                          "loss": losses[k, seed].item()} for k, lr in enumerate(LRS) for seed in range(args.seeds)]
+                rows += [
+                    {
+                        "variant": variant,
+                        "meta_seed": meta_seed,
+                        "task": name,
+                        "lr": lr,
+                        "seed": seed,
+                        "loss": losses[k, seed].item(),
+                    }
+                    for k, lr in enumerate(LRS)
+                    for seed in range(args.seeds)
+                ]
                 best = losses.mean(1).min().item()
                 print(f"{variant:<24} meta-seed {meta_seed}  {name:<18} best over rates {best:.4f}", flush=True)
             print(f"    {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
@@ -101,8 +124,12 @@ def table(rows: list[dict]) -> None:
         for axis, name in zip(axes, HELD_OUT):
             mine = [row for row in rows if row["variant"] == variant and row["task"] == name]
             metas = sorted({row["meta_seed"] for row in mine})
-            loss = torch.tensor([[[row["loss"] for row in mine if row["lr"] == lr and row["meta_seed"] == meta]
-                                  for lr in LRS] for meta in metas])  # (meta-seeds, rates, seeds)
+            loss = torch.tensor(
+                [
+                    [[row["loss"] for row in mine if row["lr"] == lr and row["meta_seed"] == meta] for lr in LRS]
+                    for meta in metas
+                ]
+            )  # (meta-seeds, rates, seeds)
             over_seeds = loss.mean(-1)
             best = over_seeds.min(1).values
             cells.append(f"{best.mean():.4f}" + (f" ± {best.std(correction=0):.4f}" if len(metas) > 1 else ""))

@@ -7,6 +7,7 @@ The two ways take turns; between two saves there are steps of training, in which
 quartiles of the seconds that `checkpoint.save` takes, of a step while a copy is under way and of one while none is, and of the
 ratios within a pair.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -43,9 +44,19 @@ def main() -> None:
     args = parser.parse_args()
 
     join_ranks()
-    config = load_config(None, [f"model.width={args.width}", f"model.layers={args.layers}", "model.heads=8", "model.context=64",
-                                "train.micro_batch_size=1", "train.global_batch_size=1", "optimizer.name=celo2_base",
-                                "checkpoint.keep_last=1"])
+    config = load_config(
+        None,
+        [
+            f"model.width={args.width}",
+            f"model.layers={args.layers}",
+            "model.heads=8",
+            "model.context=64",
+            "train.micro_batch_size=1",
+            "train.global_batch_size=1",
+            "optimizer.name=celo2_base",
+            "checkpoint.keep_last=1",
+        ],
+    )
     model = build_model(config.model, VOCABULARY, 0)
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = build_optimizer(model, config.optimizer)
@@ -77,14 +88,28 @@ def main() -> None:
                         seconds["step beside a copy"].append(beside)
                         seconds["step alone"].append(alone)
         size = sum(path.stat().st_size for path in Path(run).rglob("*") if path.is_file())
-    base = {"plain save": "plain save", "staged save": "plain save",
-            "step alone": "step alone", "step beside a copy": "step alone"}
+    base = {
+        "plain save": "plain save",
+        "staged save": "plain save",
+        "step alone": "step alone",
+        "step beside a copy": "step alone",
+    }
     rows = []
     for name, found in seconds.items():
         low, middle, high = quartiles([a / b for a, b in zip(found, seconds[base[name]])])
-        rows.append({"device": device_name(engine.device), "parameters": parameters, "checkpoint_mb": round(size / 1e6),
-                     "what": name, "seconds": round(statistics.median(found), 3), "ratio": round(middle, 3),
-                     "ratio_q1": round(low, 3), "ratio_q3": round(high, 3), "pairs": args.pairs})
+        rows.append(
+            {
+                "device": device_name(engine.device),
+                "parameters": parameters,
+                "checkpoint_mb": round(size / 1e6),
+                "what": name,
+                "seconds": round(statistics.median(found), 3),
+                "ratio": round(middle, 3),
+                "ratio_q1": round(low, 3),
+                "ratio_q3": round(high, 3),
+                "pairs": args.pairs,
+            }
+        )
         print(f"{name:20s} {rows[-1]['seconds']:8.3f} s   {middle:6.2f} x {base[name]} (quartiles {low:.2f} to {high:.2f})")
     write_csv(args.out / "checkpoint.csv", rows)
 

@@ -7,6 +7,7 @@ Watched and plain steps take turns in one run, in an order that changes from pai
 quartiles of the ratio within a pair, for steps with norms and for steps with timers alone. With `train.log_every=10` a
 tenth of that is what a run pays.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -42,9 +43,19 @@ def main() -> None:
     args = parser.parse_args()
 
     join_ranks()
-    config = load_config(None, [
-        f"model.width={args.width}", f"model.layers={args.layers}", "model.heads=4", "model.context=128",
-        "train.micro_batch_size=8", "train.global_batch_size=16", f"train.zero_stage={args.stage}", "optimizer.lr=1e-6"])
+    config = load_config(
+        None,
+        [
+            f"model.width={args.width}",
+            f"model.layers={args.layers}",
+            "model.heads=4",
+            "model.context=128",
+            "train.micro_batch_size=8",
+            "train.global_batch_size=16",
+            f"train.zero_stage={args.stage}",
+            "optimizer.lr=1e-6",
+        ],
+    )
     torch.manual_seed(0)
     model = build_model(config.model, VOCABULARY, 0)
     parameters, per_token = sum(p.numel() for p in model.parameters()), flops_per_token(model, 128)
@@ -86,9 +97,19 @@ def main() -> None:
                 ratios.append(seconds[True] / seconds[False])
                 plain.append(seconds[False])
             low, middle, high = quartiles(ratios)
-            rows.append({"device": device_name(engine.device), "parameters": parameters, "stage": args.stage, "watched": what,
-                         "plain_ms": round(1e3 * statistics.median(plain), 1), "ratio": round(middle, 3),
-                         "ratio_q1": round(low, 3), "ratio_q3": round(high, 3), "pairs": args.pairs})
+            rows.append(
+                {
+                    "device": device_name(engine.device),
+                    "parameters": parameters,
+                    "stage": args.stage,
+                    "watched": what,
+                    "plain_ms": round(1e3 * statistics.median(plain), 1),
+                    "ratio": round(middle, 3),
+                    "ratio_q1": round(low, 3),
+                    "ratio_q3": round(high, 3),
+                    "pairs": args.pairs,
+                }
+            )
             print(f"{what:22s} {middle:.3f} x a plain step of {rows[-1]['plain_ms']} ms (quartiles {low:.3f} to {high:.3f})")
     write_csv(args.out / f"insight_{engine.device.type}.csv", rows)
 

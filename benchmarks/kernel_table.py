@@ -7,6 +7,7 @@ loads and stores for each element, `bound` what it can't do without; `shared` ar
 sums, which neighbouring programs share and caches serve. Kernels without a bound work on vectors and sums, which are
 small beside the tensors.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -29,8 +30,11 @@ def rows(dtypes: list[str], targets: list[str]) -> list[tuple]:
             varies = {"G", "P", "S", "ALIGNED"} & set(kernel.constants)  # the rest is always float32
             if kernel.name == "symmetric_product":
                 varies = {"P", "ALIGNED"}
-            kind = (dtype if varies & {"G", "P"} else "fp32", states if "S" in varies else "",
-                    ("yes" if aligned else "no") if "ALIGNED" in varies else "")
+            kind = (
+                dtype if varies & {"G", "P"} else "fp32",
+                states if "S" in varies else "",
+                ("yes" if aligned else "no") if "ALIGNED" in varies else "",
+            )
             if (kernel.name, target, kind) in seen:
                 continue
             seen.add((kernel.name, target, kind))

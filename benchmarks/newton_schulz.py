@@ -10,6 +10,7 @@ Frobenius distances: `off …` to the same iteration in float64, relative to tha
 how far the iterations themselves are from it. Times are medians of calls that take turns; `ratio` is to the direct
 float32 form in the same turn.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -32,26 +33,35 @@ def matrix(rows: int, cols: int, spectrum: str) -> tuple[Tensor, Tensor]:
     """(X of norm 1, its polar factor), float64, rows ≤ cols."""
     u = torch.linalg.qr(torch.randn(rows, rows, dtype=torch.float64))[0]
     v = torch.linalg.qr(torch.randn(cols, rows, dtype=torch.float64))[0].mT
-    values = (torch.linalg.svdvals(torch.randn(rows, cols, dtype=torch.float64)) if spectrum == "gauss"
-              else 10 ** -(float(spectrum) * torch.linspace(0, 1, rows, dtype=torch.float64)))
+    values = (
+        torch.linalg.svdvals(torch.randn(rows, cols, dtype=torch.float64))
+        if spectrum == "gauss"
+        else 10 ** -(float(spectrum) * torch.linspace(0, 1, rows, dtype=torch.float64))
+    )
     x = u * values @ v
     return x / x.norm(), u @ v
 
 
 def forms(coefficients: tuple) -> dict[str, Callable[[Tensor], Tensor]]:
     first, rest = coefficients[:BF16_GRAM_ITERATIONS], coefficients[BF16_GRAM_ITERATIONS:]
-    return {"direct fp32": lambda x: _direct(x, coefficients), "gram fp32": lambda x: _gram(x, coefficients),
-            "direct bf16": lambda x: _direct(x.bfloat16(), coefficients).float(),
-            "gram bf16": lambda x: _gram(x.bfloat16(), coefficients).float(),
-            f"gram {len(first)}+{len(rest)} bf16": lambda x: _gram(_gram(x.bfloat16(), first), rest).float()}
+    return {
+        "direct fp32": lambda x: _direct(x, coefficients),
+        "gram fp32": lambda x: _gram(x, coefficients),
+        "direct bf16": lambda x: _direct(x.bfloat16(), coefficients).float(),
+        "gram bf16": lambda x: _gram(x.bfloat16(), coefficients).float(),
+        f"gram {len(first)}+{len(rest)} bf16": lambda x: _gram(_gram(x.bfloat16(), first), rest).float(),
+    }
 
 
 def chosen(form: str, shape: tuple[int, int], coefficients: tuple) -> bool:
     """Whether kernels/newton_schulz.py takes this form where it computes in this dtype."""
     dtype = torch.bfloat16 if form.endswith("bf16") else torch.float32
     gram = use_gram(shape, coefficients, dtype)
-    return form.startswith(f"gram {BF16_GRAM_ITERATIONS}+" if dtype == torch.bfloat16 else "gram") if gram else (
-        form.startswith("direct"))
+    return (
+        form.startswith(f"gram {BF16_GRAM_ITERATIONS}+" if dtype == torch.bfloat16 else "gram")
+        if gram
+        else (form.startswith("direct"))
+    )
 
 
 def times(made: dict[str, Callable[[Tensor], Tensor]], x: Tensor, rounds: int) -> dict[str, list[float]]:
@@ -86,8 +96,13 @@ def main() -> None:
             made = forms(coefficients)
             seconds = times(made, cases["1"][0].float().to(device), args.rounds) if args.rounds else {}
             for form, run in {"float64": None, **made}.items():
-                row = {"device": device_name(device), "threads": torch.get_num_threads(),
-                       "shape": f"{shape[0]}x{shape[1]}", "coefficients": name, "form": form}
+                row = {
+                    "device": device_name(device),
+                    "threads": torch.get_num_threads(),
+                    "shape": f"{shape[0]}x{shape[1]}",
+                    "coefficients": name,
+                    "form": form,
+                }
                 off, polar = {}, {}
                 for spectrum, (x, factor) in cases.items():
                     ours = run(x.float().to(device)).cpu().double() if run else exact[spectrum]
@@ -98,13 +113,20 @@ def main() -> None:
                 if seconds and run:
                     ratios = [a / b for a, b in zip(seconds[form], seconds["direct fp32"])]
                     low, middle, high = quartiles(ratios)
-                    row |= {"ms": round(1e3 * statistics.median(seconds[form]), 2), "ratio": round(middle, 2),
-                            "ratio q1": round(low, 2), "ratio q3": round(high, 2)}
+                    row |= {
+                        "ms": round(1e3 * statistics.median(seconds[form]), 2),
+                        "ratio": round(middle, 2),
+                        "ratio q1": round(low, 2),
+                        "ratio q3": round(high, 2),
+                    }
                 row["chosen"] = chosen(form, shape, coefficients) if run else ""
                 rows.append(row)
-                print(f"{row['shape']:>9} {name:13s} {form:13s} off {' '.join(off.values())}  polar "
-                      f"{' '.join(f'{x:>8}' for x in polar.values())}  {row['ms']:>8} ms {row['ratio']:>5} x"
-                      f"{'  <- used' if row['chosen'] else ''}", flush=True)
+                print(
+                    f"{row['shape']:>9} {name:13s} {form:13s} off {' '.join(off.values())}  polar "
+                    f"{' '.join(f'{x:>8}' for x in polar.values())}  {row['ms']:>8} ms {row['ratio']:>5} x"
+                    f"{'  <- used' if row['chosen'] else ''}",
+                    flush=True,
+                )
     if not args.shape:
         write_csv(RESULTS / "newton_schulz.csv", rows)
 

@@ -10,6 +10,7 @@ and in bfloat16 (`newton_schulz_dtype`), torch's Muon in bfloat16. The optimizer
 the median and the quartiles of the ratio to fused AdamW in the same round. On a GPU also the device's own time (device_ms: a
 step whose launches take longer waits for them), and the memory of the states and of what a step needs beside them.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -51,8 +52,10 @@ class Muon:
     def __init__(self, model: nn.Module) -> None:
         tagged = list(model.parameters())
         hidden = [p for p in tagged if tag_of(p).rule == "celo2"]
-        self.parts = [torch.optim.Muon(hidden, lr=1e-6),
-                      torch.optim.AdamW([p for p in tagged if tag_of(p).rule == "adamw"], lr=1e-6, fused=True)]
+        self.parts = [
+            torch.optim.Muon(hidden, lr=1e-6),
+            torch.optim.AdamW([p for p in tagged if tag_of(p).rule == "adamw"], lr=1e-6, fused=True),
+        ]
 
     def step(self) -> None:
         for part in self.parts:
@@ -71,11 +74,13 @@ def optimizers(model: nn.Module) -> dict[str, Callable[[], None]]:
 
         return step
 
-    return {"AdamW (fused)": torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True).step,
-            "Celo2-base": Celo2(model.parameters(), lr=1e-6, orthogonalize=False).step,
-            "Celo2": step_in("fp32"),
-            "Celo2, bf16": step_in("bf16"),
-            "Muon (torch)": Muon(model).step}
+    return {
+        "AdamW (fused)": torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True).step,
+        "Celo2-base": Celo2(model.parameters(), lr=1e-6, orthogonalize=False).step,
+        "Celo2": step_in("fp32"),
+        "Celo2, bf16": step_in("bf16"),
+        "Muon (torch)": Muon(model).step,
+    }
 
 
 def timed(step: Callable[[], None], device: torch.device) -> float:
@@ -112,7 +117,7 @@ def memory(step: Callable[[], None], device: torch.device) -> tuple[float, float
     before = torch.cuda.memory_allocated()
     step()
     after = torch.cuda.memory_allocated()
-    return (after - before) / 2 ** 30, (torch.cuda.max_memory_allocated() - after) / 2 ** 30
+    return (after - before) / 2**30, (torch.cuda.max_memory_allocated() - after) / 2**30
 
 
 def compare(name: str, device: torch.device, rounds: int) -> list[dict]:
@@ -128,14 +133,26 @@ def compare(name: str, device: torch.device, rounds: int) -> list[dict]:
     for key, seconds in times.items():
         ratios = [a / b for a, b in zip(seconds, times["AdamW (fused)"])]
         low, middle, high = quartiles(ratios)
-        rows.append({"device": device_name(device), "threads": torch.get_num_threads(), "model": name,
-                     "parameters": sum(p.numel() for p in model.parameters()), "optimizer": key,
-                     "ms": round(1e3 * statistics.median(seconds), 2), "ratio": round(middle, 2),
-                     "ratio_q1": round(low, 2), "ratio_q3": round(high, 2), "rounds": rounds})
+        rows.append(
+            {
+                "device": device_name(device),
+                "threads": torch.get_num_threads(),
+                "model": name,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "optimizer": key,
+                "ms": round(1e3 * statistics.median(seconds), 2),
+                "ratio": round(middle, 2),
+                "ratio_q1": round(low, 2),
+                "ratio_q3": round(high, 2),
+                "rounds": rounds,
+            }
+        )
         if device.type == "cuda":  # the states of both forms of Celo2 are the first one's
-            rows[-1] |= {"device_ms": round(1e3 * statistics.median(on_device(steps[key], device) for _ in range(3)), 2),
-                         "states_gib": round(kept["Celo2" if key == "Celo2, bf16" else key], 2),
-                         "beside_gib": round(beside[key], 2)}
+            rows[-1] |= {
+                "device_ms": round(1e3 * statistics.median(on_device(steps[key], device) for _ in range(3)), 2),
+                "states_gib": round(kept["Celo2" if key == "Celo2, bf16" else key], 2),
+                "beside_gib": round(beside[key], 2),
+            }
     return rows
 
 
@@ -145,7 +162,7 @@ def profile(name: str, device: torch.device, rounds: int) -> list[dict]:
     optimizer = Celo2(param_groups(model), lr=1e-6, newton_schulz_dtype="fp32")
     optimizer.step()
     group = optimizer.param_groups[0]
-    plan, = optimizer.plans_of(group, group["params"])
+    (plan,) = optimizer.plans_of(group, group["params"])
     step = LearnedStep(plan, optimizer.state, optimizer._mlp_on(device), group)
     count = sum(p.numel() for p in group["params"])
     x, y = torch.empty(1 << 26, device=device), torch.empty(1 << 26, device=device)
@@ -159,28 +176,42 @@ def profile(name: str, device: torch.device, rounds: int) -> list[dict]:
             for bucket in plan.buckets:
                 directions.update(step._directions(bucket))
 
-        passes = {"A accumulate": step._accumulate, "B norms": step._norms, "C direction": c,
-                  "apply": lambda: step._apply(directions)}
+        passes = {
+            "A accumulate": step._accumulate,
+            "B norms": step._norms,
+            "C direction": c,
+            "apply": lambda: step._apply(directions),
+        }
         rows = []
         for key, run in passes.items():
             ms = 1e3 * statistics.median([on_device(run, device) for _ in range(rounds + 1)][1:])
             bound = 1e3 * BOUND[key] * count / bandwidth
-            rows.append({"pass": key, "ms": round(ms, 2), "bytes bound ms": round(bound, 2),
-                         "bandwidth share": round(bound / ms, 3)})
+            rows.append(
+                {"pass": key, "ms": round(ms, 2), "bytes bound ms": round(bound, 2), "bandwidth share": round(bound / ms, 3)}
+            )
         passes_ms = sum(row["ms"] for row in rows)
         for dtype in ("fp32", "bf16"):
             group["newton_schulz_dtype"] = dtype
             whole = 1e3 * statistics.median([on_device(step.run, device) for _ in range(max(2, rounds // 2))])
-            rows.append({"pass": f"Newton-Schulz in {dtype} and the rest", "ms": round(whole - passes_ms, 2),
-                         "bytes bound ms": "", "bandwidth share": ""})
+            rows.append(
+                {
+                    "pass": f"Newton-Schulz in {dtype} and the rest",
+                    "ms": round(whole - passes_ms, 2),
+                    "bytes bound ms": "",
+                    "bandwidth share": "",
+                }
+            )
     return [{"device": device_name(device), "model": name, "backend": backend_for(device).name, **row} for row in rows]
 
 
 def plot(path: Path, rows: list[dict]) -> None:
     figure, axes = new_figure(path, figsize=(7, 1 + 0.5 * len(rows)))
     labels = [f"{row['optimizer']}, {row['model']}" for row in rows]
-    axes.barh(labels, [row["ratio"] for row in rows],
-              xerr=[[row["ratio"] - row["ratio_q1"] for row in rows], [row["ratio_q3"] - row["ratio"] for row in rows]])
+    axes.barh(
+        labels,
+        [row["ratio"] for row in rows],
+        xerr=[[row["ratio"] - row["ratio_q1"] for row in rows], [row["ratio_q3"] - row["ratio"] for row in rows]],
+    )
     for y, row in enumerate(rows):
         axes.text(row["ratio_q3"], y, f"  {row['ratio']:g} × ({row['ms']:g} ms)", va="center")
     axes.set_xlim(0, 1.6 * max(row["ratio_q3"] for row in rows))
@@ -203,10 +234,15 @@ def main() -> None:
     torch.manual_seed(0)
     rows = [row for name in args.model for row in compare(name, device, args.rounds)]
     for row in rows:
-        print(f"{row['model']:>5}  {row['optimizer']:14s} {row['ms']:10.2f} ms   {row['ratio']:7.2f} x AdamW "
-              f"(quartiles {row['ratio_q1']:.2f} to {row['ratio_q3']:.2f})"
-              + (f"; device {row['device_ms']:.2f} ms, states {row['states_gib']:.2f} GiB, beside {row['beside_gib']:.2f} GiB"
-                 if "device_ms" in row else ""))
+        print(
+            f"{row['model']:>5}  {row['optimizer']:14s} {row['ms']:10.2f} ms   {row['ratio']:7.2f} x AdamW "
+            f"(quartiles {row['ratio_q1']:.2f} to {row['ratio_q3']:.2f})"
+            + (
+                f"; device {row['device_ms']:.2f} ms, states {row['states_gib']:.2f} GiB, beside {row['beside_gib']:.2f} GiB"
+                if "device_ms" in row
+                else ""
+            )
+        )
     write_csv(args.out / f"optimizer_step_{device.type}.csv", rows)
     plot(args.out / f"optimizer_step_{device.type}.png", rows)
     if args.profile:

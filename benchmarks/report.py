@@ -1,4 +1,5 @@
 """What the benchmark scripts share: where results go, how a table is written, a ratio's spread, this machine's name."""
+
 from __future__ import annotations
 
 import csv

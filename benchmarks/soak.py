@@ -7,6 +7,7 @@ A small GPT with validations and checkpoints that rotate. Watched: each rank's r
 and how many checkpoints there are. After the first quarter, in which caches fill, memory and files must not grow; the
 ranks compare checksums of all that they hold in common every 50 steps (`optimizer.check_replicas_every`).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,9 +32,20 @@ ROOT = Path(__file__).parents[1]
 KEEP = 3
 WARM = 0.25  # of the steps: until then caches fill
 MEMORY_MB = 16  # that the median of the last quarter may be above the second's: the allocator's own ups and downs
-SETTINGS = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32", "train.micro_batch_size=2",
-            "train.global_batch_size=4", "eval.sequences=16", "eval.prompt=", "optimizer.lr=1e-3",
-            "optimizer.adamw_lr_multiplier=4", "optimizer.check_replicas_every=50", f"checkpoint.keep_last={KEEP}"]
+SETTINGS = [
+    "model.layers=2",
+    "model.width=32",
+    "model.heads=2",
+    "model.context=32",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=4",
+    "eval.sequences=16",
+    "eval.prompt=",
+    "optimizer.lr=1e-3",
+    "optimizer.adamw_lr_multiplier=4",
+    "optimizer.check_replicas_every=50",
+    f"checkpoint.keep_last={KEEP}",
+]
 
 
 def environment() -> dict[str, str]:
@@ -65,9 +77,17 @@ def sample(run: Path, processes: list[psutil.Process], began: float) -> list[dic
     for rank, process in enumerate(processes):
         try:
             with process.oneshot():
-                rows.append({"seconds": round(time.time() - began, 1), "step": step, "rank": rank,
-                             "rss_mb": round(process.memory_info().rss / 2**20, 2), "open_files": process.num_fds(),
-                             "threads": process.num_threads(), "checkpoints": checkpoints})
+                rows.append(
+                    {
+                        "seconds": round(time.time() - began, 1),
+                        "step": step,
+                        "rank": rank,
+                        "rss_mb": round(process.memory_info().rss / 2**20, 2),
+                        "open_files": process.num_fds(),
+                        "threads": process.num_threads(),
+                        "checkpoints": checkpoints,
+                    }
+                )
         except psutil.Error:
             continue
     return rows
@@ -75,10 +95,27 @@ def sample(run: Path, processes: list[psutil.Process], began: float) -> list[dic
 
 def train(run: Path, data: str, steps: int, ranks: int, stage: int, log: Path) -> list[dict]:
     """Run the driver and watch it; the samples. Ends the program with the log's end where the driver fails."""
-    line = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical", "--num_gpus",
-            str(ranks), "--master_port", str(free_port()), str(ROOT / "launch/pretrain.py"), *SETTINGS, f"data.path={data}",
-            f"run_dir={run}", f"train.max_steps={steps}", f"train.log_every={max(1, steps // 1000)}",
-            f"eval.every={max(1, steps // 40)}", f"checkpoint.every={max(1, steps // 40)}", f"train.zero_stage={stage}"]
+    line = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--no_local_rank",
+        "--log_level",
+        "critical",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        str(ROOT / "launch/pretrain.py"),
+        *SETTINGS,
+        f"data.path={data}",
+        f"run_dir={run}",
+        f"train.max_steps={steps}",
+        f"train.log_every={max(1, steps // 1000)}",
+        f"eval.every={max(1, steps // 40)}",
+        f"checkpoint.every={max(1, steps // 40)}",
+        f"train.zero_stage={stage}",
+    ]
     rows, began = [], time.time()
     with open(log, "w") as file:
         launcher = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT, env=environment())
@@ -110,17 +147,28 @@ def verdict(rows: list[dict], run: Path, steps: int, ranks: int) -> list[tuple[b
         late = [row for row in mine if row["step"] >= (1 - WARM) * steps] or mine[-1:]
         memory = [median([row["rss_mb"] for row in part]) for part in (early, late)]
         files = [min(row["open_files"] for row in part) for part in (early, late)]  # a save has one more open
-        said.append((memory[1] - memory[0] <= allowed, f"rank {rank}: memory {memory[0]:.1f} MB in the second quarter, "
-                     f"{memory[1] - memory[0]:+.1f} MB in the last ({allowed} allowed)"))
-        said.append((files[1] <= files[0], f"rank {rank}: {files[0]} open files in the second quarter, {files[1]} in the "
-                     f"last; at most {max(row['threads'] for row in mine)} threads"))
+        said.append(
+            (
+                memory[1] - memory[0] <= allowed,
+                f"rank {rank}: memory {memory[0]:.1f} MB in the second quarter, "
+                f"{memory[1] - memory[0]:+.1f} MB in the last ({allowed} allowed)",
+            )
+        )
+        said.append(
+            (
+                files[1] <= files[0],
+                f"rank {rank}: {files[0]} open files in the second quarter, {files[1]} in the "
+                f"last; at most {max(row['threads'] for row in mine)} threads",
+            )
+        )
     most, left = max(row["checkpoints"] for row in rows), count_checkpoints(run)
     said.append((most <= KEEP + 1 and left == KEEP, f"checkpoints: at most {most}, {left} at the end ({KEEP} to keep)"))
     records = read_metrics(run)
     losses = [record["loss"] for record in records if "loss" in record]
     whole = records[-1]["step"] == steps and not any(record.get("skipped_steps") for record in records)
-    said.append((whole and losses[-1] < losses[0], f"{steps:,} steps, none left out; "
-                 f"loss {losses[0]:.3f} to {losses[-1]:.3f}"))
+    said.append(
+        (whole and losses[-1] < losses[0], f"{steps:,} steps, none left out; loss {losses[0]:.3f} to {losses[-1]:.3f}")
+    )
     said.append((True, f"no drift: the ranks compared what they hold in common {steps // 50:,} times"))  # else it had failed
     return said
 
@@ -152,8 +200,23 @@ def main() -> int:
     work = Path(tempfile.mkdtemp(prefix="soak-"))
     data, run = args.data or str(work / "tokens"), work / "run"
     if not args.data:
-        subprocess.run([sys.executable, "-m", "celo2_pretrain.cli", "prepare", "--stdlib", "--max-mb", "0.5", "--vocab-size",
-                        "512", "--out", data], check=True, env=environment())
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "celo2_pretrain.cli",
+                "prepare",
+                "--stdlib",
+                "--max-mb",
+                "0.5",
+                "--vocab-size",
+                "512",
+                "--out",
+                data,
+            ],
+            check=True,
+            env=environment(),
+        )
     began = time.time()
     try:
         rows = train(run, data, args.steps, args.ranks, args.zero_stage, work / "log")
@@ -166,8 +229,10 @@ def main() -> int:
     for held, line in said:
         print(f"{'held  ' if held else 'FAILED'}  {line}")
     seconds = time.time() - began
-    print(f"{seconds / 60:.0f} minutes, {seconds / args.steps * 1e3:.0f} ms a step, checkpoints and validations included; "
-          f"ZeRO-{args.zero_stage}, {args.ranks} ranks")
+    print(
+        f"{seconds / 60:.0f} minutes, {seconds / args.steps * 1e3:.0f} ms a step, checkpoints and validations included; "
+        f"ZeRO-{args.zero_stage}, {args.ranks} ranks"
+    )
     return 0 if all(held for held, _ in said) else 1
 
 

@@ -10,6 +10,7 @@ setting's *own* where it also rises by 0.3 more than the settings' median rise o
 of the mean of 50 steps above the least such mean before. Writes results/stability.csv and .png; finished runs are kept,
 so that it goes on where it was interrupted.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -37,9 +38,18 @@ def settings(seeds: int) -> list[dict]:
     """Celo2 as in the paper, with each switch turned; at four times the rate, likewise; AdamW."""
     paper = {"optimizer": "celo2", "lr": 1e-3, "multiplier": 20.0, "clip": 1.0, "weight_decay": 0.0, "decay_all": False}
     fast = paper | {"lr": 4e-3}
-    runs = [paper, paper | {"multiplier": 2.0}, paper | {"clip": 0.0}, paper | {"weight_decay": 0.1},
-            paper | {"weight_decay": 0.1, "decay_all": True}, fast, fast | {"clip": 0.0}, fast | {"multiplier": 5.0},
-            fast | {"multiplier": 2.0}, paper | {"optimizer": "adamw", "lr": 3e-3, "multiplier": 1.0}]
+    runs = [
+        paper,
+        paper | {"multiplier": 2.0},
+        paper | {"clip": 0.0},
+        paper | {"weight_decay": 0.1},
+        paper | {"weight_decay": 0.1, "decay_all": True},
+        fast,
+        fast | {"clip": 0.0},
+        fast | {"multiplier": 5.0},
+        fast | {"multiplier": 2.0},
+        paper | {"optimizer": "adamw", "lr": 3e-3, "multiplier": 1.0},
+    ]
     return [run | {"seed": seed} for seed in range(seeds) for run in runs]
 
 
@@ -49,12 +59,17 @@ def run(setting: dict, steps: int) -> list[float]:
     torch.manual_seed(setting["seed"])
     problem = language_model(GPT(256, 32, 2, CONTEXT), corpus(pieces=False), batch=8, seed=setting["seed"])
     if setting["optimizer"] == "celo2":
-        optimizer = Celo2(param_groups(problem.model), lr=setting["lr"], adamw_lr_multiplier=setting["multiplier"],
-                          weight_decay=setting["weight_decay"],
-                          adamw_weight_decay=setting["weight_decay"] if setting["decay_all"] else 0.0)
+        optimizer = Celo2(
+            param_groups(problem.model),
+            lr=setting["lr"],
+            adamw_lr_multiplier=setting["multiplier"],
+            weight_decay=setting["weight_decay"],
+            adamw_weight_decay=setting["weight_decay"] if setting["decay_all"] else 0.0,
+        )
     else:
-        optimizer = torch.optim.AdamW(problem.model.parameters(), lr=setting["lr"], betas=(0.9, 0.95),
-                                      weight_decay=setting["weight_decay"])
+        optimizer = torch.optim.AdamW(
+            problem.model.parameters(), lr=setting["lr"], betas=(0.9, 0.95), weight_decay=setting["weight_decay"]
+        )
     peaks, losses = [group["lr"] for group in optimizer.param_groups], []
     for step in range(steps):
         factor = lr_factor(step, Schedule(warmup=0.05, final=0.0), steps)
@@ -91,16 +106,26 @@ def table(runs: list[tuple[dict, torch.Tensor]], steps: int) -> list[dict]:
     """A row for each (setting, losses); a run that became NaN has fewer losses than `steps`."""
     typical, risen = {}, [rises(losses) for _, losses in runs]
     for seed in {setting["seed"] for setting, _ in runs}:
-        same = [F.pad(rise, (0, steps - WINDOW - len(rise)), value=torch.nan)
-                for (setting, _), (rise, _) in zip(runs, risen) if setting["seed"] == seed]
+        same = [
+            F.pad(rise, (0, steps - WINDOW - len(rise)), value=torch.nan)
+            for (setting, _), (rise, _) in zip(runs, risen)
+            if setting["seed"] == seed
+        ]
         typical[seed] = torch.stack(same).nanmedian(0).values
     rows = []
     for (setting, losses), (rise, high) in zip(runs, risen):
         begins = high & ~F.pad(high[:-1], (1, 0))
-        own = begins & (rise - typical[setting["seed"]][:len(rise)] > RISE)
+        own = begins & (rise - typical[setting["seed"]][: len(rise)] > RISE)
         final = losses[-100:].mean().item() if len(losses) == steps and losses.isfinite().all() else float("inf")
-        rows.append({**setting, "final": round(final, 4), "spikes": int(begins.sum()), "own_spikes": int(own.sum()),
-                     "lasting_rise": round(lasting_rise(losses[losses.isfinite()]), 3)})
+        rows.append(
+            {
+                **setting,
+                "final": round(final, 4),
+                "spikes": int(begins.sum()),
+                "own_spikes": int(own.sum()),
+                "lasting_rise": round(lasting_rise(losses[losses.isfinite()]), 3),
+            }
+        )
     return rows
 
 
@@ -149,8 +174,10 @@ def summary(rows: list[dict]) -> None:
     for name, group in groups.items():
         final = torch.tensor([row["final"] for row in group])
         spread = f" ± {final.std():.3f}" if len(group) > 1 else ""
-        print(f"| {name} | {final.mean():.3f}{spread} | {sum(row['spikes'] for row in group)} | "
-              f"{sum(row['own_spikes'] for row in group)} | {max(row['lasting_rise'] for row in group):.2f} |")
+        print(
+            f"| {name} | {final.mean():.3f}{spread} | {sum(row['spikes'] for row in group)} | "
+            f"{sum(row['own_spikes'] for row in group)} | {max(row['lasting_rise'] for row in group):.2f} |"
+        )
 
 
 def title(row: dict) -> str:
@@ -164,15 +191,15 @@ def plot(rows: list[dict], curves: list[torch.Tensor]) -> None:
     """Every step's loss of the first seed."""
     first = [(row, curve) for row, curve in zip(rows, curves) if row["seed"] == 0]
     columns = (len(first) + 1) // 2
-    figure, axes = new_figure(RESULTS / "stability.png", nrows=2, ncols=columns, figsize=(3 * columns, 6), sharex=True,
-                              sharey=True)
-    for axis in axes.flat[len(first):]:
+    figure, axes = new_figure(
+        RESULTS / "stability.png", nrows=2, ncols=columns, figsize=(3 * columns, 6), sharex=True, sharey=True
+    )
+    for axis in axes.flat[len(first) :]:
         axis.set_visible(False)
     for axis, (row, losses) in zip(axes.flat, first):
         axis.plot(losses, linewidth=0.3, color="C0", alpha=0.6)
         axis.plot(range(49, len(losses)), losses.unfold(0, 50, 1).mean(-1), linewidth=1.2, color="black")
-        axis.set_title(f"{title(row)}\nfinal {row['final']:.3f}, {row['spikes']} spikes ({row['own_spikes']} own)",
-                       fontsize=9)
+        axis.set_title(f"{title(row)}\nfinal {row['final']:.3f}, {row['spikes']} spikes ({row['own_spikes']} own)", fontsize=9)
         axis.grid(alpha=0.3)
         axis.set_ylim(1.0, 4.0)
         axis.set_xlabel("step")

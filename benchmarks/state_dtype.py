@@ -6,6 +6,7 @@ Each run is the driver's (`celo2-pretrain train`, configs/tiny_cpu.yaml, one pro
 the seed of weights and data order from 0 on. The dtypes of a seed share everything else. `--only fp8` trains these and
 takes the others' losses from the CSV that is there.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -29,8 +30,13 @@ DTYPES = ("fp32", "bf16", "fp8")
 def driver(*arguments: str, log: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     with open(log, "w") as file:
-        done = subprocess.run([sys.executable, "-m", "celo2_pretrain.cli", *arguments], cwd=ROOT, env=environment,
-                              stdout=file, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            [sys.executable, "-m", "celo2_pretrain.cli", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
     if done.returncode:
         sys.exit(f"{' '.join(arguments)} failed; see {log}")
 
@@ -46,15 +52,37 @@ def main() -> None:
     args.runs.mkdir(parents=True, exist_ok=True)
     data = ROOT / "data/python"
     if not (data / "index.json").exists():
-        driver("prepare", "--stdlib", "--out", str(data), "--vocab-size", "2048", "--tokenizer-mb", "2",
-               log=args.runs / "prepare.log")
+        driver(
+            "prepare",
+            "--stdlib",
+            "--out",
+            str(data),
+            "--vocab-size",
+            "2048",
+            "--tokenizer-mb",
+            "2",
+            log=args.runs / "prepare.log",
+        )
 
     def train(case: tuple[str, int]) -> None:
         dtype, seed = case
         run = args.runs / f"{dtype}_{seed}"
-        driver("train", "--config", "configs/tiny_cpu.yaml", "--overwrite", f"run_dir={run}", f"data.path={data}",
-               f"train.seed={seed}", f"train.max_steps={args.steps}", f"optimizer.state_dtype={dtype}", "eval.every=25",
-               "eval.prompt=", "checkpoint.every=1000000", "checkpoint.any_world=false", log=args.runs / f"{dtype}_{seed}.log")
+        driver(
+            "train",
+            "--config",
+            "configs/tiny_cpu.yaml",
+            "--overwrite",
+            f"run_dir={run}",
+            f"data.path={data}",
+            f"train.seed={seed}",
+            f"train.max_steps={args.steps}",
+            f"optimizer.state_dtype={dtype}",
+            "eval.every=25",
+            "eval.prompt=",
+            "checkpoint.every=1000000",
+            "checkpoint.any_world=false",
+            log=args.runs / f"{dtype}_{seed}.log",
+        )
 
     cases = [(dtype, seed) for seed in range(args.seeds) for dtype in DTYPES]
     kept: dict[tuple[str, int], list[tuple[int, float]]] = {}
@@ -69,15 +97,20 @@ def main() -> None:
 
     rows, curves = [], {dtype: [] for dtype in DTYPES}
     for dtype, seed in cases:
-        points = ([(r["step"], r["val_loss"]) for r in read_metrics(args.runs / f"{dtype}_{seed}") if "val_loss" in r]
-                  if dtype in args.only else kept[dtype, seed])
+        points = (
+            [(r["step"], r["val_loss"]) for r in read_metrics(args.runs / f"{dtype}_{seed}") if "val_loss" in r]
+            if dtype in args.only
+            else kept[dtype, seed]
+        )
         curves[dtype].append(points)
         rows += [{"state_dtype": dtype, "seed": seed, "step": step, "val_loss": round(loss, 5)} for step, loss in points]
     write_csv(RESULTS / "state_dtype.csv", rows)
     final = {dtype: [points[-1][1] for points in curves[dtype]] for dtype in DTYPES}
     for dtype, losses in final.items():
-        print(f"{dtype}: validation loss {statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f} over {len(losses)} "
-              f"seeds ({', '.join(f'{loss:.4f}' for loss in losses)})")
+        print(
+            f"{dtype}: validation loss {statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f} over {len(losses)} "
+            f"seeds ({', '.join(f'{loss:.4f}' for loss in losses)})"
+        )
     for dtype in DTYPES[1:]:
         gaps = [b - a for a, b in zip(final["fp32"], final[dtype])]
         print(f"{dtype} − fp32, seed by seed: {statistics.mean(gaps):+.4f} ({', '.join(f'{gap:+.4f}' for gap in gaps)})")
@@ -85,11 +118,20 @@ def main() -> None:
     figure, axes = new_figure(RESULTS / "state_dtype.png", figsize=(7, 4.5))
     for number, dtype in enumerate(DTYPES):
         for seed, points in enumerate(curves[dtype]):
-            axes.plot(*zip(*points[1:]), color=f"C{number}", linewidth=1, linestyle=("-", "--", ":", "-.")[seed % 4],
-                      label=f"{dtype}: {statistics.mean(final[dtype]):.3f} ± {statistics.stdev(final[dtype]):.3f}"
-                      if seed == 0 else None)
-    axes.set(xlabel="step", ylabel="validation loss (nats per token)",
-             title="Celo2's accumulators of 16, 8 and 4 bytes a parameter (a line style is a seed)")
+            axes.plot(
+                *zip(*points[1:]),
+                color=f"C{number}",
+                linewidth=1,
+                linestyle=("-", "--", ":", "-.")[seed % 4],
+                label=f"{dtype}: {statistics.mean(final[dtype]):.3f} ± {statistics.stdev(final[dtype]):.3f}"
+                if seed == 0
+                else None,
+            )
+    axes.set(
+        xlabel="step",
+        ylabel="validation loss (nats per token)",
+        title="Celo2's accumulators of 16, 8 and 4 bytes a parameter (a line style is a seed)",
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, RESULTS / "state_dtype.png", dpi=120)

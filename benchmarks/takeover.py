@@ -8,6 +8,7 @@ goes on; Celo2 takes over with `from_adamw` at the rates it prints; the same wit
 own rate and the default multiplier; and Celo2 for a while, then AdamW again by `to_adamw`. Writes results/takeover.csv
 (validation loss of a fixed set) and results/takeover.png.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -60,16 +61,16 @@ def corpus(megabytes: float) -> torch.Tensor:
 class Data:
     def __init__(self, megabytes: float = 4.0) -> None:
         data = corpus(megabytes)
-        self.train, self.held_out = data[: -len(data) // 10], data[-len(data) // 10:]
+        self.train, self.held_out = data[: -len(data) // 10], data[-len(data) // 10 :]
 
     def batch(self, seed: int, step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed * 100_003 + step)
         starts = torch.randint(0, len(self.train) - CONTEXT - 1, (BATCH,), generator=generator)
-        return torch.stack([self.train[s:s + CONTEXT + 1] for s in starts])
+        return torch.stack([self.train[s : s + CONTEXT + 1] for s in starts])
 
     def validation(self, count: int = 64) -> torch.Tensor:
         starts = torch.linspace(0, len(self.held_out) - CONTEXT - 2, count).long()
-        return torch.stack([self.held_out[s:s + CONTEXT + 1] for s in starts])
+        return torch.stack([self.held_out[s : s + CONTEXT + 1] for s in starts])
 
 
 def loss_of(model, windows: torch.Tensor) -> torch.Tensor:
@@ -79,15 +80,27 @@ def loss_of(model, windows: torch.Tensor) -> torch.Tensor:
 
 def new_model(seed: int) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=CONTEXT, n_embd=96, n_layer=2, n_head=4,
-                                      bos_token_id=None, eos_token_id=None,
-                                      resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=256,
+            n_positions=CONTEXT,
+            n_embd=96,
+            n_layer=2,
+            n_head=4,
+            bos_token_id=None,
+            eos_token_id=None,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    )
 
 
 def adamw(model) -> torch.optim.AdamW:
     """Embeddings and 1-D tensors at their own rate, as Celo2 has them."""
-    groups = [{"params": group["params"], "lr": ADAMW_LR if group["rule"] == "celo2" else EMBED_LR}
-              for group in param_groups(model)]
+    groups = [
+        {"params": group["params"], "lr": ADAMW_LR if group["rule"] == "celo2" else EMBED_LR} for group in param_groups(model)
+    ]
     return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
 
 
@@ -126,8 +139,14 @@ def one_seed(seed: int, data: Data, switch: int, last: int, every: int, rows: di
 
     def celo2(seeded: bool = True, naive: bool = False):
         model = new_model(seed + 100)
-        engine = engine_of(model, Celo2(param_groups(model), lr=ADAMW_LR if naive else rates["lr"],
-                                        adamw_lr_multiplier=20.0 if naive else rates["adamw_lr_multiplier"]))
+        engine = engine_of(
+            model,
+            Celo2(
+                param_groups(model),
+                lr=ADAMW_LR if naive else rates["lr"],
+                adamw_lr_multiplier=20.0 if naive else rates["adamw_lr_multiplier"],
+            ),
+        )
         load_state(engine, folder / "celo2")
         for state in () if seeded else engine.basic_optimizer.state.values():
             for value in state.values():
@@ -161,8 +180,11 @@ def plot(rows: list[dict], switch: int, back_at: int, path: Path) -> None:
     seeds = len({row["seed"] for row in rows})
     usual = [row["val_loss"] for row in rows if row["run"] != "naive" and row["step"] >= switch - (back_at - switch)]
     axis.set_ylim(min(usual) - 0.05, max(usual) + 0.15)
-    axis.set(xlabel="step", ylabel="validation loss (nats per byte)",
-             title=f"Switching optimizers in a running run: mean of {seeds} seeds, band from least to largest")
+    axis.set(
+        xlabel="step",
+        ylabel="validation loss (nats per byte)",
+        title=f"Switching optimizers in a running run: mean of {seeds} seeds, band from least to largest",
+    )
     axis.legend(fontsize=8, loc="lower left")
     save_figure(figure, path)
 
@@ -185,8 +207,7 @@ def main() -> None:
             one_seed(seed, data, arguments.switch, last, arguments.every, losses, folder)
         finally:
             shutil.rmtree(folder)
-    rows = [{"seed": seed, "run": run, "step": step, "val_loss": round(loss, 5)}
-            for (seed, run, step), loss in losses.items()]
+    rows = [{"seed": seed, "run": run, "step": step, "val_loss": round(loss, 5)} for (seed, run, step), loss in losses.items()]
     RESULTS.mkdir(exist_ok=True)
     with open(RESULTS / "takeover.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")

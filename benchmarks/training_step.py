@@ -6,6 +6,7 @@
 A step is all forward and backward passes of its micro-batches and the optimizer's part, on random tokens. The two engines
 take turns, round by round; shown are the median times, and the median and the quartiles of the ratio within a round.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -35,14 +36,24 @@ def engine(name: str, optimizer: str, micro_batch: int, accumulation: int):
     torch.manual_seed(0)
     gpu = get_accelerator().device_name() != "cpu"
     with torch.device(get_accelerator().current_device_name()):
-        model = AutoModelForCausalLM.from_config(GPT2Config(
-            n_layer=layers, n_embd=width, n_head=heads, n_positions=context, vocab_size=VOCABULARY, use_cache=False))
+        model = AutoModelForCausalLM.from_config(
+            GPT2Config(n_layer=layers, n_embd=width, n_head=heads, n_positions=context, vocab_size=VOCABULARY, use_cache=False)
+        )
     register(model)
-    config = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": accumulation,
-              "zero_optimization": {"stage": 2}, "gradient_clipping": 1.0, "zero_force_ds_cpu_optimizer": False,
-              "zero_allow_untested_optimizer": True, "bf16": {"enabled": gpu}}
-    made = (torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) if optimizer == "AdamW (fused)"
-            else Celo2(param_groups(model), lr=1e-4))
+    config = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": 2},
+        "gradient_clipping": 1.0,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": gpu},
+    }
+    made = (
+        torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        if optimizer == "AdamW (fused)"
+        else Celo2(param_groups(model), lr=1e-4)
+    )
     return deepspeed.initialize(model=model, optimizer=made, config=config)[0]
 
 
@@ -68,7 +79,13 @@ def main() -> None:
     gpu = get_accelerator().device_name() != "cpu"
     micro_batch, context = args.micro_batch or (8 if gpu else 1), CONTEXT[args.model]
     accumulation = max(1, (args.tokens or (524288 if gpu else 0)) // (micro_batch * context))
-    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", free_port())):
+    for name, value in (
+        ("RANK", 0),
+        ("LOCAL_RANK", 0),
+        ("WORLD_SIZE", 1),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", free_port()),
+    ):
         os.environ.setdefault(name, str(value))
     deepspeed.init_distributed(verbose=False)
     device = torch.device(get_accelerator().current_device_name())
@@ -84,13 +101,28 @@ def main() -> None:
         gc.collect()
     ratios = [a / b for a, b in zip(times["Celo2"], times["AdamW (fused)"])]
     low, middle, high = quartiles(ratios)
-    print(f"{args.model}, {accumulation * micro_batch * context:,} tokens a step on {device_name(device)}: "
-          f"with Celo2 {middle:.4f} x AdamW's step (quartiles {low:.4f} to {high:.4f})")
-    write_csv(args.out / f"training_step_{device.type}.csv", [
-        {"device": device_name(device), "model": args.model, "tokens": accumulation * micro_batch * context,
-         "micro_batch": micro_batch, "optimizer": key, "seconds": round(statistics.median(times[key]), 4),
-         "ratio": round(middle, 4) if key == "Celo2" else 1, "ratio_q1": round(low, 4) if key == "Celo2" else 1,
-         "ratio_q3": round(high, 4) if key == "Celo2" else 1, "rounds": args.rounds} for key in engines])
+    print(
+        f"{args.model}, {accumulation * micro_batch * context:,} tokens a step on {device_name(device)}: "
+        f"with Celo2 {middle:.4f} x AdamW's step (quartiles {low:.4f} to {high:.4f})"
+    )
+    write_csv(
+        args.out / f"training_step_{device.type}.csv",
+        [
+            {
+                "device": device_name(device),
+                "model": args.model,
+                "tokens": accumulation * micro_batch * context,
+                "micro_batch": micro_batch,
+                "optimizer": key,
+                "seconds": round(statistics.median(times[key]), 4),
+                "ratio": round(middle, 4) if key == "Celo2" else 1,
+                "ratio_q1": round(low, 4) if key == "Celo2" else 1,
+                "ratio_q3": round(high, 4) if key == "Celo2" else 1,
+                "rounds": args.rounds,
+            }
+            for key in engines
+        ],
+    )
     os._exit(0)  # what DeepSpeed and gloo have running may abort the interpreter's exit
 
 

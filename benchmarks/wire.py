@@ -12,6 +12,7 @@ all-gather (n − 1)/n, all-to-all what goes to other ranks. Shown is the busies
 (ZeRO-3 gathers parameters twice). `gather everything` is what a rank would have to receive in order to take
 the unsharded step alone: p, g, three momenta and v of every matrix in 4 bytes.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -37,14 +38,15 @@ from report import RESULTS, write_csv
 def gpt3_xl() -> nn.Module:
     """GPT-3 XL: 24 layers, width 2048, untied sizes of the paper (1.3B parameters), on the meta device."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(GPT2Config(
-            vocab_size=50257, n_positions=2048, n_embd=2048, n_layer=24, n_head=16))
+        return AutoModelForCausalLM.from_config(
+            GPT2Config(vocab_size=50257, n_positions=2048, n_embd=2048, n_layer=24, n_head=16)
+        )
 
 
 def count(ranks: int, stage: int, bucket_size: int) -> list[dict]:
     model = gpt3_xl()
     optimizer = Celo2(param_groups(model))
-    group, = [g for g in optimizer.param_groups if g["rule"] == "celo2"]
+    (group,) = [g for g in optimizer.param_groups if g["rule"] == "celo2"]
     originals = optimizer.originals_of(group)
     held = ranges([original.shape for original in originals], ranks, stage)
     busiest, peak = Counter(), 0.0
@@ -58,33 +60,49 @@ def count(ranks: int, stage: int, bucket_size: int) -> list[dict]:
     hidden = sum(prod(original.shape) for original in originals)
     zero = (2 if stage < 3 else 3) * 2 * total * (ranks - 1) / ranks
     rows = [{"case": f"celo2: {key}", "bytes": value} for key, value in busiest.items()]
-    rows += [{"case": "celo2 in all (busiest rank)", "bytes": peak},
-             {"case": f"ZeRO-{stage} itself, any optimizer", "bytes": zero},
-             {"case": "gather everything (received)", "bytes": 6 * 4 * hidden * (ranks - 1) / ranks}]
-    return [{"model": "GPT-3 XL", "parameters": total, "stage": stage, "ranks": ranks, **row,
-             "bytes": round(row["bytes"]), "of ZeRO": round(row["bytes"] / zero, 4)} for row in rows]
+    rows += [
+        {"case": "celo2 in all (busiest rank)", "bytes": peak},
+        {"case": f"ZeRO-{stage} itself, any optimizer", "bytes": zero},
+        {"case": "gather everything (received)", "bytes": 6 * 4 * hidden * (ranks - 1) / ranks},
+    ]
+    return [
+        {
+            "model": "GPT-3 XL",
+            "parameters": total,
+            "stage": stage,
+            "ranks": ranks,
+            **row,
+            "bytes": round(row["bytes"]),
+            "of ZeRO": round(row["bytes"] / zero, 4),
+        }
+        for row in rows
+    ]
 
 
 def check() -> None:
     """Two processes, ZeRO-2 ranges of a small model: planned and really sent elements must be the same."""
     import torch.multiprocessing
+
     port = free_port()
     torch.multiprocessing.spawn(_check_rank, args=(port,), nprocs=2)
 
 
 def _check_rank(rank: int, port: int) -> None:
     import torch.distributed as dist
+
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=3, n_head=4,
-                                                        bos_token_id=None, eos_token_id=None))
+    model = AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=3, n_head=4, bos_token_id=None, eos_token_id=None)
+    )
     optimizer = Celo2(param_groups(model))
-    group, = [g for g in optimizer.param_groups if g["rule"] == "celo2"]
+    (group,) = [g for g in optimizer.param_groups if g["rule"] == "celo2"]
     originals = optimizer.originals_of(group)
     held = ranges([original.shape for original in originals], 2, 2)
-    flat = torch.nn.Parameter(torch.cat([original.param.detach().flatten()[slice(*held[rank, k].tolist())]
-                                         for k, original in enumerate(originals)]))
+    flat = torch.nn.Parameter(
+        torch.cat([original.param.detach().flatten()[slice(*held[rank, k].tolist())] for k, original in enumerate(originals)])
+    )
     flat.grad = torch.randn_like(flat)
     slices, offset = [], 0
     for k, original in enumerate(originals):
@@ -108,8 +126,10 @@ def _check_rank(rank: int, port: int) -> None:
         optimizer._init_state(group, flat, [plan])
         LearnedStep(plan, optimizer.state, optimizer.mlp, group).run()
     planned = sent_bytes(plan)
-    planned = {"all-reduce": planned["pass A all-reduce"] + planned["pass B all-reduce"],
-               "all-to-all": planned["to owners"] + planned["back"]}
+    planned = {
+        "all-reduce": planned["pass A all-reduce"] + planned["pass B all-reduce"],
+        "all-to-all": planned["to owners"] + planned["back"],
+    }
     print(f"rank {rank}: planned {planned}, counted {dict(real)}", flush=True)
     assert planned == dict(real), "the plan is not what is sent"
     dist.barrier()
@@ -129,8 +149,10 @@ def main() -> None:
         return
     rows = [row for stage in args.stage for ranks in args.ranks for row in count(ranks, stage, args.bucket_size)]
     for row in rows:
-        print(f"ZeRO-{row['stage']}  {row['ranks']:4d} ranks  {row['case']:34s} {row['bytes'] / 1e6:12.2f} MB  "
-              f"{row['of ZeRO']:8.2%} of ZeRO's own")
+        print(
+            f"ZeRO-{row['stage']}  {row['ranks']:4d} ranks  {row['case']:34s} {row['bytes'] / 1e6:12.2f} MB  "
+            f"{row['of ZeRO']:8.2%} of ZeRO's own"
+        )
     whole = (args.ranks, args.stage, args.bucket_size) == ([8, 64, 512], [2, 3], 1 << 25)
     out = args.out or (RESULTS / "wire.csv" if whole else None)
     if out:

@@ -4,6 +4,7 @@
 
 Names are imported when they are first used, so that `import celo2_pretrain` is quick and does not import torch.
 """
+
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"  # pyproject.toml reads it here
 __all__ = ["Celo2", "from_adamw", "load_state", "param_groups", "register", "save_state", "table", "to_adamw"]
 
-_MODULES = {"Celo2": "celo2", "param_groups": "matrices.param_groups", "table": "matrices.param_groups", "register": "register",
-            "save_state": "state.save_load", "load_state": "state.save_load", "from_adamw": "state.takeover",
-            "to_adamw": "state.takeover"}
+_MODULES = {
+    "Celo2": "celo2",
+    "param_groups": "matrices.param_groups",
+    "table": "matrices.param_groups",
+    "register": "register",
+    "save_state": "state.save_load",
+    "load_state": "state.save_load",
+    "from_adamw": "state.takeover",
+    "to_adamw": "state.takeover",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,5 @@
 """`python -m celo2_pretrain COMMAND` is `celo2-pretrain COMMAND`."""
+
 import sys
 
 from celo2_pretrain.cli import main

@@ -1,4 +1,5 @@
 """The command line: `celo2-pretrain COMMAND`; `celo2-pretrain --help` lists the commands."""
+
 import argparse
 import os
 import sys
@@ -53,9 +54,14 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser("celo2-pretrain", description=INTRODUCTION, formatter_class=raw)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    p = commands.add_parser("prepare", help="turn text into memory-mapped tokens", description=(
-        "Turn text into a folder of memory-mapped tokens, with a tokenizer trained on it or a given one. An interrupted "
-        "call goes on where it stopped when it is given again."))
+    p = commands.add_parser(
+        "prepare",
+        help="turn text into memory-mapped tokens",
+        description=(
+            "Turn text into a folder of memory-mapped tokens, with a tokenizer trained on it or a given one. An interrupted "
+            "call goes on where it stopped when it is given again."
+        ),
+    )
     p.add_argument("paths", nargs="*", help="text, JSON Lines (.jsonl) or parquet files, also .gz and .zst, or folders")
     p.add_argument("--stdlib", action="store_true", help="the installed Python's sources: every machine has them")
     p.add_argument("--dataset", metavar="NAME[:CONFIG]", help="a Hugging Face dataset, or a folder of save_to_disk")
@@ -73,24 +79,38 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
     p.set_defaults(run=run_prepare)
 
-    p = commands.add_parser("plan", help="memory, time and communication of a run, before it is paid for",
-                            description=planning.DESCRIPTION, formatter_class=raw)
+    p = commands.add_parser(
+        "plan",
+        help="memory, time and communication of a run, before it is paid for",
+        description=planning.DESCRIPTION,
+        formatter_class=raw,
+    )
     planning.add_arguments(p)
     p.set_defaults(run=planning.run)
 
     p = commands.add_parser("train", help="train or resume", description=TRAIN, formatter_class=raw)
     p.add_argument("--config", help="YAML file (default: the resumed run's config.yaml, or the defaults)")
-    p.add_argument("--resume", nargs="?", const="", metavar="PATH",
-                   help="continue a run or checkpoint (default: run_dir's newest); auto: run_dir's newest "
-                   "whole one, or begin where there is none")
+    p.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="continue a run or checkpoint (default: run_dir's newest); auto: run_dir's newest "
+        "whole one, or begin where there is none",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace the run in run_dir")
     p.add_argument("--list-keys", action="store_true", help="list all keys with their defaults and meanings")
-    p.add_argument("--max-restarts", type=int, metavar="N",
-                   help="when it fails, start again from its last checkpoint, at most N times")
-    p.add_argument("--launch", metavar="COMMAND",
-                   help="with --max-restarts: the driver that gets train's arguments (default: this train)")
-    p.add_argument("--ranks", metavar="N,N,…",
-                   help="what {ranks} in --launch stands for; the next one is taken when a start brought no new checkpoint")
+    p.add_argument(
+        "--max-restarts", type=int, metavar="N", help="when it fails, start again from its last checkpoint, at most N times"
+    )
+    p.add_argument(
+        "--launch", metavar="COMMAND", help="with --max-restarts: the driver that gets train's arguments (default: this train)"
+    )
+    p.add_argument(
+        "--ranks",
+        metavar="N,N,…",
+        help="what {ranks} in --launch stands for; the next one is taken when a start brought no new checkpoint",
+    )
     p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
     p.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
     p.set_defaults(run=run_train)
@@ -103,13 +123,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
     p.set_defaults(run=run_sweep)
 
-    p = commands.add_parser("eval", help="validation loss of a run, and benchmark tasks", description=(
-        "Validation loss, perplexity and bits per byte of a run's newest (or one) checkpoint; with --tasks also its "
-        "scores in EleutherAI's lm-evaluation-harness. On a GPU if there is one."))
+    p = commands.add_parser(
+        "eval",
+        help="validation loss of a run, and benchmark tasks",
+        description=(
+            "Validation loss, perplexity and bits per byte of a run's newest (or one) checkpoint; with --tasks also its "
+            "scores in EleutherAI's lm-evaluation-harness. On a GPU if there is one."
+        ),
+    )
     p.add_argument("path", help="run folder, or one of its checkpoints/step_… folders")
     p.add_argument("--sequences", type=int, help="validation windows (default: all)")
-    p.add_argument("--tasks", metavar="TASK,TASK,…", help="tasks of the harness (hellaswag, arc_easy, …); needs "
-                   "pip install 'celo2-pretrain[eval]'")
+    p.add_argument(
+        "--tasks",
+        metavar="TASK,TASK,…",
+        help="tasks of the harness (hellaswag, arc_easy, …); needs pip install 'celo2-pretrain[eval]'",
+    )
     p.add_argument("--task-folder", metavar="FOLDER", help="with task files (.yaml) of your own, for --tasks")
     p.add_argument("--limit", type=int, help="only so many examples of each task, to try it")
     p.add_argument("--json", metavar="FILE", help="write all results there, too")
@@ -124,17 +152,25 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(run=run_generate)
 
-    p = commands.add_parser("plot", help="compare runs in one picture", description=(
-        "Draw one or more runs in one picture: losses, learning rate, norms of gradient, update and weights, "
-        "tokens a second."))
+    p = commands.add_parser(
+        "plot",
+        help="compare runs in one picture",
+        description=(
+            "Draw one or more runs in one picture: losses, learning rate, norms of gradient, update and weights, "
+            "tokens a second."
+        ),
+    )
     p.add_argument("runs", nargs="+", help="run folders")
     p.add_argument("--out", default="runs.png", help=".png, .pdf or .svg (default: runs.png)")
     p.add_argument("--x", choices=["step", "tokens", "time"], default="step", help="what to draw against (default: step)")
     p.add_argument("--title", default="")
     p.set_defaults(run=run_plot)
 
-    p = commands.add_parser("export", help="write a Hugging Face folder", description=(
-        "Write a run's model and tokenizer as a folder that transformers' from_pretrained reads."))
+    p = commands.add_parser(
+        "export",
+        help="write a Hugging Face folder",
+        description=("Write a run's model and tokenizer as a folder that transformers' from_pretrained reads."),
+    )
     p.add_argument("path", help="run folder, or one of its checkpoints/step_… folders")
     p.add_argument("--out", required=True, help="the folder to make")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
@@ -165,8 +201,14 @@ def run_prepare(args) -> None:
     else:
         source = sources.Files(args.paths, args.val_fraction, args.field)
     index = prepare(
-        source, args.out, tokenizer=args.tokenizer, vocab_size=args.vocab_size, workers=args.workers,
-        tokenizer_bytes=int(args.tokenizer_mb * 1e6), shard_tokens=args.shard_tokens, overwrite=args.overwrite,
+        source,
+        args.out,
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+        workers=args.workers,
+        tokenizer_bytes=int(args.tokenizer_mb * 1e6),
+        shard_tokens=args.shard_tokens,
+        overwrite=args.overwrite,
     )
     print(describe(index, args.out))
 
@@ -235,8 +277,17 @@ def run_generate(args) -> None:
         raise UserError(f"--temperature {args.temperature}: must not be negative")
     model, tokenizer, config = load_trained(args.path)
     ids = tokenizer.encode([args.prompt])[0]
-    new = sample(model, ids, args.tokens, context=config.model.context, eos_id=tokenizer.eos_id,
-                 vocab_size=tokenizer.vocab_size, temperature=args.temperature, top_k=args.top_k, seed=args.seed)
+    new = sample(
+        model,
+        ids,
+        args.tokens,
+        context=config.model.context,
+        eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        seed=args.seed,
+    )
     print(tokenizer.decode(ids + new))
 
 

@@ -2,6 +2,7 @@
 
 Unknown keys, wrong types and impossible values raise UserError naming the key, the value and what to do.
 """
+
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -32,7 +33,8 @@ class Model:
     scaled_init: bool = key(True, "begin residual projections smaller by 1/sqrt(2 × layers), as GPT-2")
     from_: str | None = key(None, "hub name or folder of a transformers model to train on; its shape is then the model's")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = key(
-        "sdpa", "sdpa (torch's fused kernels), eager, or flash_attention_2 (the flash-attn package, NVIDIA GPUs)")
+        "sdpa", "sdpa (torch's fused kernels), eager, or flash_attention_2 (the flash-attn package, NVIDIA GPUs)"
+    )
     activation_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = key(False, "torch.compile the model: a slow first step, faster ones after it")
 
@@ -46,15 +48,15 @@ class Optimizer:
     adamw_weight_decay: float = key(0.0, "the same of all other tensors: embeddings, head, 1-D tensors", 0)
     weights: str = key("default", "weights of the learned rule: default, a path, or a hub repository")
     newton_schulz_dtype: Literal["auto", "fp32", "bf16"] = key(
-        "auto", "orthogonalisation in fp32, bf16, or auto: bf16 on GPUs that have it in matrix units")
+        "auto", "orthogonalisation in fp32, bf16, or auto: bf16 on GPUs that have it in matrix units"
+    )
     state_dtype: Literal["fp32", "bf16", "fp8"] = key("fp32", "Celo2's accumulators: 16, 8 or 4 bytes a parameter")
     check_replicas_every: int = key(0, "steps between comparisons of what must be the same on all ranks; 0: never", 0)
 
 
 @dataclass
 class Schedule:
-    name: Literal["cosine", "wsd", "constant"] = key(
-        "cosine", "after the warm-up; wsd: stable, then a decay at the end")
+    name: Literal["cosine", "wsd", "constant"] = key("cosine", "after the warm-up; wsd: stable, then a decay at the end")
     warmup: float = key(0.05, "fraction of the steps with linear warm-up", 0, 1)
     decay: float = key(0.2, "wsd: fraction of the steps, at the end, in which the learning rate falls", 0, 1)
     shape: Literal["sqrt", "linear", "cosine"] = key("sqrt", "wsd: how it falls: 1 - sqrt(progress), linear or cosine")
@@ -79,7 +81,8 @@ class Train:
     on_nonfinite: Literal["stop", "skip"] = key("skip", "a step with NaN, Inf or overflow: stop the run, or leave it out")
     max_skipped: int = key(10, "such steps in a row that are left out before the run stops after all", 0)
     on_spike: Literal["ignore", "warn", "rollback"] = key(
-        "warn", "rollback: to the newest checkpoint, and on with the data after the spike's")
+        "warn", "rollback: to the newest checkpoint, and on with the data after the spike's"
+    )
     spike_nats: float = key(1.0, "a loss so far above the median of the last 64 steps is a spike", 0)
     max_rollbacks: int = key(3, "rollbacks before the run stops", 0)
 
@@ -134,8 +137,10 @@ class Config:
 READER = Reader(Config, "celo2-pretrain train", "configs/", "optimizer.lr=2e-3")
 KEYS, list_keys = READER.keys, READER.list_keys
 # What a model that training starts from brings itself.
-ARCHITECTURE = tuple(f"model.{name}" for name in (
-    "family", "layers", "width", "heads", "kv_heads", "mlp_width", "vocab_size", "tied", "scaled_init"))
+ARCHITECTURE = tuple(
+    f"model.{name}"
+    for name in ("family", "layers", "width", "heads", "kv_heads", "mlp_width", "vocab_size", "tied", "scaled_init")
+)
 
 
 def load_config(path: str | None, overrides: list[str] = ()) -> Config:
@@ -143,8 +148,10 @@ def load_config(path: str | None, overrides: list[str] = ()) -> Config:
     config, given = READER.load(path, overrides)
     shape = [name for name in ARCHITECTURE if name in given]
     if config.model.from_ is not None and shape:
-        raise UserError(f"{shape[0]}={given[shape[0]]} can't be given with model.from={config.model.from_}, which says what "
-                        f"the model is: leave out {', '.join(shape)}")
+        raise UserError(
+            f"{shape[0]}={given[shape[0]]} can't be given with model.from={config.model.from_}, which says what "
+            f"the model is: leave out {', '.join(shape)}"
+        )
     check(config)
     return config
 
@@ -168,12 +175,18 @@ def check(config: Config) -> None:
     """What no single key can tell."""
     model, optimizer, schedule = config.model, config.optimizer, config.schedule
     check_entries("data.mixture", config.data.mixture, "{path: data/a, weight: 0.7}", {"path": str, "weight": float})
-    check_entries("train.batch_warmup", config.train.batch_warmup,
-                  "{steps: 100, global_batch_size: 8} or {tokens: 1e6, …}",
-                  {"steps": int, "global_batch_size": int}, {"tokens": float, "global_batch_size": int})
+    check_entries(
+        "train.batch_warmup",
+        config.train.batch_warmup,
+        "{steps: 100, global_batch_size: 8} or {tokens: 1e6, …}",
+        {"steps": int, "global_batch_size": int},
+        {"tokens": float, "global_batch_size": int},
+    )
     if schedule.name == "wsd" and schedule.warmup + schedule.decay > 1:
-        raise UserError(f"schedule.warmup={schedule.warmup:g} and schedule.decay={schedule.decay:g} are more than all "
-                        f"steps: lower one of them")
+        raise UserError(
+            f"schedule.warmup={schedule.warmup:g} and schedule.decay={schedule.decay:g} are more than all "
+            f"steps: lower one of them"
+        )
     if config.data.mask_documents and model.attention == "flash_attention_2":
         raise UserError("data.mask_documents=true needs model.attention=sdpa or eager, not flash_attention_2")
     if model.width % model.heads:
@@ -190,7 +203,9 @@ def check(config: Config) -> None:
         raise UserError("track.peak_tflops=0: give the device's TFLOP/s, or null")
     profiled = profiled_steps(config.profile.steps)
     if profiled and profiled[0] > config.train.max_steps:
-        raise UserError(f"profile.steps={config.profile.steps!r}: the run ends before, at train.max_steps={config.train.max_steps}")
+        raise UserError(
+            f"profile.steps={config.profile.steps!r}: the run ends before, at train.max_steps={config.train.max_steps}"
+        )
     if config.train.global_batch_size % config.train.micro_batch_size:
         raise UserError(
             f"train.global_batch_size={config.train.global_batch_size} is not a multiple of "

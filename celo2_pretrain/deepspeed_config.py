@@ -1,4 +1,5 @@
 """The DeepSpeed configuration that a run's config stands for."""
+
 import copy
 
 from celo2_pretrain.common.errors import UserError, shown
@@ -7,10 +8,16 @@ from celo2_pretrain.config import Config, accumulation_steps
 
 # What the loop and the checkpoints rely on; change them by the keys named here.
 OURS = {
-    "train_batch_size": "train.global_batch_size", "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size", "gradient_clipping": "train.grad_clip",
-    "optimizer": "optimizer.*", "scheduler": "schedule.*", "checkpoint": "checkpoint.*",
-    "zero_optimization.stage": "train.zero_stage", "bf16.enabled": "train.precision", "fp16.enabled": "train.precision",
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_clipping": "train.grad_clip",
+    "optimizer": "optimizer.*",
+    "scheduler": "schedule.*",
+    "checkpoint": "checkpoint.*",
+    "zero_optimization.stage": "train.zero_stage",
+    "bf16.enabled": "train.precision",
+    "fp16.enabled": "train.precision",
     "bfloat16": "train.precision",  # which DeepSpeed reads only where there is no bf16
 }
 
@@ -22,14 +29,18 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
         section, _, last = name.rpartition(".")
         raw = config.deepspeed.get(section, {}) if section else config.deepspeed
         if not isinstance(raw, dict):  # `true` would replace what is made from the other keys
-            raise UserError(f"deepspeed.{section}={shown(raw)}: must be a mapping, and {name} is set from {instead}: change "
-                            f"that and remove deepspeed.{section}")
+            raise UserError(
+                f"deepspeed.{section}={shown(raw)}: must be a mapping, and {name} is set from {instead}: change "
+                f"that and remove deepspeed.{section}"
+            )
         if last in raw:
             raise UserError(f"deepspeed.{name} is set from {instead}: change that and remove deepspeed.{name}")
     if config.train.precision == "fp16" and config.train.zero_stage == 0:
         # DeepSpeed 0.19's optimizer for this case divides gradients by a loss scale that the loss was never multiplied by.
-        raise UserError("train.precision=fp16 without ZeRO trains with wrong gradients in DeepSpeed 0.19: use "
-                        "train.zero_stage=1 (the same on one rank), or train.precision=bf16")
+        raise UserError(
+            "train.precision=fp16 without ZeRO trains with wrong gradients in DeepSpeed 0.19: use "
+            "train.zero_stage=1 (the same on one rank), or train.precision=bf16"
+        )
     made = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
@@ -65,7 +76,8 @@ def check_raw(made: dict, raw: dict) -> None:
                 first = error.errors()[0]
                 why = f"{'.'.join(map(str, first['loc']))}={shown(first['input'])}: {first['msg']}"
             name = f"deepspeed.{next(iter(part))[:100]}" if len(part) == 1 else "deepspeed"
-            raise UserError(f"{name}: DeepSpeed can't read it: {why}; its keys are listed at "
-                            "https://www.deepspeed.ai/docs/config-json/") from None
+            raise UserError(
+                f"{name}: DeepSpeed can't read it: {why}; its keys are listed at https://www.deepspeed.ai/docs/config-json/"
+            ) from None
         finally:
             logger.disabled = False

@@ -1,8 +1,9 @@
 """A training loop by Accelerate with DeepSpeed, ZeRO-2: a small GPT-2 on the bytes of the installed torch's optimizers.
 
-    accelerate launch --multi_gpu examples/accelerate_loop.py        on all GPUs of the machine
-    DS_ACCELERATOR=cpu deepspeed --num_gpus 1 examples/accelerate_loop.py    without a GPU (Accelerate has one process there)
+accelerate launch --multi_gpu examples/accelerate_loop.py        on all GPUs of the machine
+DS_ACCELERATOR=cpu deepspeed --num_gpus 1 examples/accelerate_loop.py    without a GPU (Accelerate has one process there)
 """
+
 from pathlib import Path
 
 import torch

@@ -1,8 +1,9 @@
 """A plain DeepSpeed training loop, ZeRO-2: a small GPT-2 on the bytes of the installed torch's optimizers.
 
-    deepspeed examples/deepspeed_loop.py        on all GPUs of the machine
-    DS_ACCELERATOR=cpu deepspeed --num_gpus 2 examples/deepspeed_loop.py        without a GPU
+deepspeed examples/deepspeed_loop.py        on all GPUs of the machine
+DS_ACCELERATOR=cpu deepspeed --num_gpus 2 examples/deepspeed_loop.py        without a GPU
 """
+
 from pathlib import Path
 
 import deepspeed

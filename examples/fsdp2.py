@@ -1,7 +1,8 @@
 """FSDP2 (`fully_shard`) without DeepSpeed: a small GPT-2 on the bytes of the installed torch's optimizers.
 
-    torchrun --nproc_per_node 2 examples/fsdp2.py
+torchrun --nproc_per_node 2 examples/fsdp2.py
 """
+
 import os
 from pathlib import Path
 

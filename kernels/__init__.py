@@ -1,4 +1,5 @@
 """Kernels, one per file, each beside its plain-torch twin; imported as celo2_pretrain.kernels."""
+
 # Run from the repo root, `import kernels` finds this folder where transformers looks for Hugging Face's package of that
 # name. Without a version transformers 5.0 fails to import; this one is too old to be taken for theirs.
 __version__ = "0"

@@ -5,6 +5,7 @@ Accumulators in bfloat16 are written with stochastic rounding, whose twin is ker
 Every tile writes its partial sums to a scratch buffer, which a second kernel adds up in a fixed order: no atomics,
 so a step can be repeated bit for bit.
 """
+
 from __future__ import annotations
 
 import torch
@@ -36,8 +37,19 @@ def store_rounded(at, x, index, key, mask, S: tl.constexpr):
 
 
 @triton.jit
-def accumulate_kernel(tiles, boxes, pointers, row_sums, col_sums, G: tl.constexpr, S: tl.constexpr,
-                      ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr):
+def accumulate_kernel(
+    tiles,
+    boxes,
+    pointers,
+    row_sums,
+    col_sums,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    STEP: tl.constexpr,
+):
     part, _, first, low, high, _, col_mask, _, _, at, stride = find_tile(tiles, boxes, ROWS, COLS, ALIGNED)
     g_at = pointer(pointers, part, 0, G, ALIGNED) + at
     m0_at = pointer(pointers, part, 2, S, ALIGNED) + at
@@ -73,8 +85,7 @@ def accumulate_kernel(tiles, boxes, pointers, row_sums, col_sums, G: tl.constexp
     tl.store(col_sums + tile * COLS + tl.arange(0, COLS), tl.sum(col_total, 0))
 
 
-def accumulate(tiles: Tiles, pointers: Tensor, totals: Tensor, g_dtype: tl.dtype, s_dtype: tl.dtype,
-               aligned: bool) -> None:
+def accumulate(tiles: Tiles, pointers: Tensor, totals: Tensor, g_dtype: tl.dtype, s_dtype: tl.dtype, aligned: bool) -> None:
     """Update m0, m1, m2, v of all parts (packed ones: `repack` does), and add the sums of g² + 1e-30 to their row and
     column totals.
 
@@ -91,7 +102,18 @@ def accumulate(tiles: Tiles, pointers: Tensor, totals: Tensor, g_dtype: tl.dtype
     size = tiles.size
     row_sums = torch.empty(len(tiles), size.rows, device=pointers.device)
     col_sums = torch.empty(len(tiles), size.cols, device=pointers.device)
-    accumulate_kernel[(len(tiles),)](tiles.tiles, tiles.boxes, pointers, row_sums, col_sums, g_dtype, s_dtype,
-                                     aligned, *size, min(STEP, size.rows), **OPTIONS)
+    accumulate_kernel[(len(tiles),)](
+        tiles.tiles,
+        tiles.boxes,
+        pointers,
+        row_sums,
+        col_sums,
+        g_dtype,
+        s_dtype,
+        aligned,
+        *size,
+        min(STEP, size.rows),
+        **OPTIONS,
+    )
     add_sums(tiles.rows, totals, 0, row_sums)
     add_sums(tiles.cols, totals, 1, col_sums)

@@ -2,6 +2,7 @@
 
 Per element 4 loads and 3 stores, 28 bytes in float32. Parameters of lower precision need no float32 copy.
 """
+
 from __future__ import annotations
 
 import torch
@@ -14,18 +15,56 @@ from .flat import BLOCK, address, find_chunk, size_of
 from .tiles import OPTIONS
 
 
-def adamw_twin(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, lr: float,
-               betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+def adamw_twin(
+    p: Tensor,
+    g: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
     """One slice by torch's own AdamW, in place; `step` () float32 is counted up first."""
     p32 = p.float()
-    torch_adamw([p32], [g.float()], [exp_avg], [exp_avg_sq], [], [step], foreach=False, fused=False, amsgrad=False,
-                beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps, maximize=False)
+    torch_adamw(
+        [p32],
+        [g.float()],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [step],
+        foreach=False,
+        fused=False,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
     p.copy_(p32)
 
 
 @triton.jit
-def adamw_kernel(chunks, slices, corrections, lr, beta1, beta2, rest1, rest2, eps, weight_decay, G: tl.constexpr,
-                 P: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def adamw_kernel(
+    chunks,
+    slices,
+    corrections,
+    lr,
+    beta1,
+    beta2,
+    rest1,
+    rest2,
+    eps,
+    weight_decay,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     which, i = find_chunk(chunks, BLOCK)
     this = slices + which * 5
     p_at, g_at = address(this, P, ALIGNED) + i, address(this + 1, G, ALIGNED) + i
@@ -43,8 +82,18 @@ def adamw_kernel(chunks, slices, corrections, lr, beta1, beta2, rest1, rest2, ep
     tl.store(p_at, p.to(P), mask=mask)
 
 
-def adamw(chunks: Tensor, slices: Tensor, steps: Tensor, lr: float, betas: tuple[float, float], eps: float,
-          weight_decay: float, g_dtype: tl.dtype, p_dtype: tl.dtype, aligned: bool) -> None:
+def adamw(
+    chunks: Tensor,
+    slices: Tensor,
+    steps: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    g_dtype: tl.dtype,
+    p_dtype: tl.dtype,
+    aligned: bool,
+) -> None:
     """One bias-corrected, decoupled AdamW step of all slices.
 
     Args: as of `apply`, but
@@ -56,6 +105,21 @@ def adamw(chunks: Tensor, slices: Tensor, steps: Tensor, lr: float, betas: tuple
     beta1, beta2 = betas
     # In float64: 1 − β^t cancels, and its error would be the step's.
     count = steps.to(torch.float64)
-    corrections = torch.stack([1 - beta1 ** count, 1 - beta2 ** count], 1).to(torch.float32)
-    adamw_kernel[(len(chunks),)](chunks, slices, corrections, lr, beta1, beta2, 1 - beta1, 1 - beta2, eps, weight_decay,
-                                 g_dtype, p_dtype, aligned, BLOCK, **OPTIONS)
+    corrections = torch.stack([1 - beta1**count, 1 - beta2**count], 1).to(torch.float32)
+    adamw_kernel[(len(chunks),)](
+        chunks,
+        slices,
+        corrections,
+        lr,
+        beta1,
+        beta2,
+        1 - beta1,
+        1 - beta2,
+        eps,
+        weight_decay,
+        g_dtype,
+        p_dtype,
+        aligned,
+        BLOCK,
+        **OPTIONS,
+    )

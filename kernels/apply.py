@@ -2,6 +2,7 @@
 
 Per element 2 loads and 1 store, 12 bytes in float32.
 """
+
 from __future__ import annotations
 
 import triton

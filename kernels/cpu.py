@@ -3,6 +3,7 @@
 The library is cached under $XDG_CACHE_HOME/celo2_pretrain (default ~/.cache), named by a hash of the source, the
 compiler and the processor, so that a home shared by different machines is safe.
 """
+
 from __future__ import annotations
 
 import ctypes

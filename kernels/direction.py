@@ -4,6 +4,7 @@ Plain twin: `direction` in celo2_pretrain/optimizer/backends/passes.py. Per elem
 float32. The features that differ by row or column only have been folded into an 8-vector for each row and each column
 (fold.py).
 """
+
 from __future__ import annotations
 
 import triton
@@ -51,10 +52,20 @@ def output(h, w1, b2):
 
 
 @triton.jit
-def direction_kernel(tiles, boxes, pointers, theta, G: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
-                     ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr):
-    part, matrix, first, low, high, columns, col_mask, height, width, at, stride = find_tile(tiles, boxes, ROWS, COLS,
-                                                                                             ALIGNED)
+def direction_kernel(
+    tiles,
+    boxes,
+    pointers,
+    theta,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    S: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    part, matrix, first, low, high, columns, col_mask, height, width, at, stride = find_tile(tiles, boxes, ROWS, COLS, ALIGNED)
     elements = element_pointers(pointers, part, at, G, P, S, ALIGNED)
     out = pointer(pointers, part, 6, tl.float32, ALIGNED) + at
     row_factor = pointer(pointers, part, 7, tl.float32, False) + matrix * 3 * height
@@ -82,16 +93,16 @@ def direction_kernel(tiles, boxes, pointers, theta, G: tl.constexpr, P: tl.const
         x = load_features(elements, place, mask, factor, col_factor, states)
         h = ()
         for k in tl.static_range(HIDDEN):
-            h = h + (tl.load(row_bias + k * height + rows, mask=row_mask, other=0.0)[:, None]
-                     + col_bias[k][None, :],)
+            h = h + (tl.load(row_bias + k * height + rows, mask=row_mask, other=0.0)[:, None] + col_bias[k][None, :],)
         for f in tl.static_range(FEATURES):
             h = add_products(h, x[f], w0 + f * HIDDEN)
         result = output(h, w1, b2)
         tl.store(out + place, result, mask=mask)
 
 
-def direction(tiles: Tiles, pointers: Tensor, theta: Tensor, g_dtype: tl.dtype, p_dtype: tl.dtype, s_dtype: tl.dtype,
-              aligned: bool) -> None:
+def direction(
+    tiles: Tiles, pointers: Tensor, theta: Tensor, g_dtype: tl.dtype, p_dtype: tl.dtype, s_dtype: tl.dtype, aligned: bool
+) -> None:
     """Write all parts' directions, float32, to their `out`.
 
     Args: as of `norms`; `pointers` also has out, and what `fold` made: weight (matrices, 18, 8), row_bias
@@ -99,5 +110,16 @@ def direction(tiles: Tiles, pointers: Tensor, theta: Tensor, g_dtype: tl.dtype, 
         theta: the MLP's weights as `flat_theta` lays them out.
     """
     if len(tiles):
-        direction_kernel[(len(tiles),)](tiles.tiles, tiles.boxes, pointers, theta, g_dtype, p_dtype, s_dtype,
-                                        aligned, *tiles.size, min(STEP, tiles.size.rows), **OPTIONS)
+        direction_kernel[(len(tiles),)](
+            tiles.tiles,
+            tiles.boxes,
+            pointers,
+            theta,
+            g_dtype,
+            p_dtype,
+            s_dtype,
+            aligned,
+            *tiles.size,
+            min(STEP, tiles.size.rows),
+            **OPTIONS,
+        )

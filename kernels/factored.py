@@ -3,6 +3,7 @@
 Plain twins: `update_factored`, `factors` and `scales` in celo2_pretrain/optimizer/backends/passes.py. These are vectors, small
 beside the tensors, but several a tensor: one by one their launches would take longer than the passes.
 """
+
 from __future__ import annotations
 
 import triton
@@ -15,8 +16,25 @@ from .tiles import OPTIONS
 
 # What a part's vectors are: a row of the vector table. Addresses, but for the pitches (elements from one decay to the
 # next in v_row and v_col), sizes, and counts. v_row has row_size elements a matrix and decay, v_col col_size.
-VECTORS = ("v_row", "v_col", "row_pitch", "col_pitch", "row_size", "col_size", "row_total", "col_total", "row_factor",
-           "col_factor", "weight", "row_bias", "col_bias", "squares", "matrices", "row_scale", "col_scale")
+VECTORS = (
+    "v_row",
+    "v_col",
+    "row_pitch",
+    "col_pitch",
+    "row_size",
+    "col_size",
+    "row_total",
+    "col_total",
+    "row_factor",
+    "col_factor",
+    "weight",
+    "row_bias",
+    "col_bias",
+    "squares",
+    "matrices",
+    "row_scale",
+    "col_scale",
+)
 VEC = tl.constexpr(len(VECTORS))
 BLOCK = 512
 

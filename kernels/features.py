@@ -2,6 +2,7 @@
 
 Plain twin: `elementwise_features` in celo2_pretrain/optimizer/backends/passes.py.
 """
+
 import triton
 import triton.language as tl
 
@@ -13,19 +14,26 @@ NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
-def element_pointers(pointers, part, at, G: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
-                     ALIGNED: tl.constexpr):
+def element_pointers(pointers, part, at, G: tl.constexpr, P: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr):
     """g, p, m0, m1, m2, v at the tile's corner. Packed (S is int32), the last four are the same words."""
-    return (pointer(pointers, part, 0, G, ALIGNED) + at, pointer(pointers, part, 1, P, ALIGNED) + at,
-            pointer(pointers, part, 2, S, ALIGNED) + at, pointer(pointers, part, 3, S, ALIGNED) + at,
-            pointer(pointers, part, 4, S, ALIGNED) + at, pointer(pointers, part, 5, S, ALIGNED) + at)
+    return (
+        pointer(pointers, part, 0, G, ALIGNED) + at,
+        pointer(pointers, part, 1, P, ALIGNED) + at,
+        pointer(pointers, part, 2, S, ALIGNED) + at,
+        pointer(pointers, part, 3, S, ALIGNED) + at,
+        pointer(pointers, part, 4, S, ALIGNED) + at,
+        pointer(pointers, part, 5, S, ALIGNED) + at,
+    )
 
 
 @triton.jit
 def load_three(at, pitch, mask):
     """The three factors of some rows or columns; a part's are (matrices, 3, height or width)."""
-    return (tl.load(at, mask=mask, other=0.0), tl.load(at + pitch, mask=mask, other=0.0),
-            tl.load(at + 2 * pitch, mask=mask, other=0.0))
+    return (
+        tl.load(at, mask=mask, other=0.0),
+        tl.load(at + pitch, mask=mask, other=0.0),
+        tl.load(at + 2 * pitch, mask=mask, other=0.0),
+    )
 
 
 @triton.jit
@@ -34,10 +42,12 @@ def load_states(elements, place, mask, row_scale, col_scale, S: tl.constexpr):
     if S == tl.int32:
         return unpack(tl.load(elements[5] + place, mask=mask, other=0), row_scale, col_scale)
     else:
-        return (tl.load(elements[2] + place, mask=mask, other=0.0).to(tl.float32),
-                tl.load(elements[3] + place, mask=mask, other=0.0).to(tl.float32),
-                tl.load(elements[4] + place, mask=mask, other=0.0).to(tl.float32),
-                tl.load(elements[5] + place, mask=mask, other=0.0).to(tl.float32))
+        return (
+            tl.load(elements[2] + place, mask=mask, other=0.0).to(tl.float32),
+            tl.load(elements[3] + place, mask=mask, other=0.0).to(tl.float32),
+            tl.load(elements[4] + place, mask=mask, other=0.0).to(tl.float32),
+            tl.load(elements[5] + place, mask=mask, other=0.0).to(tl.float32),
+        )
 
 
 @triton.jit
@@ -72,5 +82,23 @@ def load_features(elements, place, mask, row_factor, col_factor, states):
     f2 = row_factor[2][:, None] * col_factor[2][None, :]
     g = tl.clamp(g, -1000.0, 1000.0, propagate_nan=NAN)
     inverse = tl.rsqrt(v + 1e-8)
-    return (g, tl.clamp(g, -0.1, 0.1, propagate_nan=NAN), p, m0, m1, m2, v, m0 * inverse, m1 * inverse, m2 * inverse,
-            inverse, g * f0, g * f1, g * f2, g * inverse, m0 * f0, m1 * f1, m2 * f2)
+    return (
+        g,
+        tl.clamp(g, -0.1, 0.1, propagate_nan=NAN),
+        p,
+        m0,
+        m1,
+        m2,
+        v,
+        m0 * inverse,
+        m1 * inverse,
+        m2 * inverse,
+        inverse,
+        g * f0,
+        g * f1,
+        g * f2,
+        g * inverse,
+        m0 * f0,
+        m1 * f1,
+        m2 * f2,
+    )

@@ -1,4 +1,5 @@
 """Flat slices of many tensors for one elementwise launch: which program does which elements of which slice."""
+
 from __future__ import annotations
 
 import torch

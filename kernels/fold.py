@@ -2,6 +2,7 @@
 
 Plain twin: `first_layer` in celo2_pretrain/optimizer/backends/passes.py.
 """
+
 from __future__ import annotations
 
 import functools

@@ -6,6 +6,7 @@ takes part in the first and the last product alone.
 
 docs/newton_schulz.md has the measured errors and times, and why which form and dtype is chosen.
 """
+
 from __future__ import annotations
 
 import os
@@ -19,12 +20,16 @@ Triple = tuple[float, float, float]
 # Algorithm 1, the first five of its degree-5 polynomials with its safety factor of 1.01.
 COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
     "celo2": ((3.4445, -4.7750, 2.0315),) * 5,
-    "polar_express": tuple((a / 1.01, b / 1.01 ** 3, c / 1.01 ** 5) for a, b, c in (
-        (8.28721201814563, -23.595886519098837, 17.300387312530933),
-        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-        (2.300652019954817, -1.6689039845747493, 0.4188073119525673))),
+    "polar_express": tuple(
+        (a / 1.01, b / 1.01**3, c / 1.01**5)
+        for a, b, c in (
+            (8.28721201814563, -23.595886519098837, 17.300387312530933),
+            (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+            (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+            (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+            (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+        )
+    ),
 }
 DTYPES = ("auto", "fp32", "bf16")  # what the optimizer's newton_schulz_dtype may be
 GRAM_ASPECT, GRAM_ROWS = 2.0, 64  # from this long/short ratio on the Gram form needs fewer multiplications
@@ -50,8 +55,9 @@ def _has_bf16_units(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def use_gram(shape: tuple[int, ...], coefficients: Sequence[Triple] = COEFFICIENTS["celo2"],
-             dtype: torch.dtype = torch.float32) -> bool:
+def use_gram(
+    shape: tuple[int, ...], coefficients: Sequence[Triple] = COEFFICIENTS["celo2"], dtype: torch.dtype = torch.float32
+) -> bool:
     """Whether matrices (…, rows, cols) are iterated in Gram form."""
     short, long = sorted(shape[-2:])
     exact = dtype != torch.bfloat16 or tuple(coefficients) == COEFFICIENTS["celo2"]
@@ -75,7 +81,7 @@ def newton_schulz(x: Tensor, coefficients: Sequence[Triple], dtype: torch.dtype 
         unit = _direct(unit, coefficients)
     elif dtype == torch.bfloat16:
         for start in range(0, len(coefficients), BF16_GRAM_ITERATIONS):
-            unit = _gram(unit, coefficients[start:start + BF16_GRAM_ITERATIONS])
+            unit = _gram(unit, coefficients[start : start + BF16_GRAM_ITERATIONS])
     else:
         unit = _gram(unit, coefficients)
     unit = unit.view(matrices.shape)
@@ -118,6 +124,7 @@ def _outer(x: Tensor, out: Tensor, scale: float = 1.0, add: float = 0.0) -> Tens
     """`scale · x xᵀ + add · x` (…, n, n), in `out` or in a new tensor; with `add`, x is symmetric."""
     if _triton_product(x):
         from .symmetric_product import symmetric_product
+
         return symmetric_product(x.reshape(-1, *x.shape[-2:]), scale, add).view(out.shape)
     if add and x.device.type != "cpu":  # in one pass; the CPU leaves half of the product out
         return (torch.addmm if x.ndim == 2 else torch.baddbmm)(x, x, x.mT, beta=add, alpha=scale, out=out)
@@ -127,8 +134,11 @@ def _outer(x: Tensor, out: Tensor, scale: float = 1.0, add: float = 0.0) -> Tens
 
 def _triton_product(x: Tensor) -> bool:
     """Whether the experimental kernel is asked for: no GPU has shown yet that it beats the vendor's products."""
-    return os.environ.get("CELO2_SYMMETRIC_PRODUCT") == "1" and x.dtype != torch.float64 and (
-        x.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    return (
+        os.environ.get("CELO2_SYMMETRIC_PRODUCT") == "1"
+        and x.dtype != torch.float64
+        and (x.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    )
 
 
 def _add_product(x: Tensor, a: Tensor, b: Tensor, out: Tensor, beta: float) -> None:

@@ -3,6 +3,7 @@
 Plain twin: `norms` in celo2_pretrain/optimizer/backends/passes.py. Per element 6 loads, 24 bytes in float32. Sums are made in
 a fixed order, as in pass A.
 """
+
 from __future__ import annotations
 
 import torch
@@ -18,10 +19,20 @@ PITCH = tl.constexpr(32)  # of the scratch buffer: FEATURES, rounded up to a pow
 
 
 @triton.jit
-def norms_kernel(tiles, boxes, pointers, squares, G: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
-                 ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr):
-    part, matrix, first, low, high, columns, col_mask, height, width, at, stride = find_tile(tiles, boxes, ROWS, COLS,
-                                                                                             ALIGNED)
+def norms_kernel(
+    tiles,
+    boxes,
+    pointers,
+    squares,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    S: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    part, matrix, first, low, high, columns, col_mask, height, width, at, stride = find_tile(tiles, boxes, ROWS, COLS, ALIGNED)
     elements = element_pointers(pointers, part, at, G, P, S, ALIGNED)
     row_factor = pointer(pointers, part, 7, tl.float32, False) + matrix * 3 * height
     col_factor_at = pointer(pointers, part, 8, tl.float32, False) + matrix * 3 * width + columns
@@ -50,8 +61,9 @@ def norms_kernel(tiles, boxes, pointers, squares, G: tl.constexpr, P: tl.constex
         tl.store(to + k, tl.sum(total[k]))
 
 
-def norms(tiles: Tiles, pointers: Tensor, totals: Tensor, g_dtype: tl.dtype, p_dtype: tl.dtype, s_dtype: tl.dtype,
-          aligned: bool) -> None:
+def norms(
+    tiles: Tiles, pointers: Tensor, totals: Tensor, g_dtype: tl.dtype, p_dtype: tl.dtype, s_dtype: tl.dtype, aligned: bool
+) -> None:
     """Add the sums of squares of all parts' features to their totals.
 
     Args: as of `accumulate`; `pointers` also has row_factor (matrices, 3, height) and col_factor (matrices, 3, width).
@@ -60,6 +72,17 @@ def norms(tiles: Tiles, pointers: Tensor, totals: Tensor, g_dtype: tl.dtype, p_d
     if not len(tiles):
         return
     squares = torch.empty(len(tiles), PITCH.value, device=pointers.device)
-    norms_kernel[(len(tiles),)](tiles.tiles, tiles.boxes, pointers, squares, g_dtype, p_dtype, s_dtype,
-                                aligned, *tiles.size, min(STEP, tiles.size.rows), **OPTIONS)
+    norms_kernel[(len(tiles),)](
+        tiles.tiles,
+        tiles.boxes,
+        pointers,
+        squares,
+        g_dtype,
+        p_dtype,
+        s_dtype,
+        aligned,
+        *tiles.size,
+        min(STEP, tiles.size.rows),
+        **OPTIONS,
+    )
     add_sums(tiles.matrices, totals, 0, squares, FEATURES.value)

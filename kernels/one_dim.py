@@ -3,6 +3,7 @@
 Twins: the branches for vectors in celo2_pretrain/optimizer/backends/passes.py. One pass by plain torch is some sixty
 launches a tensor, which for a GPT's biases and norms took ten times as long as all its matrices.
 """
+
 from __future__ import annotations
 
 import triton
@@ -84,10 +85,23 @@ def features_1d(table, i, mask, G: tl.constexpr, P: tl.constexpr):
     m2 = tl.load(column(table, 4, tl.float32) + i, mask=mask, other=0.0)
     v = tl.load(column(table, 5, tl.float32) + i, mask=mask, other=0.0)
     inverse = tl.rsqrt(v + 1e-8)
-    return (g, tl.clamp(g, -0.1, 0.1, propagate_nan=NAN), p, m0, m1, m2, v, m0 * inverse, m1 * inverse, m2 * inverse,
-            inverse, g * factored_1d(column(table, 6, tl.float32), i, mask),
-            g * factored_1d(column(table, 7, tl.float32), i, mask),
-            g * factored_1d(column(table, 8, tl.float32), i, mask), g * inverse)
+    return (
+        g,
+        tl.clamp(g, -0.1, 0.1, propagate_nan=NAN),
+        p,
+        m0,
+        m1,
+        m2,
+        v,
+        m0 * inverse,
+        m1 * inverse,
+        m2 * inverse,
+        inverse,
+        g * factored_1d(column(table, 6, tl.float32), i, mask),
+        g * factored_1d(column(table, 7, tl.float32), i, mask),
+        g * factored_1d(column(table, 8, tl.float32), i, mask),
+        g * inverse,
+    )
 
 
 @triton.jit
@@ -148,6 +162,7 @@ def rescale_1d_kernel(table, BLOCK: tl.constexpr):
 
 # `table`: (vectors, 13) int64 in the order of COLUMNS, those of a rank that holds some of their elements. What a pass doesn't
 # need may be 0. Accumulators, directions and sums are float32.
+
 
 def accumulate_1d(table: Tensor, g_dtype: tl.dtype) -> None:
     """Pass A: the momenta and all second moments, in place."""

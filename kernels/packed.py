@@ -19,6 +19,7 @@ stored exactly under the next scale, too. What lies above the range saturates; v
 Rounding is stochastic, as in rounding.py, but a draw is that element's first one plus the step times the golden ratio
 (modulo 1): evenly spread over the steps, which halves the variance of what adds up. Twin of `Packed` in cpu.cpp.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ class Format(NamedTuple):
 
     @property
     def largest(self) -> float:
-        return (2 - 2.0 ** -self.mantissa_bits) * 2.0 ** self.top
+        return (2 - 2.0**-self.mantissa_bits) * 2.0**self.top
 
 
 RMS = Format(0, 4, 2, 5, False, 1)  # by the slower decay 0.99: a v that fades falls under its scale, never above
@@ -86,7 +87,7 @@ def encode(x: Tensor, scale: Tensor, form: Format, draw: Tensor | int) -> Tensor
     `draw`: 16 bits an element, or 1 << 15 to round to the nearest.
     """
     kept = 23 - form.mantissa_bits
-    low, offset = 2.0 ** form.least, (form.least + 127) << 23
+    low, offset = 2.0**form.least, (form.least + 127) << 23
     y = x.abs() / scale if form.signed else x / scale / scale  # the square of a scale may be too small for float32
     # A number that grows with y, linear within a binade and below the smallest normal number: the field's magnitude
     # followed by the mantissa's other bits.
@@ -104,7 +105,7 @@ def encode(x: Tensor, scale: Tensor, form: Format, draw: Tensor | int) -> Tensor
 def decode(words: Tensor, scale: Tensor, form: Format) -> Tensor:
     """A field of `words` (int32) times `scale` (v: times its square): float32."""
     kept = 23 - form.mantissa_bits
-    low, offset = 2.0 ** form.least, (form.least + 127) << 23
+    low, offset = 2.0**form.least, (form.least + 127) << 23
     field = words >> form.shift
     code = (field & ((1 << form.magnitude_bits) - 1)) << kept
     below = (code + offset).view(torch.float32) - low

@@ -3,6 +3,7 @@
 Plain twin: kernels/packed.py, which says what a field is. Scales of a row and of a column are float32; where a mask is
 off they are 0, and what is made of that isn't stored.
 """
+
 import triton
 import triton.language as tl
 
@@ -10,8 +11,7 @@ from .packed import LIMIT, MOMENTA, RMS
 
 POWER_LIMIT = tl.constexpr(LIMIT)
 # Shift, exponent bits, mantissa bits, exponent of the smallest normal number.
-V, M0, M1, M2 = (tl.constexpr((form.shift, form.exponent_bits, form.mantissa_bits, form.least))
-                 for form in (RMS, *MOMENTA))
+V, M0, M1, M2 = (tl.constexpr((form.shift, form.exponent_bits, form.mantissa_bits, form.least)) for form in (RMS, *MOMENTA))
 
 
 @triton.jit
@@ -81,5 +81,9 @@ def unpack(words, row, col):
     """m0, m1, m2, v of words (int32); `row`, `col` as of `scale_of`."""
     words = words.to(tl.uint32, bitcast=True)
     middle = scale_of(row, col, 1)
-    return (decode(words, scale_of(row, col, 0), M0, True), decode(words, middle, M1, True),
-            decode(words, scale_of(row, col, 2), M2, True), decode(words, middle, V, False))
+    return (
+        decode(words, scale_of(row, col, 0), M0, True),
+        decode(words, middle, M1, True),
+        decode(words, scale_of(row, col, 2), M2, True),
+        decode(words, middle, V, False),
+    )

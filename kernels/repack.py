@@ -3,6 +3,7 @@
 Plain twin: `repack` in celo2_pretrain/optimizer/backends/passes.py. Runs after pass A, which sums g² only: the sums
 make the new scales. Per element 2 loads and 1 store, 12 bytes in float32.
 """
+
 from __future__ import annotations
 
 import triton
@@ -18,10 +19,10 @@ STEP = 2  # rows at a time
 
 
 @triton.jit
-def repack_kernel(tiles, boxes, pointers, G: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
-                  COLS: tl.constexpr, STEP: tl.constexpr):
-    part, matrix, first, low, high, columns, col_mask, height, width, at, stride = find_tile(tiles, boxes, ROWS, COLS,
-                                                                                             ALIGNED)
+def repack_kernel(
+    tiles, boxes, pointers, G: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr
+):
+    part, matrix, first, low, high, columns, col_mask, height, width, at, stride = find_tile(tiles, boxes, ROWS, COLS, ALIGNED)
     g_at = pointer(pointers, part, 0, G, ALIGNED) + at
     words_at = pointer(pointers, part, 5, tl.int32, ALIGNED) + at
     start = tl.load(pointers + part * PTR + 12) + at
@@ -47,10 +48,12 @@ def repack_kernel(tiles, boxes, pointers, G: tl.constexpr, ALIGNED: tl.constexpr
         m0, m1, m2, v = unpack(words, load_three(old_row + rows, height, row_mask), old_col)
         new = load_three(new_row + rows, height, row_mask)
         middle, index = scale_of(new, new_col, 1), start + place
-        made = (encode(m0 * 0.9 + g * REST_0, scale_of(new, new_col, 0), index, m0_key, turn, M0, True)
-                | encode(m1 * 0.99 + g * REST_1, middle, index, m1_key, turn, M1, True)
-                | encode(m2 * 0.999 + g * REST_2, scale_of(new, new_col, 2), index, m2_key, turn, M2, True)
-                | encode(v * 0.95 + g * g * 0.05, middle, index, v_key, turn, V, False))
+        made = (
+            encode(m0 * 0.9 + g * REST_0, scale_of(new, new_col, 0), index, m0_key, turn, M0, True)
+            | encode(m1 * 0.99 + g * REST_1, middle, index, m1_key, turn, M1, True)
+            | encode(m2 * 0.999 + g * REST_2, scale_of(new, new_col, 2), index, m2_key, turn, M2, True)
+            | encode(v * 0.95 + g * g * 0.05, middle, index, v_key, turn, V, False)
+        )
         tl.store(words_at + place, made.to(tl.int32, bitcast=True), mask=mask)
 
 
@@ -61,5 +64,6 @@ def repack(tiles: Tiles, pointers: Tensor, g_dtype: tl.dtype, aligned: bool) -> 
         (matrices, 3, height), col_scale (matrices, 3, width), powers of two.
     """
     if len(tiles):
-        repack_kernel[(len(tiles),)](tiles.tiles, tiles.boxes, pointers, g_dtype, aligned, *tiles.size,
-                                     min(STEP, tiles.size.rows), **OPTIONS)
+        repack_kernel[(len(tiles),)](
+            tiles.tiles, tiles.boxes, pointers, g_dtype, aligned, *tiles.size, min(STEP, tiles.size.rows), **OPTIONS
+        )

@@ -3,6 +3,7 @@
 Plain twin: `output_squares` and `rescale` of `TorchBackend` in celo2_pretrain/optimizer/backends/plain.py. Per element 1 load
 for the sums, 1 load and 1 store for the division: 4 and 8 bytes.
 """
+
 from __future__ import annotations
 
 import torch
@@ -17,8 +18,9 @@ EPS = tl.constexpr(1e-9)
 
 
 @triton.jit
-def output_squares_kernel(tiles, boxes, pointers, squares, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
-                          COLS: tl.constexpr, STEP: tl.constexpr):
+def output_squares_kernel(
+    tiles, boxes, pointers, squares, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr
+):
     part, _, first, low, high, _, col_mask, _, _, at, stride = find_tile(tiles, boxes, ROWS, COLS, ALIGNED)
     out = pointer(pointers, part, 6, tl.float32, ALIGNED) + at
     total = tl.zeros([STEP, COLS], tl.float32)
@@ -32,10 +34,10 @@ def output_squares_kernel(tiles, boxes, pointers, squares, ALIGNED: tl.constexpr
 
 
 @triton.jit
-def rescale_kernel(tiles, boxes, pointers, totals, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-                   STEP: tl.constexpr):
-    part, matrix, first, low, high, _, col_mask, height, width, at, stride = find_tile(tiles, boxes, ROWS, COLS,
-                                                                                       ALIGNED)
+def rescale_kernel(
+    tiles, boxes, pointers, totals, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr
+):
+    part, matrix, first, low, high, _, col_mask, height, width, at, stride = find_tile(tiles, boxes, ROWS, COLS, ALIGNED)
     out = pointer(pointers, part, 6, tl.float32, ALIGNED) + at
     square = tl.load(tl.load(totals + part * 2).to(tl.pointer_type(tl.float32)) + matrix)
     scale = tl.rsqrt(square / (height.to(tl.float32) * width.to(tl.float32)) + EPS)
@@ -55,13 +57,15 @@ def output_squares(tiles: Tiles, pointers: Tensor, totals: Tensor, aligned: bool
     """
     if len(tiles):
         squares = torch.empty(len(tiles), 1, device=pointers.device)
-        output_squares_kernel[(len(tiles),)](tiles.tiles, tiles.boxes, pointers, squares, aligned, *tiles.size,
-                                             min(STEP, tiles.size.rows), **OPTIONS)
+        output_squares_kernel[(len(tiles),)](
+            tiles.tiles, tiles.boxes, pointers, squares, aligned, *tiles.size, min(STEP, tiles.size.rows), **OPTIONS
+        )
         add_sums(tiles.matrices, totals, 0, squares, 1)
 
 
 def rescale(tiles: Tiles, pointers: Tensor, totals: Tensor, aligned: bool) -> None:
     """Multiply every matrix's direction by `rsqrt(total / elements + 1e-9)`, in place; arguments as above."""
     if len(tiles):
-        rescale_kernel[(len(tiles),)](tiles.tiles, tiles.boxes, pointers, totals, aligned, *tiles.size,
-                                      min(STEP, tiles.size.rows), **OPTIONS)
+        rescale_kernel[(len(tiles),)](
+            tiles.tiles, tiles.boxes, pointers, totals, aligned, *tiles.size, min(STEP, tiles.size.rows), **OPTIONS
+        )

@@ -5,6 +5,7 @@ GPU code (after all its optimisations) from the loads and stores and the loops a
 tile is *streamed* (each byte once from or to memory); the others (vectors, weights, tables, partial sums) are *shared*
 by neighbouring programs or repeated in a loop, and mostly served by the caches.
 """
+
 from __future__ import annotations
 
 import re
@@ -38,8 +39,12 @@ from . import (
 )
 from .tiles import OPTIONS, Size
 
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
-           "gfx942": GPUTarget("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
 DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 STATES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp8": tl.int32}  # of accumulators
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -85,38 +90,102 @@ def kernels(dtype: str, aligned: bool, amd: bool = False, states: str = "fp32") 
     tile = size.rows * size.cols
     sums = {"order": "*i32", "targets": "*i64", "pointers": "*i64", "scratch": "*fp32"}
     return [
-        Kernel("accumulate", accumulate.accumulate_kernel, {**TABLES, "row_sums": "*fp32", "col_sums": "*fp32"},
-               {**g, "STEP": accumulate.STEP}, tile, size.rows // accumulate.STEP,
-               wide + (0 if states == "fp8" else 2 * four)),
-        Kernel("repack", repack.repack_kernel, dict(TABLES), {**place, "G": DTYPES[dtype], "STEP": repack.STEP}, tile,
-               size.rows // repack.STEP, wide + 8),
-        Kernel("norms", norms.norms_kernel, {**TABLES, "squares": "*fp32"}, {**gp, "STEP": norms.STEP}, tile,
-               size.rows // norms.STEP, four + 2 * wide),
-        Kernel("direction", direction.direction_kernel, {**TABLES, "theta": "*fp32"}, {**gp, "STEP": direction.STEP},
-               tile, size.rows // direction.STEP, 4 + four + 2 * wide),
-        Kernel("output_squares", rescale.output_squares_kernel, {**TABLES, "squares": "*fp32"},
-               {**place, "STEP": rescale.STEP}, tile, size.rows // rescale.STEP, 4),
-        Kernel("rescale", rescale.rescale_kernel, {**TABLES, "totals": "*i64"}, {**place, "STEP": rescale.STEP}, tile,
-               size.rows // rescale.STEP, 8),
-        Kernel("apply", apply.apply_kernel, {**CHUNKS, **_floats("lr", "weight_decay")},
-               {"P": DTYPES[dtype], "ALIGNED": aligned, "BLOCK": flat.BLOCK}, flat.BLOCK, 1, 4 + 2 * wide),
-        Kernel("adamw", adamw.adamw_kernel,
-               {**CHUNKS, "corrections": "*fp32",
-                **_floats("lr", "beta1", "beta2", "rest1", "rest2", "eps", "weight_decay")},
-               {"P": DTYPES[dtype], "G": DTYPES[dtype], "ALIGNED": aligned, "BLOCK": flat.BLOCK}, flat.BLOCK, 1,
-               16 + 3 * wide),
+        Kernel(
+            "accumulate",
+            accumulate.accumulate_kernel,
+            {**TABLES, "row_sums": "*fp32", "col_sums": "*fp32"},
+            {**g, "STEP": accumulate.STEP},
+            tile,
+            size.rows // accumulate.STEP,
+            wide + (0 if states == "fp8" else 2 * four),
+        ),
+        Kernel(
+            "repack",
+            repack.repack_kernel,
+            dict(TABLES),
+            {**place, "G": DTYPES[dtype], "STEP": repack.STEP},
+            tile,
+            size.rows // repack.STEP,
+            wide + 8,
+        ),
+        Kernel(
+            "norms",
+            norms.norms_kernel,
+            {**TABLES, "squares": "*fp32"},
+            {**gp, "STEP": norms.STEP},
+            tile,
+            size.rows // norms.STEP,
+            four + 2 * wide,
+        ),
+        Kernel(
+            "direction",
+            direction.direction_kernel,
+            {**TABLES, "theta": "*fp32"},
+            {**gp, "STEP": direction.STEP},
+            tile,
+            size.rows // direction.STEP,
+            4 + four + 2 * wide,
+        ),
+        Kernel(
+            "output_squares",
+            rescale.output_squares_kernel,
+            {**TABLES, "squares": "*fp32"},
+            {**place, "STEP": rescale.STEP},
+            tile,
+            size.rows // rescale.STEP,
+            4,
+        ),
+        Kernel(
+            "rescale",
+            rescale.rescale_kernel,
+            {**TABLES, "totals": "*i64"},
+            {**place, "STEP": rescale.STEP},
+            tile,
+            size.rows // rescale.STEP,
+            8,
+        ),
+        Kernel(
+            "apply",
+            apply.apply_kernel,
+            {**CHUNKS, **_floats("lr", "weight_decay")},
+            {"P": DTYPES[dtype], "ALIGNED": aligned, "BLOCK": flat.BLOCK},
+            flat.BLOCK,
+            1,
+            4 + 2 * wide,
+        ),
+        Kernel(
+            "adamw",
+            adamw.adamw_kernel,
+            {**CHUNKS, "corrections": "*fp32", **_floats("lr", "beta1", "beta2", "rest1", "rest2", "eps", "weight_decay")},
+            {"P": DTYPES[dtype], "G": DTYPES[dtype], "ALIGNED": aligned, "BLOCK": flat.BLOCK},
+            flat.BLOCK,
+            1,
+            16 + 3 * wide,
+        ),
         _product(dtype, aligned, amd),
-        Kernel("add_sums (vectors)", tiles.add_sums_kernel, sums,
-               {"PITCH": size.cols, "CHUNK": 8, "COUNT": 0, "TARGET": 1, "TARGETS": 2}),
-        Kernel("add_sums (matrices)", tiles.add_sums_kernel, sums,
-               {"PITCH": 32, "CHUNK": 64, "COUNT": 18, "TARGET": 0, "TARGETS": 2}),
+        Kernel(
+            "add_sums (vectors)",
+            tiles.add_sums_kernel,
+            sums,
+            {"PITCH": size.cols, "CHUNK": 8, "COUNT": 0, "TARGET": 1, "TARGETS": 2},
+        ),
+        Kernel(
+            "add_sums (matrices)",
+            tiles.add_sums_kernel,
+            sums,
+            {"PITCH": 32, "CHUNK": 64, "COUNT": 18, "TARGET": 0, "TARGETS": 2},
+        ),
         Kernel("update_factored", factored.update_factored_kernel, VECTORS, {"BLOCK": factored.BLOCK}),
         Kernel("factors", factored.factors_kernel, VECTORS, {"BLOCK": factored.BLOCK}),
         Kernel("scales", factored.scales_kernel, VECTORS, {"BLOCK": factored.BLOCK}),
         Kernel("accumulate_1d", one_dim.accumulate_1d_kernel, ONE_DIM, {"G": DTYPES[dtype], **short}),
         Kernel("norms_1d", one_dim.norms_1d_kernel, ONE_DIM, {"G": DTYPES[dtype], "P": DTYPES[dtype], **short}),
-        Kernel("direction_1d", one_dim.direction_1d_kernel, {**ONE_DIM, "theta": "*fp32"},
-               {"G": DTYPES[dtype], "P": DTYPES[dtype], **short}),
+        Kernel(
+            "direction_1d",
+            one_dim.direction_1d_kernel,
+            {**ONE_DIM, "theta": "*fp32"},
+            {"G": DTYPES[dtype], "P": DTYPES[dtype], **short},
+        ),
         Kernel("output_squares_1d", one_dim.output_squares_1d_kernel, ONE_DIM, short),
         Kernel("rescale_1d", one_dim.rescale_1d_kernel, ONE_DIM, short),
         Kernel("fold", fold.fold_kernel, {**VECTORS, "theta": "*fp32"}, {"BLOCK": factored.BLOCK}),
@@ -131,9 +200,14 @@ def _product(dtype: str, aligned: bool, amd: bool) -> Kernel:
     kind = getattr(torch, {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype])
     block, depth, warps = symmetric_product.sizes(kind, aligned)
     signature = {"x": f"*{dtype}", "out": f"*{dtype}", "n": "i32", "k": "i32", **_floats("scale", "add")}
-    return Kernel("symmetric_product", symmetric_product.symmetric_product_kernel, signature,
-                  {"ADD": True, "PRECISION": "ieee" if amd else "tf32x3", "BLOCK": block, "DEPTH": depth},
-                  options={"num_warps": warps}, aligned=("x", "out", "n", "k") if aligned else ("x", "out"))
+    return Kernel(
+        "symmetric_product",
+        symmetric_product.symmetric_product_kernel,
+        signature,
+        {"ADD": True, "PRECISION": "ieee" if amd else "tf32x3", "BLOCK": block, "DEPTH": depth},
+        options={"num_warps": warps},
+        aligned=("x", "out", "n", "k") if aligned else ("x", "out"),
+    )
 
 
 def compiled(kernel: Kernel, target: str) -> Any:
@@ -141,8 +215,11 @@ def compiled(kernel: Kernel, target: str) -> Any:
     # Triton wants the arguments in the function's order.
     signature = {name: kernel.signature.get(name, "constexpr") for name in kernel.function.arg_names}
     attributes = {(kernel.function.arg_names.index(name),): [["tt.divisibility", 16]] for name in kernel.aligned}
-    return triton.compile(ASTSource(kernel.function, signature, kernel.constants, attributes), target=TARGETS[target],
-                          options={**OPTIONS, **kernel.options})
+    return triton.compile(
+        ASTSource(kernel.function, signature, kernel.constants, attributes),
+        target=TARGETS[target],
+        options={**OPTIONS, **kernel.options},
+    )
 
 
 def measure(kernel: Kernel, target: str) -> Resources:
@@ -161,8 +238,7 @@ def _nvidia(asm: dict[str, Any]) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        said = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True,
-                              check=True)
+        said = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said.stdout)}
     return found["REG"], found["STACK"] + found["LOCAL"]
 
@@ -174,8 +250,10 @@ def _amd(asm: dict[str, Any]) -> tuple[int, int]:
 
 
 _LOOP = re.compile(r"scf\.for .* = %c(\d+)_i32\S* to %c(\d+)_i32\S* step %c(\d+)_i32")
-_ACCESS = (re.compile(r"tt\.(?:load|store) .*: (?:tensor<((?:\d+x)+))?!tt\.ptr<[a-z]+(\d+)>"),
-           re.compile(r"amdg\.buffer_(?:load|store) .*tensor<((?:\d+x)+)[a-z]+(\d+)"))
+_ACCESS = (
+    re.compile(r"tt\.(?:load|store) .*: (?:tensor<((?:\d+x)+))?!tt\.ptr<[a-z]+(\d+)>"),
+    re.compile(r"amdg\.buffer_(?:load|store) .*tensor<((?:\d+x)+)[a-z]+(\d+)"),
+)
 
 
 def traffic(ttgir: str, unknown: int, dims: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ nearest it would stand still. Rounded up with the probability of the part cut of
 random bits are a hash of the element's index in the whole tensor and a key (seed, step, tensor, accumulator), so the
 result is the same however the tensor is sharded, and however the work is cut into calls. Twin of `rounded` in cpu.cpp.
 """
+
 from __future__ import annotations
 
 import hashlib

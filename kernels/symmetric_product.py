@@ -7,6 +7,7 @@ exactly symmetric.
 Experimental: `newton_schulz.py` calls it where CELO2_SYMMETRIC_PRODUCT=1 asks for it, since whether it beats the vendor's
 products on a GPU has not been measured.
 """
+
 from __future__ import annotations
 
 import torch
@@ -29,8 +30,9 @@ def symmetric_product_twin(x: Tensor, scale: float = 1.0, add: float = 0.0) -> T
 
 
 @triton.jit
-def symmetric_product_kernel(x, out, n, k, scale, add, ADD: tl.constexpr, PRECISION: tl.constexpr,
-                             BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+def symmetric_product_kernel(
+    x, out, n, k, scale, add, ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr
+):
     row_block, col_block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if col_block > row_block:
         return
@@ -58,8 +60,7 @@ def symmetric_product_kernel(x, out, n, k, scale, add, ADD: tl.constexpr, PRECIS
         tl.store(mirrored, tl.trans(result), mask=(cols < n)[:, None] & (rows < n)[None, :])
     else:  # the diagonal's own upper half is mirrored too: two roundings of one number could differ
         tl.store(here, result, mask=inside & (rows[:, None] >= cols[None, :]))
-        tl.store(out + cols.to(tl.int64)[None, :] * n + rows[:, None], result,
-                 mask=inside & (rows[:, None] > cols[None, :]))
+        tl.store(out + cols.to(tl.int64)[None, :] * n + rows[:, None], result, mask=inside & (rows[:, None] > cols[None, :]))
 
 
 def symmetric_product(x: Tensor, scale: float = 1.0, add: float = 0.0) -> Tensor:
@@ -82,5 +83,6 @@ def symmetric_product(x: Tensor, scale: float = 1.0, add: float = 0.0) -> Tensor
         # NVIDIA's tensor cores take three products of TF32 for one of float32; AMD's have float32.
         precision = "ieee" if x.device.type == "cpu" or torch.version.hip else "tf32x3"
         symmetric_product_kernel[(blocks, blocks, batch)](
-            x, out, n, k, scale, add, add != 0, precision, block, depth, num_warps=warps, enable_fp_fusion=True)
+            x, out, n, k, scale, add, add != 0, precision, block, depth, num_warps=warps, enable_fp_fusion=True
+        )
     return out

@@ -5,6 +5,7 @@ matrices that a slice holds, and a *tile* what one program does of a box. Tiles 
 whole matrix, whatever the box, so that the partial sums of several boxes line up and can be added in a fixed order.
 "row" and "col" are axes of the storage, columns lying together; which of them is v_row's is the caller's business.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -45,9 +46,30 @@ BOX = tl.constexpr(len(TileBox._fields))
 # What a part is, a row of the pointer table: addresses, then where the slice begins in the whole tensor and the keys by
 # which m0, m1, m2 and v are rounded; then what packed accumulators need, the words of which m0 … v all point to. A kernel
 # reads the ones that it needs.
-POINTERS = ("g", "p", "m0", "m1", "m2", "v", "out", "row_factor", "col_factor", "weight", "row_bias", "col_bias",
-            "start", "m0_key", "m1_key", "m2_key", "v_key", "turn", "row_scale", "col_scale", "old_row_scale",
-            "old_col_scale")
+POINTERS = (
+    "g",
+    "p",
+    "m0",
+    "m1",
+    "m2",
+    "v",
+    "out",
+    "row_factor",
+    "col_factor",
+    "weight",
+    "row_bias",
+    "col_bias",
+    "start",
+    "m0_key",
+    "m1_key",
+    "m2_key",
+    "v_key",
+    "turn",
+    "row_scale",
+    "col_scale",
+    "old_row_scale",
+    "old_col_scale",
+)
 PTR = tl.constexpr(len(POINTERS))
 
 
@@ -95,8 +117,12 @@ def make_tiles(boxes: list[TileBox], size: Size, device: torch.device) -> Tiles:
     of_rows = _sums(group, row_block, size.rows, height[box], whose)
     of_cols = _sums(group, col_block, size.cols, width[box], whose)
     of_all = _sums(group, torch.zeros_like(group), 1, torch.ones_like(group), whose)
-    return Tiles(size, table.to(device), tiles.to(torch.int32).to(device),
-                 *(Sums(x.order.to(device), x.targets.to(device)) for x in (of_rows, of_cols, of_all)))
+    return Tiles(
+        size,
+        table.to(device),
+        tiles.to(torch.int32).to(device),
+        *(Sums(x.order.to(device), x.targets.to(device)) for x in (of_rows, of_cols, of_all)),
+    )
 
 
 def _sums(group: Tensor, block: Tensor, size: int, length: Tensor, whose: Tensor) -> Sums:
@@ -111,8 +137,7 @@ def _sums(group: Tensor, block: Tensor, size: int, length: Tensor, whose: Tensor
     first = order[start]  # any tile of the target
     part, matrix = whose[group[first]].unbind(1)
     begin = block[first] * size
-    targets = torch.stack([start, stop, part, matrix * length[first] + begin,
-                           (length[first] - begin).clamp_max(size)], 1)
+    targets = torch.stack([start, stop, part, matrix * length[first] + begin, (length[first] - begin).clamp_max(size)], 1)
     return Sums(order.to(torch.int32), targets)
 
 
@@ -132,8 +157,19 @@ def find_tile(tiles, boxes, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGNED: tl.
         col, stop = tl.multiple_of(col, 4), tl.multiple_of(stop, 4)
         stride, at = tl.multiple_of(stride, 4), tl.multiple_of(at, 4)
     columns = begin + tl.arange(0, COLS)
-    return (tl.load(box), tl.load(box + 1), first, row, row + tl.load(box + 4), columns,
-            (columns >= col) & (columns < stop), tl.load(box + 8), tl.load(box + 9), at, stride)
+    return (
+        tl.load(box),
+        tl.load(box + 1),
+        first,
+        row,
+        row + tl.load(box + 4),
+        columns,
+        (columns >= col) & (columns < stop),
+        tl.load(box + 8),
+        tl.load(box + 9),
+        at,
+        stride,
+    )
 
 
 @triton.jit
@@ -146,8 +182,17 @@ def pointer(pointers, part, which: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: t
 
 
 @triton.jit
-def add_sums_kernel(order, targets, pointers, scratch, PITCH: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr,
-                    TARGET: tl.constexpr, TARGETS: tl.constexpr):
+def add_sums_kernel(
+    order,
+    targets,
+    pointers,
+    scratch,
+    PITCH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COUNT: tl.constexpr,
+    TARGET: tl.constexpr,
+    TARGETS: tl.constexpr,
+):
     """One target: its rows of `scratch` (tiles, PITCH), summed up in a fixed order, are added to the part's totals,
     whose address is in column TARGET of the (parts, TARGETS) table `pointers`.
 
@@ -180,5 +225,15 @@ def add_sums(sums: Sums, pointers: Tensor, target: int, scratch: Tensor, count: 
     Without `count` a target is a stretch of a row or column vector; with it, `count` numbers a matrix.
     """
     if len(sums):
-        add_sums_kernel[(len(sums),)](sums.order, sums.targets, pointers, scratch, scratch.shape[1],
-                                      64 if count else 8, count, target, pointers.shape[1], **OPTIONS)
+        add_sums_kernel[(len(sums),)](
+            sums.order,
+            sums.targets,
+            pointers,
+            scratch,
+            scratch.shape[1],
+            64 if count else 8,
+            count,
+            target,
+            pointers.shape[1],
+            **OPTIONS,
+        )

@@ -1,4 +1,5 @@
 """Shared by the tests: the reference trajectories of the authors' implementation (tests/golden/README.md)."""
+
 import contextlib
 import os
 import re
@@ -38,7 +39,9 @@ def pytest_collection_finish(session) -> None:
     """Let the process that all others are forked from import while the first tests run."""
     option = session.config.option
     runs_no_tests = option.collectonly or (getattr(option, "numprocesses", 0) and not hasattr(session.config, "workerinput"))
-    if not runs_no_tests and any(item.get_closest_marker("multiprocess") or "data" in item.fixturenames for item in session.items):
+    if not runs_no_tests and any(
+        item.get_closest_marker("multiprocess") or "data" in item.fixturenames for item in session.items
+    ):
         warm.start()
 
 

@@ -1,4 +1,5 @@
 """Every block of Python, JSON or YAML in README.md, docs/ and the weights' card runs, or is read, as it is printed."""
+
 import re
 from pathlib import Path
 
@@ -34,8 +35,13 @@ def test_the_code_of_a_page_runs_as_it_is_printed(page, tmp_path):
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
 
 
-@pytest.mark.parametrize("page", ["```python\nfrom celo2_pretrain import Celo2\n\nCelo2(model.parameters(), lr=-1)\n```\n",
-                                  "```diff\n-Celo2(model.parameters(), lr=1)\n+Celo2(model.parameters(), lr=-1)\n```\n"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "```python\nfrom celo2_pretrain import Celo2\n\nCelo2(model.parameters(), lr=-1)\n```\n",
+        "```diff\n-Celo2(model.parameters(), lr=1)\n+Celo2(model.parameters(), lr=-1)\n```\n",
+    ],
+)
 def test_code_that_fails_is_found(page):
     with pytest.raises(ValueError, match="lr must be"):
         docs_worker.run(page, {"model": torch.nn.Linear(2, 2), "Celo2": Celo2})

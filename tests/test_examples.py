@@ -1,4 +1,5 @@
 """The examples run as they are with AdamW, and with Celo2 after a diff of at most five lines, which then trains better."""
+
 import json
 import re
 import subprocess
@@ -16,15 +17,25 @@ WORKER = SUPPORT / "example_worker.py"
 DEEPSPEED = ["-m", "deepspeed.launcher.runner", "--log_level", "critical", "--num_gpus"]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node"]
 # Accelerate, and Trainer with it, knows one process on a CPU under DeepSpeed.
-LAUNCHERS = {"deepspeed_loop": (*DEEPSPEED, "2"), "hf_trainer": (*DEEPSPEED, "1"), "accelerate_loop": (*DEEPSPEED, "1"),
-             "fsdp2": (*TORCHRUN, "2")}
+LAUNCHERS = {
+    "deepspeed_loop": (*DEEPSPEED, "2"),
+    "hf_trainer": (*DEEPSPEED, "1"),
+    "accelerate_loop": (*DEEPSPEED, "1"),
+    "fsdp2": (*TORCHRUN, "2"),
+}
 
 
 def run(script: Path, launcher: tuple[str, ...]) -> tuple[list[float], dict]:
     """(training losses as printed, what the worker noted)."""
     notes = script.with_suffix(".json")
-    result = subprocess.run([sys.executable, *launcher, "--master_port", str(free_port()), WORKER, script, notes],
-                            cwd=script.parent, env=environment(), capture_output=True, text=True, timeout=1500)
+    result = subprocess.run(
+        [sys.executable, *launcher, "--master_port", str(free_port()), WORKER, script, notes],
+        cwd=script.parent,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     losses = [float(loss) for loss in re.findall(r"\bloss(?:': '| )([\d.]+)", result.stdout)]
     assert len(losses) == 8, result.stdout

@@ -1,4 +1,5 @@
 """What an installed package promises: every folder is importable, the weights are inside, names don't clash."""
+
 import os
 import shutil
 import subprocess
@@ -38,8 +39,9 @@ def source(tmp_path_factory) -> Path:
 
 
 def pip(*arguments: str) -> None:
-    result = subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments],
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -59,13 +61,16 @@ def test_the_wheel_holds_the_weights_and_their_card(wheel):
     for file in BUNDLED:
         assert f"celo2_pretrain/weights/{file}" in names
     assert (ROOT / "celo2_pretrain" / "weights" / BUNDLED[0]).read_bytes() == zipfile.ZipFile(wheel).read(
-        f"celo2_pretrain/weights/{BUNDLED[0]}")
+        f"celo2_pretrain/weights/{BUNDLED[0]}"
+    )
 
 
 def test_the_wheel_holds_every_module_of_the_repo(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {f"celo2_pretrain/{path.relative_to(ROOT / 'celo2_pretrain').as_posix()}"
-               for path in (ROOT / "celo2_pretrain").rglob("*.py")}
+    modules = {
+        f"celo2_pretrain/{path.relative_to(ROOT / 'celo2_pretrain').as_posix()}"
+        for path in (ROOT / "celo2_pretrain").rglob("*.py")
+    }
     modules |= {f"celo2_pretrain/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert modules - names == set()
     assert not any(name.startswith("kernels/") for name in names), "a top-level kernels would replace Hugging Face's"
@@ -79,24 +84,34 @@ def test_the_wheel_holds_the_configs_and_the_source_of_the_kernels(wheel):
 
 def test_a_plain_install_imports_kernels_and_loads_the_weights(wheel, tmp_path):
     pip("install", "-q", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
-    printed = python("import celo2_pretrain.kernels as k; from celo2_pretrain.weights import load_weights;"
-                     "print(k.__file__, sum(x.numel() for x in load_weights()))", tmp_path, tmp_path / "site")
+    printed = python(
+        "import celo2_pretrain.kernels as k; from celo2_pretrain.weights import load_weights;"
+        "print(k.__file__, sum(x.numel() for x in load_weights()))",
+        tmp_path,
+        tmp_path / "site",
+    )
     assert printed == f"{tmp_path / 'site' / 'celo2_pretrain' / 'kernels' / '__init__.py'} 347"
 
 
 def test_an_editable_install_imports_kernels_and_loads_the_weights(source, tmp_path):
     # Into a folder of its own, which `site` then reads like site-packages: the running environment stays as it is.
     pip("install", "-q", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site"), "-e", str(source))
-    printed = python(f"import site; site.addsitedir({str(tmp_path / 'site')!r});"
-                     "import celo2_pretrain.kernels as k; from celo2_pretrain.weights import load_weights;"
-                     "print(k.__file__, sum(x.numel() for x in load_weights()))", tmp_path)
+    printed = python(
+        f"import site; site.addsitedir({str(tmp_path / 'site')!r});"
+        "import celo2_pretrain.kernels as k; from celo2_pretrain.weights import load_weights;"
+        "print(k.__file__, sum(x.numel() for x in load_weights()))",
+        tmp_path,
+    )
     assert printed.endswith("kernels/__init__.py 347")
 
 
 def test_transformers_does_not_take_the_kernels_folder_for_its_own():
     """From the root, `kernels` is found on the path; it must carry a version that transformers finds too old."""
-    printed = python("import transformers, kernels; from transformers.utils import is_kernels_available;"
-                     "import transformers.integrations; print(is_kernels_available(), kernels.__version__)", ROOT)
+    printed = python(
+        "import transformers, kernels; from transformers.utils import is_kernels_available;"
+        "import transformers.integrations; print(is_kernels_available(), kernels.__version__)",
+        ROOT,
+    )
     assert printed == "False 0"
 
 
@@ -118,9 +133,20 @@ def test_the_optimizer_and_its_state_need_torch_numpy_and_safetensors_only(tmp_p
     assert done.stdout.strip() == celo2_pretrain.__version__
 
 
-COMMANDS = ["prepare --stdlib --out {out}", "train run_dir={out}", "train --max-restarts 1", "sweep --out {out}", "plan",
-            "eval {out}", "generate {out}", "plot {out} --out {out}/x.png", "export {out} --out {out}/x", "meta-train out={out}",
-            "meta-select {out}", "meta-eval --out {out}"]
+COMMANDS = [
+    "prepare --stdlib --out {out}",
+    "train run_dir={out}",
+    "train --max-restarts 1",
+    "sweep --out {out}",
+    "plan",
+    "eval {out}",
+    "generate {out}",
+    "plot {out} --out {out}/x.png",
+    "export {out} --out {out}/x",
+    "meta-train out={out}",
+    "meta-select {out}",
+    "meta-eval --out {out}",
+]
 
 
 def test_a_command_without_its_packages_says_what_to_install(tmp_path):

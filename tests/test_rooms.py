@@ -1,4 +1,5 @@
 """The rooms of the package: who may import whom, how large a room is, and that the optimizer works alone."""
+
 import ast
 import subprocess
 import sys
@@ -15,8 +16,10 @@ AT_THE_TOP = {"__init__": "optimizer", "__main__": "cli", "deepspeed_config": "c
 MOST = 12  # files of a room, but for __init__.py; kernels have one for each kernel
 PRIVATE = ("_originals", "_plans")  # Celo2's
 
-FILES = {"celo2_pretrain." + ".".join(path.relative_to(ROOT / "celo2_pretrain").with_suffix("").parts): path
-         for path in (ROOT / "celo2_pretrain").rglob("*.py")}
+FILES = {
+    "celo2_pretrain." + ".".join(path.relative_to(ROOT / "celo2_pretrain").with_suffix("").parts): path
+    for path in (ROOT / "celo2_pretrain").rglob("*.py")
+}
 FILES |= {f"celo2_pretrain.kernels.{path.stem}": path for path in (ROOT / "kernels").glob("*.py")}
 FILES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}  # a package goes by its own name
 
@@ -29,7 +32,7 @@ def imports(name: str) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in FILES)
         elif isinstance(node, ast.ImportFrom):
-            above = package[:len(package) - node.level + 1] if node.level else []
+            above = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:
                 found = next((x for x in (f"{module}.{alias.name}", module) if x in FILES), None)
@@ -46,7 +49,7 @@ def circle(graph: dict[str, list[str]]) -> list[str]:
 
     def visit(name: str, path: list[str]) -> list[str]:
         if name in path:
-            return path[path.index(name):]
+            return path[path.index(name) :]
         if name in done:
             return []
         for other in graph[name]:
@@ -64,8 +67,12 @@ def room(name: str) -> str:
 
 
 def upward(graph: dict[str, list[str]]) -> list[str]:
-    return [f"{name} imports {other}" for name, others in graph.items() for other in others
-            if ORDER.index(room(other)) > ORDER.index(room(name))]
+    return [
+        f"{name} imports {other}"
+        for name, others in graph.items()
+        for other in others
+        if ORDER.index(room(other)) > ORDER.index(room(name))
+    ]
 
 
 def test_no_files_import_each_other_in_a_circle():
@@ -84,20 +91,28 @@ def test_circles_and_upward_imports_are_seen():
     assert "celo2_pretrain.optimizer.celo2" in GRAPH["celo2_pretrain"]  # for type checkers
 
 
-@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES.values()} - {ROOT / "kernels"}),
-                         ids=lambda folder: str(folder.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "folder",
+    sorted({path.parent for path in FILES.values()} - {ROOT / "kernels"}),
+    ids=lambda folder: str(folder.relative_to(ROOT)),
+)
 def test_a_room_is_small(folder: Path):
     files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
     assert len(files) <= MOST, files
 
 
 def test_private_parts_of_celo2_are_used_in_the_optimizers_room_only():
-    outside = [path for folder in ("celo2_pretrain", "kernels", "benchmarks", "examples", "launch", "tests")
-               for path in (ROOT / folder).rglob("*.py")
-               if not path.is_relative_to(ROOT / "celo2_pretrain/optimizer") and not path.is_relative_to(ROOT / "tests/optimizer")]
+    outside = [
+        path
+        for folder in ("celo2_pretrain", "kernels", "benchmarks", "examples", "launch", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        if not path.is_relative_to(ROOT / "celo2_pretrain/optimizer") and not path.is_relative_to(ROOT / "tests/optimizer")
+    ]
     assert len(outside) > 100
     for path in outside:
-        names = {node.attr for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)}
+        names = {
+            node.attr for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)
+        }
         assert not names & set(PRIVATE), path
 
 

@@ -1,4 +1,5 @@
 """The configs that come with the project: in configs/ of the source tree, and inside the installed package."""
+
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]

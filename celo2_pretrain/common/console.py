@@ -2,6 +2,7 @@
 
 Where a stream is gone (`| tee` that was interrupted) or full, nobody is told, and the run goes on.
 """
+
 import contextlib
 import sys
 

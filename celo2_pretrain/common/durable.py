@@ -1,4 +1,5 @@
 """Files that outlive a crash: written whole or not at all, brought to the disk, and compared by checksum."""
+
 import contextlib
 import hashlib
 import os

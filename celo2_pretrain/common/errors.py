@@ -1,4 +1,5 @@
 """How a run ends other than well, with the exit code of each: docs/faults.md says what to do then."""
+
 import reprlib
 
 EXIT_USER_ERROR = 2

@@ -1,8 +1,24 @@
 """Packages that the core does without: the extras of pyproject.toml bring them."""
 
 # As they are imported. deepspeed and setuptools are the extra deepspeed's, which train includes.
-PACKAGES = {"deepspeed", "transformers", "tokenizers", "datasets", "pyarrow", "sentencepiece", "huggingface_hub", "msgpack",
-            "matplotlib", "PIL", "yaml", "tqdm", "psutil", "pydantic", "zstandard", "triton"}
+PACKAGES = {
+    "deepspeed",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "pyarrow",
+    "sentencepiece",
+    "huggingface_hub",
+    "msgpack",
+    "matplotlib",
+    "PIL",
+    "yaml",
+    "tqdm",
+    "psutil",
+    "pydantic",
+    "zstandard",
+    "triton",
+}
 
 
 def install_line(error: ModuleNotFoundError, extra: str) -> str | None:

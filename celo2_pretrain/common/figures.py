@@ -1,4 +1,5 @@
 """How a figure of matplotlib is begun without a display, and how it becomes a file."""
+
 import io
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """JSON files as this program wrote them, or a line that says which one is damaged."""
+
 import json
 from pathlib import Path
 

@@ -2,6 +2,7 @@
 
 Unknown keys, wrong types and impossible values raise UserError naming the key, the value and what to do.
 """
+
 import dataclasses
 import difflib
 import math
@@ -52,8 +53,11 @@ class Key:
             choices = list(map(str, typing.get_args(self.kind)))
             near = difflib.get_close_matches(shown(value).strip("'"), choices, 1)
             wanted = f"one of {', '.join(choices)}" if choices else TYPES[self.kind]
-            raise self.refusal(shown(value), f"must be {wanted}{' or null' if self.optional else ''}",
-                               f"; did you mean {near[0]}?" if near else "") from None
+            raise self.refusal(
+                shown(value),
+                f"must be {wanted}{' or null' if self.optional else ''}",
+                f"; did you mean {near[0]}?" if near else "",
+            ) from None
         if self.kind is str and ("\0" in value or SURROGATE.search(value)):
             raise self.refusal(shown(value), "holds characters that no file or text can have")
         if self.kind is float and not math.isfinite(value):
@@ -101,8 +105,11 @@ def check_json(name: str, value) -> None:
     elif isinstance(value, list):
         for inner in value:
             check_json(name, inner)
-    elif (isinstance(value, str) and SURROGATE.search(value)) or (isinstance(value, float) and not math.isfinite(value)) or not (
-            value is None or isinstance(value, (bool, int, float, str))):
+    elif (
+        (isinstance(value, str) and SURROGATE.search(value))
+        or (isinstance(value, float) and not math.isfinite(value))
+        or not (value is None or isinstance(value, (bool, int, float, str)))
+    ):
         raise UserError(f"{name}={shown(value)}: must be text, a finite number, true, false, null, a list or a mapping")
 
 
@@ -115,8 +122,9 @@ def keys_of(cls, prefix: str = "") -> dict[str, Key]:
             out |= keys_of(kind, f"{attribute}.")
         else:
             name, optional = attribute.rstrip("_"), isinstance(kind, types.UnionType)
-            out[name] = Key(name, typing.get_args(kind)[0] if optional else kind, **field.metadata, optional=optional,
-                            attribute=attribute)
+            out[name] = Key(
+                name, typing.get_args(kind)[0] if optional else kind, **field.metadata, optional=optional, attribute=attribute
+            )
     return out
 
 
@@ -163,8 +171,9 @@ class Reader:
         try:
             file_path = config_file(path)
             if not file_path.is_file():
-                raise UserError(f"config {shown(path)} does not exist: the configs that come with the project are in "
-                                f"{self.folder}")
+                raise UserError(
+                    f"config {shown(path)} does not exist: the configs that come with the project are in {self.folder}"
+                )
             with open(file_path, encoding="utf-8") as file:
                 text = file.read(LONGEST + 1)
         except UnicodeDecodeError as error:

@@ -1,4 +1,5 @@
 """YAML as a person may write it, and nothing worse: no expanding aliases, no key given twice, no objects of Python."""
+
 import yaml
 
 from celo2_pretrain.common.errors import UserError, one_line, shown

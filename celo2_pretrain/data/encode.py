@@ -1,5 +1,6 @@
 """Documents to token ids on many cores: chunks go out to worker processes and come back in their order, so what is
 written doesn't depend on the number of workers."""
+
 import multiprocessing
 import os
 import signal
@@ -82,8 +83,7 @@ def encode_in_worker(texts: list[str], dtype: str) -> Encoded:
     return encode(worker_tokenizer, texts, dtype)
 
 
-def encode_in_order(stream: Iterator[Chunk], folder: Path, dtype: str, workers: int | None) -> \
-        Iterator[tuple[Chunk, Encoded]]:
+def encode_in_order(stream: Iterator[Chunk], folder: Path, dtype: str, workers: int | None) -> Iterator[tuple[Chunk, Encoded]]:
     """Each chunk with its ids, in the order of `stream`; at most a few chunks a worker are in memory.
 
     Args:
@@ -115,7 +115,9 @@ def encode_in_order(stream: Iterator[Chunk], folder: Path, dtype: str, workers: 
             chunk, future = waiting.popleft()
             yield chunk, future.result()
     except BrokenProcessPool:
-        raise Interrupted("a worker process died, probably for want of memory: the same command goes on where this one "
-                          "stopped; give fewer --workers") from None
+        raise Interrupted(
+            "a worker process died, probably for want of memory: the same command goes on where this one "
+            "stopped; give fewer --workers"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)

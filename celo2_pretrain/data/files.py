@@ -1,4 +1,5 @@
 """Reading documents out of files: text, JSON Lines and parquet, plain or compressed, never a whole file at once."""
+
 import contextlib
 import gzip
 import hashlib
@@ -27,7 +28,7 @@ def hash_unit(name: str, purpose: str) -> float:
 
 
 def kind_of(name: str) -> str | None:
-    """"text", "jsonl" or "parquet" by the suffix, or None."""
+    """ "text", "jsonl" or "parquet" by the suffix, or None."""
     inner = name.removesuffix(next((s for s in COMPRESSED_SUFFIXES if name.endswith(s)), ""))
     if inner.endswith(JSONL_SUFFIXES):
         return "jsonl"
@@ -57,8 +58,7 @@ def list_files(paths: list[str]) -> list[tuple[str, Path]]:
                         relative = str(path.relative_to(root))
                         found[relative if len(paths) == 1 else f"{root}/{relative}"] = path
         else:
-            raise UserError(
-                f"corpus path {given!r} does not exist: give a file or folder of text, JSON Lines or parquet")
+            raise UserError(f"corpus path {given!r} does not exist: give a file or folder of text, JSON Lines or parquet")
     if not found:
         raise UserError(
             f"no text in {', '.join(map(str, paths))}: expected files ending in "

@@ -5,6 +5,7 @@ sample of a folder is window `permutation(seed, epoch)(k mod windows)`: a global
 needs no list of windows in memory. Samples don't depend on how many ranks share them: rank r of W takes its part of
 the same global batch.
 """
+
 import numpy as np
 import torch
 
@@ -42,16 +43,26 @@ class TrainLoader:
     Raises UserError when one global batch needs more windows than there are.
     """
 
-    def __init__(self, data: str | Mixture, context: int, micro_batch_size: int, global_batch_size: int, seed: int,
-                 rank: int, world_size: int):
+    def __init__(
+        self,
+        data: str | Mixture,
+        context: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ):
         self.mixture = open_mixture(data) if isinstance(data, str) else data
         self.sources = [Windows(path, "train", context) for path in self.mixture.paths]
         self.micro_batch_size, self.seed, self.rank, self.world_size = micro_batch_size, seed, rank, world_size
         self.count = sum(source.count for source in self.sources)
         for path, source in zip(self.mixture.paths, self.sources):
             if source.count == 0:
-                raise UserError(f"not enough data: {path} has no training window of {context} tokens: prepare more text, "
-                                f"or lower model.context")
+                raise UserError(
+                    f"not enough data: {path} has no training window of {context} tokens: prepare more text, "
+                    f"or lower model.context"
+                )
         if self.count < global_batch_size:
             raise UserError(
                 f"not enough data: {' + '.join(self.mixture.paths)} has {self.count} training windows of {context} "

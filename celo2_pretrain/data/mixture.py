@@ -3,6 +3,7 @@
 Samples come in blocks of 10,000, in each of which every folder has its share, in an order drawn by (seed, block). So
 the source of sample n, and how many samples that source gave before it, follow from n alone.
 """
+
 import functools
 import hashlib
 import json
@@ -99,11 +100,14 @@ def open_mixture(path: str, mixture: list[dict] = ()) -> Mixture:
     for path, index in zip(paths, indexes):
         ours, first = index["tokenizer"]["sha256"], indexes[0]["tokenizer"]["sha256"]
         if ours != first:
-            raise UserError(f"data.mixture: {path} was prepared with another tokenizer ({ours[:12]}) than {paths[0]} "
-                            f"({first[:12]}): prepare it with that one, by --tokenizer {paths[0]}")
+            raise UserError(
+                f"data.mixture: {path} was prepared with another tokenizer ({ours[:12]}) than {paths[0]} "
+                f"({first[:12]}): prepare it with that one, by --tokenizer {paths[0]}"
+            )
     weights = [entry["weight"] / total for entry in mixture]
     for path, weight, share in zip(paths, weights, shares(weights, BLOCK)):
         if share == 0:
-            raise UserError(f"data.mixture: the weight of {path} is {weight:.1e} of all: give it at least 1e-4, or leave "
-                            f"it out")
+            raise UserError(
+                f"data.mixture: the weight of {path} is {weight:.1e} of all: give it at least 1e-4, or leave it out"
+            )
     return Mixture(paths, indexes, weights)

@@ -1,4 +1,5 @@
 """A shuffle without a list: where a pseudo-random permutation sends an index, computed on its own."""
+
 import hashlib
 
 import numpy as np

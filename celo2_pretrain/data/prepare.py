@@ -4,6 +4,7 @@ Work happens in a hidden folder beside `out`, which becomes `out` by a rename. E
 is (progress.json), so that the same call goes on after an interruption and ends with the same bytes. What is wrong
 with the input leaves nothing behind.
 """
+
 import contextlib
 import fcntl
 import hashlib
@@ -31,8 +32,15 @@ SINGLE = "the corpus is a single document: at least two are needed, for training
 
 
 def prepare(
-    source, out: str, *, tokenizer: str | None = None, vocab_size: int = 4096, tokenizer_bytes: int = 4_000_000,
-    shard_tokens: int = 100_000_000, workers: int | None = 1, overwrite: bool = False,
+    source,
+    out: str,
+    *,
+    tokenizer: str | None = None,
+    vocab_size: int = 4096,
+    tokenizer_bytes: int = 4_000_000,
+    shard_tokens: int = 100_000_000,
+    workers: int | None = 1,
+    overwrite: bool = False,
 ) -> dict:
     """Write the source's documents as tokens into the new folder `out`.
 
@@ -59,8 +67,7 @@ def prepare(
     if given:
         arguments["--tokenizer"] = f"{tokenizer} ({given.fingerprint[:12]})"
     else:
-        arguments |= {
-            "--tokenizer": "trained here", "--vocab-size": vocab_size, "--tokenizer-mb": tokenizer_bytes / 1e6}
+        arguments |= {"--tokenizer": "trained here", "--vocab-size": vocab_size, "--tokenizer-mb": tokenizer_bytes / 1e6}
 
     work = target.with_name(f".{target.name}.unfinished")
     state = read_progress(work, arguments, overwrite)
@@ -128,8 +135,10 @@ def read_progress(work: Path, arguments: dict, overwrite: bool) -> dict | None:
     for name in sorted(arguments.keys() | state["arguments"].keys()):
         ours, theirs = arguments.get(name), state["arguments"].get(name)
         if ours != theirs and not overwrite:
-            raise UserError(f"an interrupted call left {str(work)!r}, made with {name} = {theirs}, not {ours}: give the "
-                            f"same arguments to go on, or pass --overwrite to begin anew")
+            raise UserError(
+                f"an interrupted call left {str(work)!r}, made with {name} = {theirs}, not {ours}: give the "
+                f"same arguments to go on, or pass --overwrite to begin anew"
+            )
         if ours != theirs:
             return None
     return state
@@ -165,8 +174,13 @@ def write(source, work: Path, arguments: dict, state: dict | None, shard_tokens:
     def save(cursor: dict | None, fraction: float | None) -> None:
         for writer in writers.values():
             writer.flush()
-        record = {"arguments": arguments, "cursor": cursor, "fraction": fraction, "statistics": counts.state(),
-                  "splits": {split: writer.summary() for split, writer in writers.items()}}
+        record = {
+            "arguments": arguments,
+            "cursor": cursor,
+            "fraction": fraction,
+            "statistics": counts.state(),
+            "splits": {split: writer.summary() for split, writer in writers.items()},
+        }
         write_atomically(work / "progress.json", json.dumps(record | {"sha256": fingerprint(record)}))
 
     try:
@@ -188,8 +202,12 @@ def write(source, work: Path, arguments: dict, state: dict | None, shard_tokens:
     if not writers["train"].tokens or not writers["val"].tokens:
         raise UserError(SINGLE)
     index = {
-        "format": FORMAT, "dtype": dtype, "vocab_size": tok.vocab_size, "eos_id": tok.eos_id,
-        "source": source.identity["corpus"], "tokenizer": {"kind": tok.kind, "sha256": tok.fingerprint},
+        "format": FORMAT,
+        "dtype": dtype,
+        "vocab_size": tok.vocab_size,
+        "eos_id": tok.eos_id,
+        "source": source.identity["corpus"],
+        "tokenizer": {"kind": tok.kind, "sha256": tok.fingerprint},
         "splits": {split: writer.summary() for split, writer in writers.items()},
         "statistics": counts.summary(tok.unk_id, tok.byte_ids()),
     }

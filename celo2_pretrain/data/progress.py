@@ -1,4 +1,5 @@
 """How far a long pass over a corpus is: a bar on a terminal, plain lines elsewhere, with the time left."""
+
 import sys
 import time
 
@@ -21,8 +22,12 @@ class Progress:
         self.bar = None
         if sys.stderr.isatty():
             # The bar runs over the fraction, as the corpus's length in tokens shows only at its end.
-            self.bar = tqdm(total=1.0, initial=self.begun, dynamic_ncols=True,
-                            bar_format="tokenize {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
+            self.bar = tqdm(
+                total=1.0,
+                initial=self.begun,
+                dynamic_ncols=True,
+                bar_format="tokenize {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            )
 
     def add(self, fraction: float | None, documents: int, tokens: int, text_bytes: int) -> None:
         """Another so many are done, and with them `fraction` of the corpus, where that is known."""
@@ -38,8 +43,7 @@ class Progress:
 
     def counts(self) -> str:
         speed = (self.bytes - self.bytes_before) / max(1e-3, time.time() - self.started) / 1e6
-        return (f"{self.bytes / 1e6:,.1f} MB, {self.documents:,} documents, {self.tokens / 1e6:,.2f} M tokens, "
-                f"{speed:.1f} MB/s")
+        return f"{self.bytes / 1e6:,.1f} MB, {self.documents:,} documents, {self.tokens / 1e6:,.2f} M tokens, {speed:.1f} MB/s"
 
     def left(self) -> str:
         if not self.fraction or self.fraction <= self.begun:

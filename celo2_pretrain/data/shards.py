@@ -3,6 +3,7 @@
 A shard is a plain little-endian array of uint16 (uint32 for vocabularies above 65,536). Documents follow each
 other, each ended by the end-of-text id: that id is the document boundary.
 """
+
 import os
 import re
 from pathlib import Path
@@ -36,8 +37,10 @@ class ShardWriter:
                 path.unlink()
         for shard in self.shards:
             if (folder / shard["file"]).is_symlink() or not (folder / shard["file"]).is_file():
-                raise UserError(f"{folder / shard['file']} is missing, or not the file that an interrupted call wrote: pass "
-                                "--overwrite to begin anew")
+                raise UserError(
+                    f"{folder / shard['file']} is missing, or not the file that an interrupted call wrote: pass "
+                    "--overwrite to begin anew"
+                )
             os.truncate(folder / shard["file"], shard["tokens"] * self.dtype.itemsize)
         if self.shards:
             self.file = open(folder / names[-1], "ab")
@@ -161,8 +164,10 @@ class TokenArray:
                 raise IndexError(f"tokens [{start}, {start + count}) of {len(self)}")
             if part.max() >= self.vocab_size:
                 at = offset + int(part.argmax())
-                raise UserError(f"{self.files[shard]}: token {part.max()} at position {at} is outside the vocabulary of "
-                                f"{self.vocab_size}, so the file is damaged: prepare the data again")
+                raise UserError(
+                    f"{self.files[shard]}: token {part.max()} at position {at} is outside the vocabulary of "
+                    f"{self.vocab_size}, so the file is damaged: prepare the data again"
+                )
             out[done : done + len(part)] = part
             done += len(part)
         return out

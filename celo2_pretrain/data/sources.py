@@ -9,6 +9,7 @@ A source has these four:
     cursor()        where read() goes on after the document that it gave last; goes through JSON
     fraction()      the part of the corpus that was read, from 0 to 1, or None where nobody knows
 """
+
 import contextlib
 import hashlib
 import itertools
@@ -30,7 +31,7 @@ class Interrupted(UserError):
 
 
 def split_of(index: int, name: str, val_fraction: float) -> str:
-    """"val" for the corpus's first name (validation is never empty) and for a `val_fraction` of the others."""
+    """ "val" for the corpus's first name (validation is never empty) and for a `val_fraction` of the others."""
     return "val" if index == 0 or hash_unit(name, "split") < val_fraction else "train"
 
 
@@ -44,8 +45,11 @@ class Files:
         # Contents are too long to hash; a changed file nearly always has another size or time.
         listing = [[name, size, path.stat().st_mtime_ns] for (name, path), size in zip(self.files, self.sizes)]
         self.identity = {
-            "corpus": ", ".join(paths), "--val-fraction": val_fraction, "--field": field,
-            "the corpus's files": f"{len(listing)} ({hashlib.sha256(repr(listing).encode()).hexdigest()[:12]})"}
+            "corpus": ", ".join(paths),
+            "--val-fraction": val_fraction,
+            "--field": field,
+            "the corpus's files": f"{len(listing)} ({hashlib.sha256(repr(listing).encode()).hexdigest()[:12]})",
+        }
         self.at = {"file": 0, "item": 0, "bytes": 0}
 
     def read(self, cursor: dict | None = None) -> Iterator[Document]:
@@ -78,8 +82,11 @@ class PythonSources:
 
     def __init__(self, max_bytes: int, val_fraction: float):
         self.max_bytes, self.val_fraction = max_bytes, val_fraction
-        self.identity = {"corpus": "the installed Python's sources", "--max-mb": max_bytes / 1e6,
-                         "--val-fraction": val_fraction}
+        self.identity = {
+            "corpus": "the installed Python's sources",
+            "--max-mb": max_bytes / 1e6,
+            "--val-fraction": val_fraction,
+        }
         self.documents = self.total = 0
 
     def read(self, cursor: dict | None = None) -> Iterator[Document]:
@@ -105,8 +112,7 @@ class PythonSources:
                 # Installed packages may lie inside the library's folder; hidden tests of broken syntax are not UTF-8.
                 left_out = ("site-packages", "dist-packages", "__pycache__", "bad_data")
                 folders[:] = [f for f in folders if f not in left_out]
-                names += [os.path.relpath(os.path.join(folder, f), root)
-                          for f in files if f.endswith((".py", ".rst", ".txt"))]
+                names += [os.path.relpath(os.path.join(folder, f), root) for f in files if f.endswith((".py", ".rst", ".txt"))]
             yield from ((n, root / n) for n in sorted(names, key=lambda name: (hash_unit(name, "order"), name)))
 
     def cursor(self) -> dict:
@@ -122,11 +128,15 @@ class Dataset:
     From the hub (or a folder of data files) rows are streamed, or with `download` fetched whole and cached first.
     """
 
-    def __init__(self, name: str, val_fraction: float, field: str = "text", split: str = "train",
-                 download: bool = False):
+    def __init__(self, name: str, val_fraction: float, field: str = "text", split: str = "train", download: bool = False):
         self.name, self.val_fraction, self.field, self.split = name, val_fraction, field, split
-        self.identity = {"corpus": f"dataset {name}", "--dataset-split": split, "--val-fraction": val_fraction,
-                         "--field": field, "--download": download}
+        self.identity = {
+            "corpus": f"dataset {name}",
+            "--dataset-split": split,
+            "--val-fraction": val_fraction,
+            "--field": field,
+            "--download": download,
+        }
         with self.told("cannot load"):
             import datasets  # slow to import, and only this source needs it
 
@@ -150,8 +160,7 @@ class Dataset:
         except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
             hint = "; the same command goes on where this one stopped" if kind is Interrupted else ""
-            raise kind(
-                f"{what} dataset {self.name!r}, split {self.split!r}: {type(error).__name__}: {reason}{hint}") from None
+            raise kind(f"{what} dataset {self.name!r}, split {self.split!r}: {type(error).__name__}: {reason}{hint}") from None
 
     def read(self, cursor: dict | None = None) -> Iterator[Document]:
         self.index, rows = (cursor or {"index": 0})["index"], self.rows
@@ -164,8 +173,10 @@ class Dataset:
             rows = iter(rows)
             first = next(rows, None)
         if first is not None and self.field not in first:
-            raise UserError(f"dataset {self.name!r} has no text column {self.field!r}, it has "
-                            f"{', '.join(sorted(first))}: name it with --field")
+            raise UserError(
+                f"dataset {self.name!r} has no text column {self.field!r}, it has "
+                f"{', '.join(sorted(first))}: name it with --field"
+            )
         rows = itertools.chain([] if first is None else [first], rows)
         while True:
             with self.told("cannot read on in", Interrupted):
@@ -174,8 +185,10 @@ class Dataset:
                 return
             text = row[self.field]
             if text is not None and not isinstance(text, str):
-                raise UserError(f"dataset {self.name!r}, row {self.index}: column {self.field!r} holds "
-                                f"{type(text).__name__}, not text: name another with --field")
+                raise UserError(
+                    f"dataset {self.name!r}, row {self.index}: column {self.field!r} holds "
+                    f"{type(text).__name__}, not text: name another with --field"
+                )
             self.index += 1
             yield split_of(self.index - 1, f"{self.name}:{self.index - 1}", self.val_fraction), text or ""
 

@@ -1,4 +1,5 @@
 """What a corpus looks like in tokens: how long its documents are, and how well the vocabulary fits it."""
+
 import numpy as np
 
 # Document lengths fall into bins: exact up to 100 tokens, then 1 % wide, so that a corpus of any size needs a few KB.
@@ -23,8 +24,7 @@ class Statistics:
         self.extremes = [min(self.extremes[0], int(lengths.min())), max(self.extremes[1], int(lengths.max()))]
 
     def state(self) -> dict:
-        return {"ids": self.ids.tolist(), "lengths": self.lengths.tolist(), "bytes": self.bytes,
-                "extremes": self.extremes}
+        return {"ids": self.ids.tolist(), "lengths": self.lengths.tolist(), "bytes": self.bytes, "extremes": self.extremes}
 
     def quantile(self, q: float) -> int:
         """The length that a fraction `q` of the documents doesn't exceed: exact up to 100 tokens, then to 1 %."""
@@ -35,13 +35,18 @@ class Statistics:
         """For index.json. Rates are fractions of all tokens; coverage is the fraction of the vocabulary that occurs."""
         tokens = int(self.ids.sum())
         return {
-            "documents": int(self.lengths.sum()), "tokens": tokens, "bytes": self.bytes,
+            "documents": int(self.lengths.sum()),
+            "tokens": tokens,
+            "bytes": self.bytes,
             "bytes_per_token": round(self.bytes / tokens, 4),
             "vocabulary_coverage": round(float((self.ids > 0).mean()), 6),
             "unknown_rate": 0.0 if unk_id is None else float(self.ids[unk_id] / tokens),
             "byte_fallback_rate": float(self.ids[byte_ids].sum() / tokens),
-            "tokens_per_document": {"least": self.extremes[0], **{f"{q:.0%}": self.quantile(q) for q in QUANTILES},
-                                    "most": self.extremes[1]},
+            "tokens_per_document": {
+                "least": self.extremes[0],
+                **{f"{q:.0%}": self.quantile(q) for q in QUANTILES},
+                "most": self.extremes[1],
+            },
         }
 
 
@@ -55,8 +60,10 @@ def describe(index: dict, out: str) -> str:
             f"  {part['tokens']:>13,} tokens  {part['bytes'] / part['tokens']:.2f} bytes a token"
             f"  {len(part['shards'])} file(s)"
         )
-    lines.append(f"  {all_of['vocabulary_coverage']:.1%} of the vocabulary occurs; {all_of['unknown_rate']:.3%} of the "
-                 f"tokens are unknown, {all_of['byte_fallback_rate']:.3%} single bytes of characters without a piece")
+    lines.append(
+        f"  {all_of['vocabulary_coverage']:.1%} of the vocabulary occurs; {all_of['unknown_rate']:.3%} of the "
+        f"tokens are unknown, {all_of['byte_fallback_rate']:.3%} single bytes of characters without a piece"
+    )
     lengths = ", ".join(f"{name} {value:,}" for name, value in all_of["tokens_per_document"].items())
     lines.append(f"  tokens a document: {lengths}")
     return "\n".join(lines)

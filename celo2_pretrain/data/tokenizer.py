@@ -2,6 +2,7 @@
 
 Both kinds are used through the few things that the rest needs: encode, decode, size, end-of-text id, fingerprint.
 """
+
 import hashlib
 import io
 import re
@@ -57,8 +58,11 @@ class SentencePieceTokenizer:
         fast.normalizer = normalizers.Replace(" ", "▁")
         fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         PreTrainedTokenizerFast(
-            tokenizer_object=fast, unk_token=sp.id_to_piece(sp.unk_id()), eos_token=sp.id_to_piece(self.eos_id),
-            model_max_length=context, clean_up_tokenization_spaces=False,
+            tokenizer_object=fast,
+            unk_token=sp.id_to_piece(sp.unk_id()),
+            eos_token=sp.id_to_piece(self.eos_id),
+            model_max_length=context,
+            clean_up_tokenization_spaces=False,
         ).save_pretrained(folder)
 
 
@@ -126,8 +130,10 @@ def check_fingerprint(model: Path, fingerprint: str) -> None:
     if index.is_file():
         told = read_json(index, "prepare the data again").get("tokenizer")
         if not isinstance(told, dict) or told.get("sha256") != fingerprint:
-            raise UserError(f"{model} is not the tokenizer that the tokens beside it were made with: copy it again, or "
-                            "prepare the data again")
+            raise UserError(
+                f"{model} is not the tokenizer that the tokens beside it were made with: copy it again, or "
+                "prepare the data again"
+            )
 
 
 def sentences(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
@@ -154,11 +160,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_bytes: int = 4_00
     model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=iter(chunks), model_writer=model, vocab_size=vocab_size,
-            model_type="unigram", byte_fallback=True, character_coverage=0.9995, split_digits=True,
-            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, unk_id=0, eos_id=1, bos_id=-1, pad_id=-1,
-            eos_piece="<|endoftext|>", num_threads=2, shuffle_input_sentence=False, minloglevel=2,
+            sentence_iterator=iter(chunks),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="unigram",
+            byte_fallback=True,
+            character_coverage=0.9995,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            eos_piece="<|endoftext|>",
+            num_threads=2,
+            shuffle_input_sentence=False,
+            minloglevel=2,
         )
     except RuntimeError as error:
         largest = re.search(r"value <= (\d+)", str(error))

@@ -1,4 +1,5 @@
 """`celo2-pretrain meta-train` and `meta-select`: their options and their help."""
+
 import argparse
 
 DESCRIPTION = """\
@@ -24,8 +25,12 @@ the best. About 10 s of one core for each run, so a minute for each theta.
 
 
 def add(commands) -> None:
-    p = commands.add_parser("meta-train", help="meta-train weights of the learned rule", description=DESCRIPTION,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = commands.add_parser(
+        "meta-train",
+        help="meta-train weights of the learned rule",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--config", help="YAML file (default: the paper's recipe)")
     p.add_argument("--resume", metavar="OUT", help="go on with the meta-training in that folder")
     p.add_argument("--overwrite", action="store_true", help="replace the meta-training in `out`")
@@ -33,8 +38,12 @@ def add(commands) -> None:
     p.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
     p.set_defaults(run=run)
 
-    p = commands.add_parser("meta-select", help="take the best theta of a meta-training", description=SELECT,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = commands.add_parser(
+        "meta-select",
+        help="take the best theta of a meta-training",
+        description=SELECT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("folder", help="a meta-training's folder")
     p.add_argument("--every", type=int, default=1, help="take only every n-th of its theta_*.safetensors (the last always)")
     p.add_argument("--also", nargs="*", default=[], metavar="WEIGHTS", help="other weights to compare, for example default")
@@ -59,7 +68,7 @@ def run_select(args) -> None:
     for option in ("every", "steps", "seeds", "jobs"):
         if (given := getattr(args, option)) is not None and given < 1:
             raise UserError(f"--{option} {given}: give at least 1")
-    thetas = thetas[::-1][::args.every][::-1]
+    thetas = thetas[::-1][:: args.every][::-1]
     try:
         lrs = tuple(float(lr) for lr in args.lrs.split(","))
     except ValueError:
@@ -67,8 +76,9 @@ def run_select(args) -> None:
     if not lrs or not all(0 < lr < float("inf") for lr in lrs):
         raise UserError(f"--lrs {args.lrs!r}: give rates above 0, as in --lrs 2e-3,4e-3")
     kind = "celo2" if config.load_config(str(folder / "config.yaml"), []).orthogonalize else "celo2-base"
-    best = select.select([*thetas, *args.also], kind, folder / "selection.csv", args.jobs or os.cpu_count(), args.steps, lrs,
-                         args.seeds)
+    best = select.select(
+        [*thetas, *args.also], kind, folder / "selection.csv", args.jobs or os.cpu_count(), args.steps, lrs, args.seeds
+    )
     print(f"best: {best}; all scores in {folder / 'selection.csv'}")
 
 

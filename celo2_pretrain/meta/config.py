@@ -1,4 +1,5 @@
 """Everything that a meta-training is set up with: read from YAML and `key=value` arguments, checked at the door."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,11 +15,14 @@ from ..common.settings import Reader, key
 class MetaConfig:
     """Defaults: the paper's recipe for Celo2 (arXiv 2602.19142, section 4 and appendix)."""
 
-    families: str = key("mlp/digits mlp/photos mlp/digits_on_photos mlp/orientation",
-                        "task families, separated by blanks: mlp/SET, conv/SET, residual/SET, transformer, text, quadratic")
+    families: str = key(
+        "mlp/digits mlp/photos mlp/digits_on_photos mlp/orientation",
+        "task families, separated by blanks: mlp/SET, conv/SET, residual/SET, transformer, text, quadratic",
+    )
     problems: int = key(8, "inner problems of each family at a time (PES: antithetic pairs)", 1)
     estimator: Literal["pes", "analytic", "evolution"] = key(
-        "pes", "outer gradient by persistent evolution strategies or back-propagation; or none: CMA-ES over constructed rules")
+        "pes", "outer gradient by persistent evolution strategies or back-propagation; or none: CMA-ES over constructed rules"
+    )
     population: int = key(12, "candidates of a generation (evolution)", 4)
     long_momenta: bool = key(False, "momenta that remember more steps than the trainings have, too (evolution)")
     truncation: int = key(50, "inner steps between two outer steps", 1)
@@ -28,8 +32,12 @@ class MetaConfig:
     length_max: int = key(2000, "see length_min", 1)
     lr_min: float = key(1e-3, "inner learning rate, log-uniform between lr_min and lr_max", 1e-12)
     lr_max: float = key(1e-3, "see lr_min", 1e-12)
-    scale_min: float = key(1e-3, "reparametrisation augmentation: a problem's parameters are divided by a scale, "
-                                 "log-uniform between scale_min and scale_max", 1e-12)
+    scale_min: float = key(
+        1e-3,
+        "reparametrisation augmentation: a problem's parameters are divided by a scale, "
+        "log-uniform between scale_min and scale_max",
+        1e-12,
+    )
     scale_max: float = key(1e3, "see scale_min", 1e-12)
     schedule: Literal["constant", "cosine"] = key("constant", "inner learning rate: constant, or warm-up and cosine")
     adamw: bool = key(False, "give 1-D tensors, embeddings and heads to AdamW, as deployment does")
@@ -67,8 +75,9 @@ def load_config(path: str | None, overrides: list[str]) -> MetaConfig:
         if getattr(config, low) > getattr(config, high):
             raise UserError(f"{low}={getattr(config, low)} is above {high}={getattr(config, high)}: exchange them")
     if config.truncation > config.length_max:
-        raise UserError(f"truncation={config.truncation} is above length_max={config.length_max}: an unroll is at least "
-                        "one truncation")
+        raise UserError(
+            f"truncation={config.truncation} is above length_max={config.length_max}: an unroll is at least one truncation"
+        )
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:

@@ -5,6 +5,7 @@ respect to theta. They differ in what a problem's noise is: PES (Vicol et al., a
 antithetic) perturbs theta and remembers the noise over the whole unroll, which makes it unbiased for it;
 back-propagation is exact but sees one truncation.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -22,8 +23,7 @@ class Estimate(NamedTuple):
     broken: Tensor  # (problems,) whether a problem's loss wasn't finite: it counts for nothing, start it afresh
 
 
-def pes(theta: Tensor, noise: Tensor, sigma: float, unroll: Unroll, generator: torch.Generator
-        ) -> tuple[Estimate, Tensor]:
+def pes(theta: Tensor, noise: Tensor, sigma: float, unroll: Unroll, generator: torch.Generator) -> tuple[Estimate, Tensor]:
     """One PES estimate from n antithetic pairs.
 
     Args: `noise` (n, 347), the noise each pair has gathered since its unroll began; `unroll` takes the 2 n thetas, first
@@ -35,7 +35,7 @@ def pes(theta: Tensor, noise: Tensor, sigma: float, unroll: Unroll, generator: t
         losses = unroll(torch.cat([theta + fresh, theta - fresh]))
     plus, minus = losses.chunk(2)
     good = plus.isfinite() & minus.isfinite()
-    weight = torch.where(good, plus - minus, plus.new_zeros(())) / (2 * sigma ** 2)
+    weight = torch.where(good, plus - minus, plus.new_zeros(())) / (2 * sigma**2)
     count = good.sum().clamp_min(1)
     mean = torch.where(good, (plus + minus) / 2, plus.new_zeros(())).sum() / count
     return Estimate((noise * weight[:, None]).sum(0) / count, mean, ~good), noise
@@ -48,7 +48,7 @@ def analytic(theta: Tensor, unroll: Unroll) -> Estimate:
     good = losses.detach().isfinite()
     count = good.sum().clamp_min(1)
     loss = torch.where(good, losses, torch.zeros(())).sum() / count
-    gradient, = torch.autograd.grad(loss, theta)
+    (gradient,) = torch.autograd.grad(loss, theta)
     if not gradient.isfinite().all():
         return Estimate(torch.zeros_like(theta), loss.detach(), torch.ones_like(good))
     return Estimate(gradient, loss.detach(), ~good)

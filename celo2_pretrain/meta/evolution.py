@@ -7,6 +7,7 @@ momentum that remembers more steps than the trainings have is left out (unless l
 than in longer ones. Each generation's candidates train the same fresh problems, and every problem ranks them: it has one
 vote, however large its loss is. CMA-ES is that of the `cma` package (Hansen et al.).
 """
+
 from __future__ import annotations
 
 import time
@@ -37,16 +38,21 @@ class Evolution:
 
     def __init__(self, config: MetaConfig) -> None:
         if not config.length_min == config.length_max == config.truncation:
-            raise UserError(f"length_min={config.length_min}, length_max={config.length_max}, truncation={config.truncation}: "
-                            "evolution judges whole trainings; give all three the same number of steps")
+            raise UserError(
+                f"length_min={config.length_min}, length_max={config.length_max}, truncation={config.truncation}: "
+                "evolution judges whole trainings; give all three the same number of steps"
+            )
         if find_spec("cma") is None:
-            raise UserError("estimator=evolution needs the cma package, which isn't installed: pip install "
-                            "'celo2-pretrain[meta]'")
+            raise UserError(
+                "estimator=evolution needs the cma package, which isn't installed: pip install 'celo2-pretrain[meta]'"
+            )
         self.config, self.step, self.seconds, self.inner_steps = config, 0, 0.0, 0
         self.families = [Family(name, config, config.seed * 1000 + k) for k, name in enumerate(config.family_names)]
         self.features = ODD if config.long_momenta else searched(config.truncation)
         self.search = _search(config, self.features)
-        self.asked: list[np.ndarray] = []  # each generation's candidates (population, dims): a resumed search is told them again
+        self.asked: list[
+            np.ndarray
+        ] = []  # each generation's candidates (population, dims): a resumed search is told them again
         self.ranks: list[np.ndarray] = []  # and their values (population,)
 
     def advance(self) -> dict[str, Any]:
@@ -60,9 +66,15 @@ class Evolution:
         self.inner_steps += sum(x.numel() for x in losses) * self.config.truncation
         self.seconds += time.perf_counter() - began
         means = {f"loss/{family.task.name}": float(x[x.isfinite()].mean()) for family, x in zip(self.families, losses)}
-        return {"step": self.step, "loss": sum(means.values()) / len(means), **means, "spread": float(self.search.sigma),
-                "broken": int(sum((~x.isfinite()).sum() for x in losses)), "inner_steps": self.inner_steps,
-                "seconds": round(self.seconds, 3)}
+        return {
+            "step": self.step,
+            "loss": sum(means.values()) / len(means),
+            **means,
+            "spread": float(self.search.sigma),
+            "broken": int(sum((~x.isfinite()).sum() for x in losses)),
+            "inner_steps": self.inner_steps,
+            "seconds": round(self.seconds, 3),
+        }
 
     def _evaluate(self, thetas: Tensor) -> list[Tensor]:
         """Each family's losses (population, problems). On a GPU the families train side by side: each step is a long chain of
@@ -93,16 +105,22 @@ class Evolution:
         return constructed(self.search.mean, self.features)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "inner_steps": self.inner_steps,
-                "asked": torch.from_numpy(np.stack(self.asked)), "ranks": torch.from_numpy(np.stack(self.ranks)),
-                "families": [family.state_dict() for family in self.families]}
+        return {
+            "seconds": self.seconds,
+            "inner_steps": self.inner_steps,
+            "asked": torch.from_numpy(np.stack(self.asked)),
+            "ranks": torch.from_numpy(np.stack(self.ranks)),
+            "families": [family.state_dict() for family in self.families],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Tell the search its generations again, which brings it to where it was."""
         for candidates, value in zip(state["asked"].numpy(), state["ranks"].numpy()):
             if not np.array_equal(np.stack(self.search.ask()), candidates):
-                raise UserError(f"{self.config.out}: another release of cma asks for other candidates; go on with the one that "
-                                "the search was begun with")
+                raise UserError(
+                    f"{self.config.out}: another release of cma asks for other candidates; go on with the one that "
+                    "the search was begun with"
+                )
             self._tell(candidates, value)
         self.seconds, self.inner_steps = state["seconds"], state["inner_steps"]
         for family, kept in zip(self.families, state["families"]):
@@ -119,15 +137,25 @@ def _search(config: MetaConfig, features: tuple[int, ...]):
 
     x = numbers_of(unflatten(initial_theta(config)), features)
     if x is None:
-        raise UserError(f"init={config.init}: evolution begins with a constructed rule ({', '.join(RECIPES)}, or what an evolution "
-                        f"has made) without a momentum that remembers more than the {config.truncation} steps of its "
-                        "trainings, unless long_momenta=true")
+        raise UserError(
+            f"init={config.init}: evolution begins with a constructed rule ({', '.join(RECIPES)}, or what an evolution "
+            f"has made) without a momentum that remembers more than the {config.truncation} steps of its "
+            "trainings, unless long_momenta=true"
+        )
     if x[-1] == 1:  # then the length means nothing
         x[:-1] *= BEGIN / np.linalg.norm(x[:-1])
     random = np.random.default_rng(config.seed)  # its own: numpy's is anybody's
-    return cma.CMAEvolutionStrategy(x, config.sigma, {
-        "popsize": config.population, "seed": float("nan"), "randn": lambda *shape: random.standard_normal(shape),
-        "verbose": -9, "verb_log": 0})
+    return cma.CMAEvolutionStrategy(
+        x,
+        config.sigma,
+        {
+            "popsize": config.population,
+            "seed": float("nan"),
+            "randn": lambda *shape: random.standard_normal(shape),
+            "verbose": -9,
+            "verb_log": 0,
+        },
+    )
 
 
 def constructed(x: np.ndarray, features: tuple[int, ...]) -> MLP:

@@ -1,4 +1,5 @@
 """The inner problems of one task family, and how a truncation takes them on: start, unroll, restart."""
+
 from __future__ import annotations
 
 import math
@@ -81,8 +82,9 @@ class Family:
         span = config.truncation
         length = self._log_uniform(config.length_min, config.length_max) * share
         length = (length / span - 1e-4).ceil().clamp_min(1) * span  # a hair less: 100.00001 are 100
-        fixed = Fixed(self._log_uniform(config.lr_min, config.lr_max), length,
-                      self._log_uniform(config.scale_min, config.scale_max))
+        fixed = Fixed(
+            self._log_uniform(config.lr_min, config.lr_max), length, self._log_uniform(config.scale_min, config.scale_max)
+        )
         fresh = inner.start(self.task, self.harness, fixed, self.generator)
         fresh = pytree.tree_map(lambda x: x.repeat(self.particles, *[1] * (x.ndim - 1)), fresh)
         return pytree.tree_map(lambda x: x.to(config.device), fresh)
@@ -95,7 +97,8 @@ class Family:
         return {"inner": pytree.tree_leaves(self.inner), "noise": self.noise, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.inner = pytree.tree_unflatten([x.to(self.config.device) for x in state["inner"]],
-                                           pytree.tree_structure(self.inner))
+        self.inner = pytree.tree_unflatten(
+            [x.to(self.config.device) for x in state["inner"]], pytree.tree_structure(self.inner)
+        )
         self.noise = state["noise"].to(self.config.device)
         self.generator.set_state(state["generator"])

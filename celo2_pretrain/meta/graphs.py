@@ -1,4 +1,5 @@
 """An inner step on a GPU as one CUDA graph: launching its thousands of small kernels costs more than running them."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,4 +1,5 @@
 """With which theta does a meta-training begin?"""
+
 from __future__ import annotations
 
 import torch
@@ -26,6 +27,7 @@ def initial_theta(config: MetaConfig) -> Tensor:
     if config.live_units:
         dead = (mlp.w0.abs().sum(0) + mlp.b0.abs() == 0) & (mlp.w2.abs().sum(1) == 0)
         noise = torch.randn(mlp.w0.shape, generator=generator) * config.live_units
-        mlp = mlp._replace(w0=torch.where(dead, noise, mlp.w0),
-                           w1=torch.where(dead[:, None] & dead, torch.eye(len(dead)), mlp.w1))
+        mlp = mlp._replace(
+            w0=torch.where(dead, noise, mlp.w0), w1=torch.where(dead[:, None] & dead, torch.eye(len(dead)), mlp.w1)
+        )
     return flatten(mlp)

@@ -3,6 +3,7 @@
 A problem is a task's parameters with their accumulators and its own learning rate, length and scale. `advance` is
 written for one problem; `torch.vmap` runs it over n of them, each with its own theta or all with the same one.
 """
+
 from __future__ import annotations
 
 import math
@@ -63,8 +64,9 @@ def start(task: Task, harness: Harness, fixed: Fixed, generator: torch.Generator
     each = [task.init(generator) for _ in range(len(scale))]
     params = {name: torch.stack([p[name] for p in each]) for name in each[0]}
     params = {name: p / scale.view(-1, *[1] * (p.ndim - 1)) for name, p in params.items()}
-    learned = {name: torch.vmap(reference.init_state)(p) for name, p in params.items()
-               if not _by_adamw(task, harness, name, p[0])}
+    learned = {
+        name: torch.vmap(reference.init_state)(p) for name, p in params.items() if not _by_adamw(task, harness, name, p[0])
+    }
     adam = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in params.items() if name not in learned}
     return Inner(params, learned, adam, torch.zeros(len(scale)), fixed)
 
@@ -73,8 +75,7 @@ def _by_adamw(task: Task, harness: Harness, name: str, p: Tensor) -> bool:
     return harness.adamw and (p.ndim < 2 or name in task.adamw)
 
 
-def make_advance(task: Task, harness: Harness, shared_theta: bool) -> Callable[[Tensor, Inner, Batch],
-                                                                              tuple[Inner, Tensor]]:
+def make_advance(task: Task, harness: Harness, shared_theta: bool) -> Callable[[Tensor, Inner, Batch], tuple[Inner, Tensor]]:
     """`advance(theta, inner, batch) -> (inner, loss)`: one step of n problems. `theta` (n, 347), or (347,) if shared.
 
     `loss` (n,) is that of the batch before the step.

@@ -3,6 +3,7 @@
 This is the place to change the rule: add a feature, another width, use outputs 1 and 2 (docs/meta_training.md).
 `Variant` holds what the paper's ablations switch; with its defaults a step is `reference.step` up to round-off.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def _direction(x: Tensor, mlp: MLP, normalize: bool) -> Tensor:
     Twin: `reference.direction(reference.normalize(x, …), mlp)`, which writes the 30 features twice more.
     """
     flat = x.flatten(1)  # (features, n)
-    w0 = mlp.w0[:len(x)].mT  # (8, features)
+    w0 = mlp.w0[: len(x)].mT  # (8, features)
     if normalize:
         w0 = w0 * (flat.square().mean(1) + reference.NORM_EPS).rsqrt()
     h = torch.relu(w0 @ flat + mlp.b0[:, None])
@@ -72,7 +73,8 @@ def random_theta(generator: torch.Generator) -> Tensor:
     for shape in SHAPES:
         part = torch.zeros(shape)
         if len(shape) == 2:
-            torch.nn.init.trunc_normal_(part, 0, shape[0] ** -0.5, -2 * shape[0] ** -0.5, 2 * shape[0] ** -0.5,
-                                        generator=generator)
+            torch.nn.init.trunc_normal_(
+                part, 0, shape[0] ** -0.5, -2 * shape[0] ** -0.5, 2 * shape[0] ** -0.5, generator=generator
+            )
         parts.append(part.flatten())
     return torch.cat(parts)

@@ -1,4 +1,5 @@
 """Meta-training: the outer loop over theta, its checkpoints, log and picture."""
+
 from __future__ import annotations
 
 import json
@@ -48,21 +49,31 @@ class MetaTraining:
         self.step += 1
         self.inner_steps += sum(len(family.inner.step) for family in self.families) * config.truncation
         self.seconds += time.perf_counter() - began
-        return {"step": self.step, "loss": float(sum(estimate.loss for estimate in estimates)) / len(estimates),
-                **{f"loss/{family.task.name}": float(estimate.loss)
-                   for family, estimate in zip(self.families, estimates)},
-                "gradient_norm": float(norm), "theta_norm": float(self.theta.detach().norm()),
-                "broken": int(sum(estimate.broken.sum() for estimate in estimates)),
-                "inner_steps": self.inner_steps, "seconds": round(self.seconds, 3)}
+        return {
+            "step": self.step,
+            "loss": float(sum(estimate.loss for estimate in estimates)) / len(estimates),
+            **{f"loss/{family.task.name}": float(estimate.loss) for family, estimate in zip(self.families, estimates)},
+            "gradient_norm": float(norm),
+            "theta_norm": float(self.theta.detach().norm()),
+            "broken": int(sum(estimate.broken.sum() for estimate in estimates)),
+            "inner_steps": self.inner_steps,
+            "seconds": round(self.seconds, 3),
+        }
 
     def mlp(self) -> MLP:
         """The weights so far (their average, if the configuration says so)."""
         return unflatten(self.average if self.config.average else self.theta.detach())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "seconds": self.seconds, "inner_steps": self.inner_steps,
-                "theta": self.theta.detach(), "average": self.average, "outer": self.outer.state_dict(),
-                "families": [family.state_dict() for family in self.families]}
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "inner_steps": self.inner_steps,
+            "theta": self.theta.detach(),
+            "average": self.average,
+            "outer": self.outer.state_dict(),
+            "families": [family.state_dict() for family in self.families],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.seconds, self.inner_steps = state["step"], state["seconds"], state["inner_steps"]
@@ -77,8 +88,10 @@ def run(config: MetaConfig, resume: bool = False, overwrite: bool = False) -> Pa
     """Meta-train as configured; the path of the weights made. Raises UserError for a folder already in use."""
     out = Path(config.out)
     if (out / METRICS).exists() and not (resume or overwrite):
-        raise UserError(f"{out} holds a meta-training already: --resume goes on with it, --overwrite replaces it, or "
-                        "give another folder with out=…")
+        raise UserError(
+            f"{out} holds a meta-training already: --resume goes on with it, --overwrite replaces it, or "
+            "give another folder with out=…"
+        )
     if resume and not (out / CHECKPOINT).is_file():
         raise UserError(f"{out} has no {CHECKPOINT} to resume from")
     # Before anything is written: it says what is missing.
@@ -91,9 +104,17 @@ def run(config: MetaConfig, resume: bool = False, overwrite: bool = False) -> Pa
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(dump_yaml(as_tree(config)), encoding="utf-8")
-    with (open(out / METRICS, "a", encoding="utf-8") as log,
-          tqdm(total=config.outer_steps, initial=training.step, unit="outer step", smoothing=0.05,
-               mininterval=1, dynamic_ncols=True) as bar):
+    with (
+        open(out / METRICS, "a", encoding="utf-8") as log,
+        tqdm(
+            total=config.outer_steps,
+            initial=training.step,
+            unit="outer step",
+            smoothing=0.05,
+            mininterval=1,
+            dynamic_ncols=True,
+        ) as bar,
+    ):
         while training.step < config.outer_steps:
             record = training.advance()
             print(json.dumps(record), file=log, flush=True)
@@ -101,13 +122,18 @@ def run(config: MetaConfig, resume: bool = False, overwrite: bool = False) -> Pa
             bar.update()
             if training.step % config.save_every == 0 or training.step == config.outer_steps:
                 save(training, out / CHECKPOINT)
-                save_weights(training.mlp(), out / f"theta_{training.step:06d}.safetensors",
-                             {"meta_trained": True, "outer_step": training.step, "seconds": round(training.seconds)})
+                save_weights(
+                    training.mlp(),
+                    out / f"theta_{training.step:06d}.safetensors",
+                    {"meta_trained": True, "outer_step": training.step, "seconds": round(training.seconds)},
+                )
                 plot(out)
     path = out / f"theta_{training.step:06d}.safetensors"
-    print(f"{training.step} outer steps, {training.inner_steps:,} inner steps, {training.seconds:.0f} s\n"
-          f"weights     {path}\nmeta-loss   {out / 'meta_loss.png'}\n"
-          f"try them    celo2-pretrain meta-eval --quick --theta mine={path}")
+    print(
+        f"{training.step} outer steps, {training.inner_steps:,} inner steps, {training.seconds:.0f} s\n"
+        f"weights     {path}\nmeta-loss   {out / 'meta_loss.png'}\n"
+        f"try them    celo2-pretrain meta-eval --quick --theta mine={path}"
+    )
     return path
 
 
@@ -118,8 +144,11 @@ def save(training: MetaTraining | Evolution, path: Path) -> None:
 
 def _drop_after(metrics: Path, step: int) -> None:
     """Forget the lines that a resumed run will write again."""
-    lines = [line for line in metrics.read_text(encoding="utf-8").splitlines()
-             if line.endswith("}") and json.loads(line)["step"] <= step]
+    lines = [
+        line
+        for line in metrics.read_text(encoding="utf-8").splitlines()
+        if line.endswith("}") and json.loads(line)["step"] <= step
+    ]
     write_atomically(metrics, "".join(line + "\n" for line in lines))
 
 
@@ -130,8 +159,13 @@ def plot(out: Path) -> None:
     width = max(1, len(records) // 50)
     for name in [name for name in records[0] if name.startswith("loss")]:
         y = torch.tensor([record[name] for record in records]).unfold(0, width, 1).mean(-1)
-        axes.plot([record["step"] for record in records][width - 1:], y, label=name.removeprefix("loss/"),
-                  linewidth=2.5 if name == "loss" else 1.2, color="black" if name == "loss" else None)
+        axes.plot(
+            [record["step"] for record in records][width - 1 :],
+            y,
+            label=name.removeprefix("loss/"),
+            linewidth=2.5 if name == "loss" else 1.2,
+            color="black" if name == "loss" else None,
+        )
     axes.set(xlabel="outer step", ylabel=f"inner loss, mean over a truncation\n(smoothed over {width} steps)")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

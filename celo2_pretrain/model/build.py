@@ -1,4 +1,5 @@
 """GPT-2- and Llama-style models, built by transformers from our configuration, or taken from a folder or the hub."""
+
 import math
 
 import torch
@@ -34,8 +35,10 @@ def build_model(config: Model, data_vocab: int, eos_id: int, pretrained: bool = 
     Raises UserError for data that doesn't fit the model, a model that can't be loaded, an attention that isn't installed.
     """
     if config.attention == "flash_attention_2" and not is_flash_attn_2_available():
-        raise UserError("model.attention=flash_attention_2 needs an NVIDIA GPU and the flash-attn package: install it, or "
-                        "use model.attention=sdpa, which has a flash kernel too")
+        raise UserError(
+            "model.attention=flash_attention_2 needs an NVIDIA GPU and the flash-attn package: install it, or "
+            "use model.attention=sdpa, which has a flash kernel too"
+        )
     if config.from_ is not None:
         model = _existing(config, data_vocab, pretrained)
     else:
@@ -58,15 +61,26 @@ def _configuration(config: Model, rows: int, eos_id: int) -> GPT2Config | LlamaC
     common = dict(vocab_size=rows, tie_word_embeddings=config.tied, bos_token_id=eos_id, eos_token_id=eos_id, use_cache=False)
     if config.family == "gpt2":
         return GPT2Config(
-            n_layer=config.layers, n_embd=config.width, n_head=config.heads, n_positions=config.context,
-            n_inner=config.mlp_width, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common,
+            n_layer=config.layers,
+            n_embd=config.width,
+            n_head=config.heads,
+            n_positions=config.context,
+            n_inner=config.mlp_width,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **common,
         )
     # 8/3 × width, rounded up to a multiple of 32, has the parameters of a 4 × width MLP without the gate.
     mlp_width = config.mlp_width or (8 * config.width // 3 + 31) // 32 * 32
     return LlamaConfig(
-        num_hidden_layers=config.layers, hidden_size=config.width, num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads or config.heads, intermediate_size=mlp_width,
-        max_position_embeddings=config.context, **common,
+        num_hidden_layers=config.layers,
+        hidden_size=config.width,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads or config.heads,
+        intermediate_size=mlp_width,
+        max_position_embeddings=config.context,
+        **common,
     )
 
 
@@ -91,16 +105,21 @@ def _existing(config: Model, data_vocab: int, pretrained: bool) -> PreTrainedMod
     try:
         hf = AutoConfig.from_pretrained(config.from_)
     except Exception as error:  # a config.json with odd values fails in the model's own code, in any way
-        raise UserError(f"{where}: no transformers model there ({one_line(error)}); give a folder with "
-                        "config.json and model.safetensors, or a hub name") from None
+        raise UserError(
+            f"{where}: no transformers model there ({one_line(error)}); give a folder with "
+            "config.json and model.safetensors, or a hub name"
+        ) from None
     text = hf.get_text_config()
     if text.vocab_size < data_vocab:
-        raise UserError(f"{where} has a vocabulary of {text.vocab_size}, the data one of {data_vocab}: prepare the data "
-                        "with that model's tokenizer (celo2-pretrain prepare --tokenizer …)")
+        raise UserError(
+            f"{where} has a vocabulary of {text.vocab_size}, the data one of {data_vocab}: prepare the data "
+            "with that model's tokenizer (celo2-pretrain prepare --tokenizer …)"
+        )
     longest = getattr(text, "max_position_embeddings", None)
     if longest and longest < config.context:
-        raise UserError(f"{where} has positions for {longest} tokens, model.context={config.context}: "
-                        f"set model.context={longest} or less")
+        raise UserError(
+            f"{where} has positions for {longest} tokens, model.context={config.context}: set model.context={longest} or less"
+        )
     hf.use_cache = False
     for name in [name for name in hf.to_dict() if name.endswith(("pdrop", "dropout"))]:
         setattr(hf, name, 0.0)
@@ -108,6 +127,7 @@ def _existing(config: Model, data_vocab: int, pretrained: bool) -> PreTrainedMod
         if not pretrained:
             return AutoModelForCausalLM.from_config(hf, dtype=torch.float32, attn_implementation=config.attention)
         return AutoModelForCausalLM.from_pretrained(
-            config.from_, config=hf, dtype=torch.float32, attn_implementation=config.attention)
+            config.from_, config=hf, dtype=torch.float32, attn_implementation=config.attention
+        )
     except Exception as error:  # as above, and damaged or other weights
         raise UserError(f"{where}: {one_line(error)}") from None

@@ -1,4 +1,5 @@
 """The optimizer of a run."""
+
 import torch
 
 from celo2_pretrain import Celo2, param_groups
@@ -16,17 +17,33 @@ def build_optimizer(model: torch.nn.Module, config: Optimizer) -> torch.optim.Op
     """
     groups = param_groups(model)
     if config.name == "adamw":
-        return GuardedAdamW([
-            {"params": group["params"], "rule": group["rule"],  # for the norms' names
-             "weight_decay": config.weight_decay if group["rule"] == "celo2" else config.adamw_weight_decay,
-             "lr": config.lr * (1.0 if group["rule"] == "celo2" else config.adamw_lr_multiplier)}
-            for group in groups], betas=(0.9, 0.95), eps=1e-8)
+        return GuardedAdamW(
+            [
+                {
+                    "params": group["params"],
+                    "rule": group["rule"],  # for the norms' names
+                    "weight_decay": config.weight_decay if group["rule"] == "celo2" else config.adamw_weight_decay,
+                    "lr": config.lr * (1.0 if group["rule"] == "celo2" else config.adamw_lr_multiplier),
+                }
+                for group in groups
+            ],
+            betas=(0.9, 0.95),
+            eps=1e-8,
+        )
     base = config.name == "celo2_base"
     try:
-        return Celo2(model.parameters() if base else groups, lr=config.lr, weights=config.weights,
-                     weight_decay=config.weight_decay, adamw_weight_decay=config.adamw_weight_decay, orthogonalize=not base,
-                     adamw_lr_multiplier=config.adamw_lr_multiplier, state_dtype=config.state_dtype,
-                     newton_schulz_dtype=config.newton_schulz_dtype, check_replicas_every=config.check_replicas_every,
-                     nonfinite="skip")  # train/guard.py counts them
+        return Celo2(
+            model.parameters() if base else groups,
+            lr=config.lr,
+            weights=config.weights,
+            weight_decay=config.weight_decay,
+            adamw_weight_decay=config.adamw_weight_decay,
+            orthogonalize=not base,
+            adamw_lr_multiplier=config.adamw_lr_multiplier,
+            state_dtype=config.state_dtype,
+            newton_schulz_dtype=config.newton_schulz_dtype,
+            check_replicas_every=config.check_replicas_every,
+            nonfinite="skip",
+        )  # train/guard.py counts them
     except (ValueError, OSError) as error:  # the weights: a path or repository that isn't there, or holds other arrays
         raise UserError(f"optimizer.weights={config.weights!r}: {error}") from None

@@ -1,4 +1,5 @@
 """FLOPs of a model for each token that it is trained on."""
+
 from torch import nn
 
 

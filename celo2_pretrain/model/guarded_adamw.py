@@ -1,4 +1,5 @@
 """AdamW for comparisons with Celo2: it leaves the same steps out."""
+
 import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator

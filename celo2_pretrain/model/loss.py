@@ -1,4 +1,5 @@
 """The language-model loss, and its mean over the validation windows."""
+
 import deepspeed.comm as dist
 import torch
 import torch.nn.functional as F
@@ -32,8 +33,9 @@ def training_loss(model, windows: torch.Tensor, z_loss: float = 0.0) -> tuple[to
 
 
 @torch.no_grad()
-def validation_loss(model, loader: ValLoader, device: torch.device, stopping=lambda: False, show: bool = False
-                    ) -> float | None:
+def validation_loss(
+    model, loader: ValLoader, device: torch.device, stopping=lambda: False, show: bool = False
+) -> float | None:
     """Mean loss per token in nats over all ranks' windows. Every rank of the loader's world must call it.
 
     `stopping` is called before each batch; None is returned when it says yes (on every rank then). `show` draws a bar on

@@ -1,10 +1,21 @@
 """Continue a text with a model: plain temperature and top-k sampling, the same on every rank."""
+
 import torch
 
 
 @torch.no_grad()
-def sample(model, ids: list[int], tokens: int, *, context: int, eos_id: int, vocab_size: int,
-           temperature: float = 0.8, top_k: int = 50, seed: int = 0) -> list[int]:
+def sample(
+    model,
+    ids: list[int],
+    tokens: int,
+    *,
+    context: int,
+    eos_id: int,
+    vocab_size: int,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+) -> list[int]:
     """The `tokens` ids that follow `ids`.
 
     Runs the whole window for each token instead of keeping a key/value cache: under ZeRO-3 each forward pass is a

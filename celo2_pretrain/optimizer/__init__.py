@@ -1,4 +1,5 @@
 """The Celo2 update: reference, sharded passes, layouts, rules."""
+
 import sys
 from importlib import import_module
 from types import ModuleType

@@ -1,4 +1,5 @@
 """`Celo2`: the learned optimizer as a `torch.optim.Optimizer`, the same class however parameters are sharded."""
+
 from __future__ import annotations
 
 import logging
@@ -96,13 +97,25 @@ class Celo2(torch.optim.Optimizer):
         LayoutError: here or at `step`, for parameters sharded in a way that Celo2 can't place exactly.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, weights: Any = "default", weight_decay: float = 0.0,
-                 adamw_weight_decay: float | None = 0.0, orthogonalize: bool = True,
-                 adamw_lr_multiplier: float | None = None, *,
-                 newton_schulz: str = "celo2", newton_schulz_dtype: str = "auto",
-                 adamw_betas: tuple[float, float] = (0.9, 0.95), adamw_eps: float = 1e-8, nonfinite: str = "error",
-                 check_replicas_every: int = 0, state_dtype: str = "fp32",
-                 bucket_size: int = 1 << 25) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weights: Any = "default",
+        weight_decay: float = 0.0,
+        adamw_weight_decay: float | None = 0.0,
+        orthogonalize: bool = True,
+        adamw_lr_multiplier: float | None = None,
+        *,
+        newton_schulz: str = "celo2",
+        newton_schulz_dtype: str = "auto",
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        nonfinite: str = "error",
+        check_replicas_every: int = 0,
+        state_dtype: str = "fp32",
+        bucket_size: int = 1 << 25,
+    ) -> None:
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {NONFINITE}, got {nonfinite!r}")
         if bucket_size < 1:
@@ -128,28 +141,57 @@ class Celo2(torch.optim.Optimizer):
         self._made = self._stepped = self._warned = self._told_idle = self._told_untagged = False
         if isinstance(params, (set, frozenset)):
             raise TypeError("parameters need an order that is the same in every run: pass a list, not a set")
-        super().__init__(params, dict(
-            lr=lr, weight_decay=weight_decay, adamw_weight_decay=adamw_weight_decay, orthogonalize=orthogonalize,
-            adamw_lr_multiplier=MULTIPLIER if adamw_lr_multiplier is None else adamw_lr_multiplier,
-            newton_schulz=newton_schulz, newton_schulz_dtype=newton_schulz_dtype, adamw_betas=tuple(adamw_betas),
-            adamw_eps=adamw_eps))
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                weight_decay=weight_decay,
+                adamw_weight_decay=adamw_weight_decay,
+                orthogonalize=orthogonalize,
+                adamw_lr_multiplier=MULTIPLIER if adamw_lr_multiplier is None else adamw_lr_multiplier,
+                newton_schulz=newton_schulz,
+                newton_schulz_dtype=newton_schulz_dtype,
+                adamw_betas=tuple(adamw_betas),
+                adamw_eps=adamw_eps,
+            ),
+        )
         self._made = True
         self._told_untagged = report(self._sorted, any(x.tagged for x in self._sorted), printed=named_in_config())
         enroll(type(self))
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps nothing but groups and states."""
-        kept = ("mlp", "nonfinite", "state_dtype", "check_replicas_every", "bucket_size", "skipped_steps", "_steps",
-                "_originals", "_user_groups", "_accepted_keys", "_sorted", "_made", "_stepped", "_warned", "_told_idle",
-                "_told_untagged")
+        kept = (
+            "mlp",
+            "nonfinite",
+            "state_dtype",
+            "check_replicas_every",
+            "bucket_size",
+            "skipped_steps",
+            "_steps",
+            "_originals",
+            "_user_groups",
+            "_accepted_keys",
+            "_sorted",
+            "_made",
+            "_stepped",
+            "_warned",
+            "_told_idle",
+            "_told_untagged",
+        )
         return {**super().__getstate__(), **{key: getattr(self, key) for key in kept}, "_plans": OrderedDict(), "_mlps": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also of pickles of earlier versions, which kept less."""
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it; no option of a group here
-        missing = {"_user_groups": [[number] for number in range(len(self.__dict__["param_groups"]))], "_accepted_keys": set(),
-                   "_sorted": [], "_made": True, "_told_untagged": False}
+        missing = {
+            "_user_groups": [[number] for number in range(len(self.__dict__["param_groups"]))],
+            "_accepted_keys": set(),
+            "_sorted": [],
+            "_made": True,
+            "_told_untagged": False,
+        }
         for key, value in missing.items():
             self.__dict__.setdefault(key, value)
 
@@ -199,8 +241,11 @@ class Celo2(torch.optim.Optimizer):
             known_as = tag.name if tag and tag.name else forms[name]
             refuse_unknown(known_as, param)
             shape = tuple(getattr(param, "ds_shape", param.shape))
-            rule = options.get("rule") or (tag.rule if tag and options["orthogonalize"] else None) or (
-                "celo2" if len(shape) >= 2 or not options["orthogonalize"] else "adamw")
+            rule = (
+                options.get("rule")
+                or (tag.rule if tag and options["orthogonalize"] else None)
+                or ("celo2" if len(shape) >= 2 or not options["orthogonalize"] else "adamw")
+            )
             hidden = tag.kind == "hidden" if tag else len(shape) >= 2
             original = Original(param, known_as, tag.view if tag else MatrixView(), hidden)
             if rule == "celo2":
@@ -208,11 +253,15 @@ class Celo2(torch.optim.Optimizer):
             split.setdefault((rule, rule == "celo2" and len(shape) < 2), []).append((name, original, param))
             self._sorted.append(Assignment(original.name, shape, rule, tag is not None, "rule" in given))
         self._user_groups.append([])
-        for rule, vectors in [(rule, vectors) for rule, vectors in (("celo2", False), ("celo2", True), ("adamw", False))
-                              if (rule, vectors) in split] or [(options.get("rule") or "adamw", False)]:
+        for rule, vectors in [
+            (rule, vectors)
+            for rule, vectors in (("celo2", False), ("celo2", True), ("adamw", False))
+            if (rule, vectors) in split
+        ] or [(options.get("rule") or "adamw", False)]:
             members = split.get((rule, vectors), [])
-            self._add_group({**options, "rule": rule} | (
-                {"param_names": [name for name, _, _ in members]} if by_user else {}), members)
+            self._add_group(
+                {**options, "rule": rule} | ({"param_names": [name for name, _, _ in members]} if by_user else {}), members
+            )
         if self._made and not self._told_untagged:
             self._told_untagged = report(self._sorted[later:], any(x.tagged for x in self._sorted))
 
@@ -241,7 +290,12 @@ class Celo2(torch.optim.Optimizer):
             logger.warning(
                 "embeddings, head and 1-D tensors get AdamW at lr x adamw_lr_multiplier = %.3g x %.3g = %.3g; above %g "
                 "runs end at a higher loss and may spike: set adamw_lr_multiplier to %.3g or less (docs/stability.md)",
-                group["lr"], group["adamw_lr_multiplier"], rate, FAST_ADAMW, FAST_ADAMW / group["lr"])
+                group["lr"],
+                group["adamw_lr_multiplier"],
+                rate,
+                FAST_ADAMW,
+                FAST_ADAMW / group["lr"],
+            )
 
     # ---- the step ---------------------------------------------------------------------------------------------
 
@@ -269,11 +323,15 @@ class Celo2(torch.optim.Optimizer):
         if not ready and not self._told_idle:
             self._told_idle = True
             if flattened_by_fsdp1():
-                raise LayoutError("no tensor of this optimizer has a gradient, and FSDP1 (FullyShardedDataParallel) is in use, "
-                                  "which replaces a model's parameters by flat ones: use FSDP2 "
-                                  "(torch.distributed.fsdp.fully_shard), and make the optimizer after it")
-            logger.warning("no tensor of this optimizer has a gradient: the step changes nothing. Groups that were made before "
-                           "fully_shard hold other tensors than the model does: make them after it")
+                raise LayoutError(
+                    "no tensor of this optimizer has a gradient, and FSDP1 (FullyShardedDataParallel) is in use, "
+                    "which replaces a model's parameters by flat ones: use FSDP2 "
+                    "(torch.distributed.fsdp.fully_shard), and make the optimizer after it"
+                )
+            logger.warning(
+                "no tensor of this optimizer has a gradient: the step changes nothing. Groups that were made before "
+                "fully_shard hold other tensors than the model does: make them after it"
+            )
         if self.nonfinite != "ignore" and self._found_nonfinite(ready):
             return loss
         for group, params, plans in ready:
@@ -300,17 +358,21 @@ class Celo2(torch.optim.Optimizer):
         names = []
         for _, _, plans in ready:
             for plan in plans:
-                flags = nonfinite([held.of(local(held.storage.grad).reshape(-1))
-                                   for held in plan.layout.slices]).to(torch.int32)
+                flags = nonfinite([held.of(local(held.storage.grad).reshape(-1)) for held in plan.layout.slices]).to(
+                    torch.int32
+                )
                 reduce(flags, plan.layout, dist.ReduceOp.MAX)
                 names += [held.name for held, flag in zip(plan.layout.slices, flags.tolist()) if flag]
         if not names:
             return False
         what = f"NaN, Inf or overflow in the gradient of {', '.join(names[:5])}" + (
-            f" and {len(names) - 5} more tensors" if len(names) > 5 else "")
+            f" and {len(names) - 5} more tensors" if len(names) > 5 else ""
+        )
         if self.nonfinite == "error":
-            raise FloatingPointError(f"{what}; this step was not taken. Lower the learning rate, clip gradients, or use "
-                                     "nonfinite=\"skip\" to leave such steps out")
+            raise FloatingPointError(
+                f"{what}; this step was not taken. Lower the learning rate, clip gradients, or use "
+                'nonfinite="skip" to leave such steps out'
+            )
         self.skipped_steps += 1
         logger.warning("%s: step skipped (%d so far)", what, self.skipped_steps)
         return True
@@ -326,8 +388,11 @@ class Celo2(torch.optim.Optimizer):
                 set_state_dtype(state, dtype, param, plans, _zeros_like)
             return
         if group["rule"] == "adamw":
-            state.update(step=torch.zeros((), dtype=torch.float32, device=local(param).device),
-                         exp_avg=_zeros_like(param), exp_avg_sq=_zeros_like(param))
+            state.update(
+                step=torch.zeros((), dtype=torch.float32, device=local(param).device),
+                exp_avg=_zeros_like(param),
+                exp_avg_sq=_zeros_like(param),
+            )
         else:
             state.update(init_state(param, [p for plan in plans for p in plan.parts_in(param)], _zeros_like, dtype))
 
@@ -348,8 +413,10 @@ class Celo2(torch.optim.Optimizer):
         def take(_: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
             taken.update(states=self._check_saved(saved), theta=load_weights(saved["theta"]) if "theta" in saved else None)
             # A group of an earlier version has one decay for all of its tensors, and perhaps options that were ignored.
-            groups = [{"adamw_weight_decay": None, **{key: x for key, x in group.items() if key not in IGNORED}, "group": number}
-                      for number, group in enumerate(saved["param_groups"])]
+            groups = [
+                {"adamw_weight_decay": None, **{key: x for key, x in group.items() if key not in IGNORED}, "group": number}
+                for number, group in enumerate(saved["param_groups"])
+            ]
             return {"state": {}, "param_groups": groups}
 
         def put(_: Any) -> None:
@@ -370,23 +437,31 @@ class Celo2(torch.optim.Optimizer):
         """(parameter, its state) of a state that fits. Raises ValueError for one that doesn't."""
         saved, groups = state_dict["param_groups"], self.__dict__["param_groups"]
         if len(saved) != len(groups) or any(len(a["params"]) != len(b["params"]) for a, b in zip(saved, groups)):
-            raise ValueError(f"the state has {len(saved)} param groups of {[len(g['params']) for g in saved]} tensors, "
-                             f"the optimizer {len(groups)} of {[len(g['params']) for g in groups]}; "
-                             "construct it as when the state was saved")
+            raise ValueError(
+                f"the state has {len(saved)} param groups of {[len(g['params']) for g in saved]} tensors, "
+                f"the optimizer {len(groups)} of {[len(g['params']) for g in groups]}; "
+                "construct it as when the state was saved"
+            )
         states = dict(state_dict["state"])
         found = []
         for theirs, ours in zip(saved, groups):
             if theirs.get("rule") != ours["rule"]:
-                raise ValueError(f"param group {ours['group']} of the state has rule {theirs.get('rule')!r}, of the optimizer "
-                                 f"{ours['rule']!r}: it is another optimizer's state, or its groups were made otherwise")
+                raise ValueError(
+                    f"param group {ours['group']} of the state has rule {theirs.get('rule')!r}, of the optimizer "
+                    f"{ours['rule']!r}: it is another optimizer's state, or its groups were made otherwise"
+                )
             if ignored := sorted(theirs.keys() & set(IGNORED)):
-                logger.warning("the state's param group %d has %s, on which Celo2 does not act: dropped", ours["group"], ignored)
+                logger.warning(
+                    "the state's param group %d has %s, on which Celo2 does not act: dropped", ours["group"], ignored
+                )
             check_options({**self.defaults, **theirs})
             originals = self._originals[ours["group"]]
             reread = [original.name for original in originals if original.view.repeats > 1]
             if reread and ours["rule"] == "celo2" and "adamw_weight_decay" not in theirs:
-                raise ValueError(f"the state is of an earlier version, which read {reread[0]!r} as other matrices ({len(reread)} "
-                                 "such): write it by save_state with that version, and load it by load_state")
+                raise ValueError(
+                    f"the state is of an earlier version, which read {reread[0]!r} as other matrices ({len(reread)} "
+                    "such): write it by save_state with that version, and load it by load_state"
+                )
             for place, (number, param) in enumerate(zip(theirs["params"], ours["params"])):
                 entry = states.pop(number, None)
                 if not entry:
@@ -394,12 +469,18 @@ class Celo2(torch.optim.Optimizer):
                 mine = originals[place] if len(originals) == len(ours["params"]) else None
                 known = mine is not None and whole(tuple(param.shape)) == mine.shape  # else a flat partition of several
                 entry = {key: _moved(value, param) for key, value in entry.items()}
-                check_state(mine.name if known else f"tensor {place} of param group {ours['group']}", entry, param, ours["rule"],
-                            factored_sizes(mine.shape, mine.view) if known else None)
+                check_state(
+                    mine.name if known else f"tensor {place} of param group {ours['group']}",
+                    entry,
+                    param,
+                    ours["rule"],
+                    factored_sizes(mine.shape, mine.view) if known else None,
+                )
                 found.append((param, entry))
         if states:
-            raise ValueError(f"the state has entries {sorted(map(str, states))[:4]} that none of its param groups lists: it is "
-                             "damaged")
+            raise ValueError(
+                f"the state has entries {sorted(map(str, states))[:4]} that none of its param groups lists: it is damaged"
+            )
         return found
 
     def _restore(self, param: Tensor, entry: dict[str, Any]) -> None:
@@ -412,8 +493,10 @@ class Celo2(torch.optim.Optimizer):
 
     def _restore_theta(self, theta: MLP) -> None:
         if any(not torch.equal(a, b) for a, b in zip(theta, self.mlp)):
-            logger.warning("the restored state was made with other weights (theta) than the optimizer was given; "
-                           "going on with the restored ones")
+            logger.warning(
+                "the restored state was made with other weights (theta) than the optimizer was given; "
+                "going on with the restored ones"
+            )
         self.mlp, self._mlps = theta, {}
 
     # ---- plans ------------------------------------------------------------------------------------------------
@@ -452,5 +535,6 @@ def _moved(value: Any, param: Tensor) -> Any:
     """A state's own copy (the optimizer that it was taken from may go on) where the parameter is."""
     if isinstance(value, DTensor):
         return value.clone(memory_format=torch.contiguous_format)
-    return (value.to(local(param).device, copy=True, memory_format=torch.contiguous_format)
-            if isinstance(value, Tensor) else value)
+    return (
+        value.to(local(param).device, copy=True, memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+    )

@@ -1,4 +1,5 @@
 """Make DeepSpeed's ZeRO accept an optimizer class without a key in its config."""
+
 from __future__ import annotations
 
 import importlib

@@ -1,4 +1,5 @@
 """Which options a param group may have, and what a user is told of how groups were split by rule."""
+
 from __future__ import annotations
 
 import difflib
@@ -19,15 +20,44 @@ from ..kernels.newton_schulz import COEFFICIENTS, DTYPES
 logger = logging.getLogger(__name__)
 
 RULES = ("celo2", "adamw")
-OPTIONS = ("lr", "weight_decay", "adamw_weight_decay", "orthogonalize", "adamw_lr_multiplier", "newton_schulz",
-           "newton_schulz_dtype", "adamw_betas", "adamw_eps")  # of a group; each has a default
+OPTIONS = (
+    "lr",
+    "weight_decay",
+    "adamw_weight_decay",
+    "orthogonalize",
+    "adamw_lr_multiplier",
+    "newton_schulz",
+    "newton_schulz_dtype",
+    "adamw_betas",
+    "adamw_eps",
+)  # of a group; each has a default
 KEYS = frozenset((*OPTIONS, "params", "param_names", "rule", "group", "initial_lr"))
 CONSTRUCTOR_ONLY = ("weights", "nonfinite", "check_replicas_every", "state_dtype", "bucket_size")
 # Keys on which other optimizers act; ignoring one would train otherwise than the user asked.
 OTHERS = {"betas": "adamw_betas (AdamW's tensors)", "eps": "adamw_eps (AdamW's tensors)"} | dict.fromkeys(
-    ("momentum", "nesterov", "amsgrad", "maximize", "use_muon", "fused", "foreach", "capturable", "differentiable", "ns_steps",
-     "beta1", "beta2", "bias_correction", "dampening", "alpha", "rho", "momentum_decay", "decoupled_weight_decay",
-     "trust_coefficient"), "")
+    (
+        "momentum",
+        "nesterov",
+        "amsgrad",
+        "maximize",
+        "use_muon",
+        "fused",
+        "foreach",
+        "capturable",
+        "differentiable",
+        "ns_steps",
+        "beta1",
+        "beta2",
+        "bias_correction",
+        "dampening",
+        "alpha",
+        "rho",
+        "momentum_decay",
+        "decoupled_weight_decay",
+        "trust_coefficient",
+    ),
+    "",
+)
 IGNORED = (*OTHERS, *CONSTRUCTOR_ONLY)  # dropped from a saved group: earlier versions did not refuse them
 OUR_PREFIXES = ("adamw_", "newton_")
 ALIASES = {"learning_rate": "lr", "wd": "weight_decay"}
@@ -45,15 +75,19 @@ def check_keys(keys: Iterable[str]) -> None:
         if key in KEYS or not isinstance(key, str):
             continue
         if key in OTHERS:
-            raise ValueError(f"a param group has {key!r}, an option of other optimizers on which Celo2 does not act: remove it"
-                             + (f", or set {OTHERS[key]}" if OTHERS[key] else ""))
+            raise ValueError(
+                f"a param group has {key!r}, an option of other optimizers on which Celo2 does not act: remove it"
+                + (f", or set {OTHERS[key]}" if OTHERS[key] else "")
+            )
         if key in CONSTRUCTOR_ONLY:
             raise ValueError(f"a param group has {key!r}, which holds for the whole optimizer: pass it to Celo2(…, {key}=…)")
-        near = difflib.get_close_matches(key, (*OPTIONS, "rule", *CONSTRUCTOR_ONLY), 1,
-                                         cutoff=0.5 if key.startswith(OUR_PREFIXES) else 0.87)
+        near = difflib.get_close_matches(
+            key, (*OPTIONS, "rule", *CONSTRUCTOR_ONLY), 1, cutoff=0.5 if key.startswith(OUR_PREFIXES) else 0.87
+        )
         if near or key in ALIASES:
-            raise ValueError(f"a param group has {key!r}, which is no option of Celo2: did you mean "
-                             f"{ALIASES.get(key) or near[0]!r}?")
+            raise ValueError(
+                f"a param group has {key!r}, which is no option of Celo2: did you mean {ALIASES.get(key) or near[0]!r}?"
+            )
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -149,24 +183,38 @@ def report(tensors: Sequence[Assignment], some_tagged: bool, printed: bool = Fal
     learned = sum(x.rule == "celo2" for x in tensors)
     nouns = ("tensor", "tensors")
     vectors = any(x.rule == "celo2" and len(x.shape) < 2 for x in tensors)
-    summary = (f"Celo2: {_count(learned, *(nouns if vectors else ('matrix', 'matrices')))}, "
-               f"AdamW: {_count(len(tensors) - learned, *nouns)}")
+    summary = (
+        f"Celo2: {_count(learned, *(nouns if vectors else ('matrix', 'matrices')))}, "
+        f"AdamW: {_count(len(tensors) - learned, *nouns)}"
+    )
     unknown = [x for x in tensors if not x.tagged and not x.explicit]
     matrices = [x for x in unknown if len(x.shape) >= 2]
     remedy = "make the groups by param_groups(model), or call register(model) right before the optimizer is made"
     if matrices and some_tagged:
-        logger.warning("%s. %s not tagged, so an embedding, a head or a fused projection among them is stepped as one hidden "
-                       "matrix: %s; %s",
-                       summary, _count(len(matrices), "matrix is", "matrices are"), _names(matrices), remedy)
+        logger.warning(
+            "%s. %s not tagged, so an embedding, a head or a fused projection among them is stepped as one hidden "
+            "matrix: %s; %s",
+            summary,
+            _count(len(matrices), "matrix is", "matrices are"),
+            _names(matrices),
+            remedy,
+        )
         return True
     if matrices:
-        logger.warning("%s. No tensor is tagged, so embeddings, heads and fused projections are stepped as hidden matrices: %s",
-                       summary, remedy)
+        logger.warning(
+            "%s. No tensor is tagged, so embeddings, heads and fused projections are stepped as hidden matrices: %s",
+            summary,
+            remedy,
+        )
         return True
     if unknown and all(len(x.shape) < 2 for x in tensors):
         largest = max(unknown, key=lambda x: prod(x.shape))
-        logger.warning("%s. No tensor has two dims (the largest: %s): if a wrapper flattened them, make the optimizer before "
-                       "it does, or use FSDP2 or ZeRO", summary, _names([largest]))
+        logger.warning(
+            "%s. No tensor has two dims (the largest: %s): if a wrapper flattened them, make the optimizer before "
+            "it does, or use FSDP2 or ZeRO",
+            summary,
+            _names([largest]),
+        )
         return True
     if printed:
         print(summary, flush=True)
@@ -199,11 +247,16 @@ def refuse_other_length(user_groups: Sequence[Sequence[int]], groups: Sequence[M
         return
     if values is None or len(values) == len(groups):
         return
-    split = "; ".join(f"group {number} into {len(parts)} ({', '.join(_describe(groups[part]) for part in parts)})"
-                      for number, parts in enumerate(user_groups) if len(parts) != 1)
-    raise ValueError(f"{len(values)} entries for {len(groups)} param groups: Celo2 splits groups by rule, {split}. Give one entry "
-                     "for each of optimizer.param_groups (optimizer.user_groups lists them by the group they came from), or "
-                     "make groups of one rule: param_groups(model) does")
+    split = "; ".join(
+        f"group {number} into {len(parts)} ({', '.join(_describe(groups[part]) for part in parts)})"
+        for number, parts in enumerate(user_groups)
+        if len(parts) != 1
+    )
+    raise ValueError(
+        f"{len(values)} entries for {len(groups)} param groups: Celo2 splits groups by rule, {split}. Give one entry "
+        "for each of optimizer.param_groups (optimizer.user_groups lists them by the group they came from), or "
+        "make groups of one rule: param_groups(model) does"
+    )
 
 
 def _describe(group: Mapping[str, Any]) -> str:

@@ -1,4 +1,5 @@
 """Names of parameters that don't depend on what wraps the model: torch.compile, DDP, FSDP, activation checkpointing."""
+
 from __future__ import annotations
 
 from collections import Counter, defaultdict

@@ -6,6 +6,7 @@ Shapes: a tensor `p` of 2 or more dims is (..., rows, cols); K = 3 decays stand 
 of an accumulator here. `batch` counts leading axes that a matrix view made (heads, fused parts):
 they hold independent matrices, so the factored axes are looked for among the others.
 """
+
 from __future__ import annotations
 
 import functools
@@ -48,8 +49,9 @@ def init_state(p: Tensor, batch: int = 0) -> State:
     if p.ndim < 2:
         return State(zeros(*shape), zeros(*shape)[0], zeros(0), zeros(0), zeros(*shape))
     d1, d0 = factored_axes(shape, batch)
-    return State(zeros(*shape), zeros(*shape)[0], zeros(*shape[:d0], *shape[d0 + 1:]),
-                 zeros(*shape[:d1], *shape[d1 + 1:]), zeros(0))
+    return State(
+        zeros(*shape), zeros(*shape)[0], zeros(*shape[:d0], *shape[d0 + 1 :]), zeros(*shape[:d1], *shape[d1 + 1 :]), zeros(0)
+    )
 
 
 def _decays(values: tuple[float, ...], like: Tensor) -> Tensor:
@@ -74,8 +76,7 @@ def accumulate(g: Tensor, state: State, batch: int = 0) -> State:
     d1, d0 = factored_axes(tuple(g.shape), batch)
     row, col = s.mean(d0), s.mean(d1)
     beta = _decays(FACTORED_DECAYS, row)
-    return State(momentum, rms, beta * state.v_row + (1 - beta) * row,
-                 beta * state.v_col + (1 - beta) * col, state.v_full)
+    return State(momentum, rms, beta * state.v_row + (1 - beta) * row, beta * state.v_col + (1 - beta) * col, state.v_full)
 
 
 def factors(v_row: Tensor, v_col: Tensor, d1: int, d0: int) -> tuple[Tensor, Tensor]:
@@ -98,8 +99,7 @@ def features(p: Tensor, g: Tensor, state: State, batch: int = 0) -> Tensor:
     row_factor, col_factor = row_factor.unsqueeze(d0 + 1), col_factor.unsqueeze(d1 + 1)
     v_row, v_col = state.v_row.unsqueeze(d0 + 1), state.v_col.unsqueeze(d1 + 1)
     wide = [x.expand(m.shape) for x in (v_row, v_col, (v_row + 1e-8).rsqrt(), (v_col + 1e-8).rsqrt())]
-    return torch.cat([*elementwise, g * row_factor * col_factor, (g * inverse)[None], *wide,
-                      m * row_factor * col_factor])
+    return torch.cat([*elementwise, g * row_factor * col_factor, (g * inverse)[None], *wide, m * row_factor * col_factor])
 
 
 def _matrix_axes(x: Tensor) -> tuple[int, ...]:
@@ -114,7 +114,7 @@ def normalize(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 def direction(x: Tensor, mlp: MLP) -> Tensor:
     """The MLP (step 6) on normalised features (30 or 15, *shape) → output 0 (*shape)."""
     x = x.movedim(0, -1)  # (*shape, features)
-    h = torch.relu(x @ mlp.w0[:x.shape[-1]] + mlp.b0)
+    h = torch.relu(x @ mlp.w0[: x.shape[-1]] + mlp.b0)
     h = torch.relu(h @ mlp.w1 + mlp.b1)
     return h @ mlp.w2[:, 0] + mlp.b2[0]
 
@@ -132,8 +132,7 @@ def newton_schulz(x: Tensor) -> Tensor:
     return x.mT if transposed else x
 
 
-def step(p: Tensor, g: Tensor, state: State, mlp: MLP, orthogonalize: bool = True, batch: int = 0
-         ) -> tuple[Tensor, State]:
+def step(p: Tensor, g: Tensor, state: State, mlp: MLP, orthogonalize: bool = True, batch: int = 0) -> tuple[Tensor, State]:
     """One learned step for one tensor.
 
     Args: `p`, `g` of one shape and any float dtype; `state` from `init_state` or the last call.

@@ -1,4 +1,5 @@
 """Make Celo2 known to DeepSpeed by its name in a config."""
+
 from __future__ import annotations
 
 from typing import Any

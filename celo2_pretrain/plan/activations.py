@@ -6,6 +6,7 @@ two points give any depth. No formula per architecture or attention has to be ke
 
 The trace is of eager kernels on the CPU; what a GPU's flash attention saves is the same (q, k, v, output, log-sum-exp).
 """
+
 from __future__ import annotations
 
 import copy
@@ -90,22 +91,31 @@ def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     return config
 
 
-def trace(config: PretrainedConfig, layers: int, sequences: int, context: int, precision: str,
-          checkpointing: bool, z_loss: float = 0.0) -> Activations:
+def trace(
+    config: PretrainedConfig,
+    layers: int,
+    sequences: int,
+    context: int,
+    precision: str,
+    checkpointing: bool,
+    z_loss: float = 0.0,
+) -> Activations:
     """One micro-batch of `sequences` windows of `context` tokens through so many layers of a model like `config`."""
     # A flash-attn kernel can't be traced without a GPU; torch's own saves the same tensors.
     attention = "eager" if config._attn_implementation == "eager" else "sdpa"
     # Whether windows hold several packed texts, transformers reads from data, which fake tensors don't have: ours don't.
     with FakeTensorMode(), patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None):
         model = AutoModelForCausalLM.from_config(
-            _with_layers(config, layers), dtype=DTYPES[precision], attn_implementation=attention).train()
+            _with_layers(config, layers), dtype=DTYPES[precision], attn_implementation=attention
+        ).train()
         if checkpointing:
             checkpoint_activations(model)
         return live_bytes(model, torch.zeros(sequences, context + 1, dtype=torch.int64), z_loss)
 
 
-def activations(model: PreTrainedModel, sequences: int, context: int, precision: str, checkpointing: bool,
-                z_loss: float = 0.0) -> Activations:
+def activations(
+    model: PreTrainedModel, sequences: int, context: int, precision: str, checkpointing: bool, z_loss: float = 0.0
+) -> Activations:
     """Bytes for the whole depth of `model` (which may lie on the meta device)."""
     one, two = (trace(model.config, layers, sequences, context, precision, checkpointing, z_loss) for layers in (1, 2))
     more = model.config.get_text_config().num_hidden_layers - 1

@@ -1,4 +1,5 @@
 """`celo2-pretrain plan`: its options, and which plans they ask for."""
+
 import argparse
 import json
 import time
@@ -25,7 +26,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--gpu", default="h100", metavar="TYPE[,TYPE…]", help="kind of GPU (default: h100), or several to compare")
     p.add_argument("--gpus", default="8", metavar="N[,N…]", help="number of GPUs in all (default: 8)")
     p.add_argument("--zero", metavar="N[,N…]", help="ZeRO stages (default: the config's train.zero_stage)")
-    p.add_argument("--mfu", type=float, help="share of the GPU's dense peak that forward and backward passes reach (default: 0.4)")
+    p.add_argument(
+        "--mfu", type=float, help="share of the GPU's dense peak that forward and backward passes reach (default: 0.4)"
+    )
     p.add_argument("--gpus-per-node", type=int, help="GPUs in a node (default: 8)")
     p.add_argument("--network-gbits", type=float, help="network between nodes, Gbit/s per GPU (default: the vendor's node)")
     p.add_argument("--dry-run", action="store_true", help="also what each rank holds, owns and sends")
@@ -59,8 +62,12 @@ def run(args: argparse.Namespace) -> None:
     for option in ("gpus_per_node", "network_gbits"):
         if getattr(args, option) is not None and not getattr(args, option) > 0:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be above 0")
-    cases = [(name, with_network(device(name, n), args.network_gbits, args.gpus_per_node), n, stage)
-             for name in names for n in counts for stage in stages]
+    cases = [
+        (name, with_network(device(name, n), args.network_gbits, args.gpus_per_node), n, stage)
+        for name in names
+        for n in counts
+        for stage in stages
+    ]
     config = load_config(args.config, args.overrides)
     began = time.perf_counter()
     planned = subject(config)
@@ -79,13 +86,17 @@ def run(args: argparse.Namespace) -> None:
     if len(cases) == 1:
         print(report.text(planned, plans[0], mfu))
     else:
-        shown = [(name, n, config.train.zero_stage if stage is None else stage, plan)
-                 for (name, _, n, stage), plan in zip(cases, plans)]
+        shown = [
+            (name, n, config.train.zero_stage if stage is None else stage, plan)
+            for (name, _, n, stage), plan in zip(cases, plans)
+        ]
         print(report.comparison(planned, shown))
     if args.dry_run:
         for (name, _, n, _), plan in zip(cases, plans):
             if plan:
-                print(f"\nDry run on {n} ranks ({name}, ZeRO-{plan.config.train.zero_stage}): the model without its memory, the "
-                      "optimizer's own layout")
+                print(
+                    f"\nDry run on {n} ranks ({name}, ZeRO-{plan.config.train.zero_stage}): the model without its memory, the "
+                    "optimizer's own layout"
+                )
                 print("\n".join(report.ranks_table(plan)))
         print(f"planned in {time.perf_counter() - began:.1f} s")

@@ -1,4 +1,5 @@
 """One config on so many GPUs of a kind: memory, time, communication, and the largest micro-batch that fits."""
+
 from __future__ import annotations
 
 import copy
@@ -43,8 +44,12 @@ class Subject:
         """Bytes are a straight line in the micro-batch."""
         size = self.config.train.micro_batch_size
         one, two = self.acts, self.acts_double
-        return Activations(*(getattr(one, part) + (micro_batch / size - 1) * (getattr(two, part) - getattr(one, part))
-                             for part in ("saved", "peak")))
+        return Activations(
+            *(
+                getattr(one, part) + (micro_batch / size - 1) * (getattr(two, part) - getattr(one, part))
+                for part in ("saved", "peak")
+            )
+        )
 
 
 @dataclass
@@ -83,13 +88,24 @@ def subject(config: Config) -> Subject:
         if Path(path, "index.json").is_file():
             vocabulary = read_index(path)["vocab_size"]
         else:
-            notes.append(f"{path} is not prepared yet: a vocabulary of {ASSUMED_VOCABULARY:,} is assumed; "
-                         "model.vocab_size=… says otherwise")
+            notes.append(
+                f"{path} is not prepared yet: a vocabulary of {ASSUMED_VOCABULARY:,} is assumed; "
+                "model.vocab_size=… says otherwise"
+            )
     with torch.device("meta"):
         model = build_model(config.model, 0 if config.model.from_ is not None else vocabulary, 0, pretrained=False)
     optimizer = build_optimizer(model, config.optimizer)
-    acts, double = (activations(model, times * config.train.micro_batch_size, config.model.context, config.train.precision,
-                                config.model.activation_checkpointing, config.train.z_loss) for times in (1, 2))
+    acts, double = (
+        activations(
+            model,
+            times * config.train.micro_batch_size,
+            config.model.context,
+            config.train.precision,
+            config.model.activation_checkpointing,
+            config.train.z_loss,
+        )
+        for times in (1, 2)
+    )
     if config.train.batch_warmup:
         notes.append("train.batch_warmup: tokens and time are those of train.global_batch_size in every step")
     if config.model.compile:
@@ -106,23 +122,44 @@ def estimate(subject: Subject, device: Device, ranks: int, stage: int | None = N
     zero = ds_config["zero_optimization"]
     for name in ("offload_optimizer", "offload_param"):
         if name in zero:
-            raise UserError(f"deepspeed.zero_optimization.{name}: a plan knows GPU memory only; leave it out of what is planned")
+            raise UserError(
+                f"deepspeed.zero_optimization.{name}: a plan knows GPU memory only; leave it out of what is planned"
+            )
     parts = groups(subject.optimizer, ranks, config.train.zero_stage, int(float(zero.get("sub_group_size", ZERO3_SUB_GROUP))))
     plans = [group.plan(0) if group.rule == "celo2" else None for group in parts]
 
     def needed(micro_batch: int) -> Memory:
-        return memory(subject.model, parts, plans, config, ds_config, ranks, subject.acts_of(micro_batch),
-                      gpu=not device.name.startswith("CPU"))
+        return memory(
+            subject.model,
+            parts,
+            plans,
+            config,
+            ds_config,
+            ranks,
+            subject.acts_of(micro_batch),
+            gpu=not device.name.startswith("CPU"),
+        )
 
     own = needed(config.train.micro_batch_size)
     largest = _largest(lambda micro: needed(micro).total <= device.memory)
     share = config.train.global_batch_size // ranks
-    useful = max((micro for micro in range(1, min(largest, share) + 1)
-                  if config.train.global_batch_size % (micro * ranks) == 0), default=0)
+    useful = max(
+        (micro for micro in range(1, min(largest, share) + 1) if config.train.global_batch_size % (micro * ranks) == 0),
+        default=0,
+    )
     return Estimate(
-        config, device, ranks, accumulation_steps(config, ranks), own,
+        config,
+        device,
+        ranks,
+        accumulation_steps(config, ranks),
+        own,
         step_time(subject.model, parts, plans, config, ds_config, device, ranks, mfu),
-        own.total <= device.memory, largest, useful, parts, plans)
+        own.total <= device.memory,
+        largest,
+        useful,
+        parts,
+        plans,
+    )
 
 
 def _largest(fits) -> int:

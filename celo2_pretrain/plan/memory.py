@@ -3,6 +3,7 @@
 There are two moments of most memory: the backward pass (activations, gradient buckets), and the optimizer's step, when
 activations are gone but float32 gradients and the Newton–Schulz buffers are there.
 """
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -43,8 +44,16 @@ class Memory:
 
     @property
     def backward(self) -> float:
-        return (self.weights + self.gathered + self.gradients + self.master + self.states + self.buckets
-                + self.activations + self.temporaries)
+        return (
+            self.weights
+            + self.gathered
+            + self.gradients
+            + self.master
+            + self.states
+            + self.buckets
+            + self.activations
+            + self.temporaries
+        )
 
     @property
     def step(self) -> float:
@@ -56,8 +65,16 @@ class Memory:
         return max(self.backward, self.step) * (1 + (FRAGMENTATION if self.reserve_context else 0)) + self.reserve_context
 
 
-def memory(model: nn.Module, groups: list[Group], plans: list[Plan | None], config: Config, ds_config: dict, ranks: int,
-           acts: Activations, gpu: bool = True) -> Memory:
+def memory(
+    model: nn.Module,
+    groups: list[Group],
+    plans: list[Plan | None],
+    config: Config,
+    ds_config: dict,
+    ranks: int,
+    acts: Activations,
+    gpu: bool = True,
+) -> Memory:
     """Bytes by part.
 
     Args:
@@ -82,7 +99,8 @@ def memory(model: nn.Module, groups: list[Group], plans: list[Plan | None], conf
         if ranks > 1:
             persistent = sum(n for n in numbers if n < float(zero.get("stage3_param_persistence_threshold", PERSISTENT)))
             live = float(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS)) + float(
-                zero.get("stage3_prefetch_bucket_size", PREFETCH))
+                zero.get("stage3_prefetch_bucket_size", PREFETCH)
+            )
             gathered = size * min(total, live + persistent)
         buckets = size * bucket
         gradients, step_gradients = size * here, size * here + 4 * largest
@@ -100,11 +118,17 @@ def memory(model: nn.Module, groups: list[Group], plans: list[Plan | None], conf
         gradients = retained if early else size * total
         step_gradients = retained if fp32_accumulation else retained + 4 * largest
     return Memory(
-        weights=size * (here if stage == 3 else total), gathered=gathered, gradients=gradients,
-        master=4 * here if stage or size < 4 else 0.0, states=states(groups, plans, shares, config.optimizer.state_dtype),
-        buckets=buckets, activations=acts.saved, temporaries=acts.peak - acts.saved, step_gradients=step_gradients,
-        step_buffers=max((step_buffers(plan) for plan in plans if plan is not None), default=0.0) + (
-            4.0 * (largest if stage else here) if config.track.norms else 0.0),  # without ZeRO all groups in one call
+        weights=size * (here if stage == 3 else total),
+        gathered=gathered,
+        gradients=gradients,
+        master=4 * here if stage or size < 4 else 0.0,
+        states=states(groups, plans, shares, config.optimizer.state_dtype),
+        buckets=buckets,
+        activations=acts.saved,
+        temporaries=acts.peak - acts.saved,
+        step_gradients=step_gradients,
+        step_buffers=max((step_buffers(plan) for plan in plans if plan is not None), default=0.0)
+        + (4.0 * (largest if stage else here) if config.track.norms else 0.0),  # without ZeRO all groups in one call
         reserve_context=CONTEXT if gpu else 0.0,
     )
 
@@ -160,12 +184,28 @@ def step_buffers(plan: Plan) -> float:
         came.append(come)
         own.append(owned)
         # A stack of equal shapes, its normalised copy, and an iteration's terms of both sizes.
-        work.append(torch.tensor([max((count * (5.0 * prod(shape) + 3.0 * min(shape) ** 2) for shape, count in mine.items()),
-                                      default=0.0) for mine in shapes], dtype=torch.float64))
+        work.append(
+            torch.tensor(
+                [
+                    max((count * (5.0 * prod(shape) + 3.0 * min(shape) ** 2) for shape, count in mine.items()), default=0.0)
+                    for mine in shapes
+                ],
+                dtype=torch.float64,
+            )
+        )
     none = torch.zeros(world, dtype=torch.float64)
     at = lambda parts, k: parts[k] if 0 <= k < len(parts) else none  # noqa: E731
-    peaks = [at(here, k - 2) + at(here, k - 1) + at(here, k) + at(sent, k) + at(came, k)  # k is being sent
-             + at(came, k - 1) + at(own, k - 1) + at(work, k - 1)  # k − 1 is being orthogonalised
-             + at(sent, k - 2) + at(came, k - 2)  # k − 2 travels back
-             for k in range(len(here) + 1)]
+    peaks = [
+        at(here, k - 2)
+        + at(here, k - 1)
+        + at(here, k)
+        + at(sent, k)
+        + at(came, k)  # k is being sent
+        + at(came, k - 1)
+        + at(own, k - 1)
+        + at(work, k - 1)  # k − 1 is being orthogonalised
+        + at(sent, k - 2)
+        + at(came, k - 2)  # k − 2 travels back
+        for k in range(len(here) + 1)
+    ]
     return 4 * float(torch.stack(peaks).max())

@@ -3,6 +3,7 @@
 The optimizer's own planning (`make_plan`) is run on ranges computed as DeepSpeed cuts them, so that what is counted
 here is what is sent; benchmarks/wire.py checks it against real collectives.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -102,9 +103,12 @@ def sent_bytes(plan: Plan) -> dict[str, float]:
     """
     n = plan.layout.world
     ring = 2 * (n - 1) / n * 4
-    sent = {"pass A all-reduce": ring * sum(prod(p.shape.row) + prod(p.shape.col) for p in plan.parts if p.shape.matrix),
-            "pass B all-reduce": ring * sum(len(p.shape.elementwise) * prod(p.shape.lead) for p in plan.parts),
-            "to owners": 0.0, "back": 0.0}
+    sent = {
+        "pass A all-reduce": ring * sum(prod(p.shape.row) + prod(p.shape.col) for p in plan.parts if p.shape.matrix),
+        "pass B all-reduce": ring * sum(len(p.shape.elementwise) * prod(p.shape.lead) for p in plan.parts),
+        "to owners": 0.0,
+        "back": 0.0,
+    }
     for units in plan.units:
         to, come = Exchange(units, plan.layout, []).counts()
         sent["to owners"] += 4 * sum(to)
@@ -120,8 +124,8 @@ def newton_schulz_flops(shape: tuple[int, ...]) -> float:
         # First and last product on the long side; in between the square, and but for the ends the products of
         # two small matrices: `product`, c · square · gram and the new gram.
         small = NEWTON_SCHULZ_STEPS + 3 * (NEWTON_SCHULZ_STEPS - 1)
-        return prod(lead) * (4.0 * short * short * long + small * 2.0 * short ** 3)
-    return prod(lead) * NEWTON_SCHULZ_STEPS * (4.0 * short * short * long + 2.0 * short ** 3)
+        return prod(lead) * (4.0 * short * short * long + small * 2.0 * short**3)
+    return prod(lead) * NEWTON_SCHULZ_STEPS * (4.0 * short * short * long + 2.0 * short**3)
 
 
 def owned_flops(plan: Plan) -> list[float]:

@@ -9,6 +9,7 @@
 
 The optimizer's shares are those measured on an H200 (docs/gpu.md), of its data sheet's peaks.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -67,8 +68,16 @@ def zero_bytes(parameters: int, stage: int, ranks: int, accumulation: int, size:
     return reduced * (accumulation if stage == 2 else 1) + ring
 
 
-def step_time(model: nn.Module, groups: list[Group], plans: list[Plan | None], config: Config, ds_config: dict,
-              device: Device, ranks: int, mfu: float = MFU) -> StepTime:
+def step_time(
+    model: nn.Module,
+    groups: list[Group],
+    plans: list[Plan | None],
+    config: Config,
+    ds_config: dict,
+    device: Device,
+    ranks: int,
+    mfu: float = MFU,
+) -> StepTime:
     stage, precision = config.train.zero_stage, config.train.precision
     zero = ds_config["zero_optimization"]
     peak = device.peak(precision)
@@ -77,8 +86,14 @@ def step_time(model: nn.Module, groups: list[Group], plans: list[Plan | None], c
     compute = per_token * tokens / ranks / (mfu * peak) * (4 / 3 if config.model.activation_checkpointing else 1)
     link = LINK_SHARE * (device.link if ranks <= device.per_node else min(device.link, device.network))
 
-    sent = zero_bytes(sum(p.numel() for p in model.parameters()), stage, ranks,
-                      ds_config["gradient_accumulation_steps"], BYTES[precision], zero)
+    sent = zero_bytes(
+        sum(p.numel() for p in model.parameters()),
+        stage,
+        ranks,
+        ds_config["gradient_accumulation_steps"],
+        BYTES[precision],
+        zero,
+    )
     overlap = zero.get("overlap_comm")
     hidden = BACKWARD_SHARE * compute if (stage == 3 if overlap is None else overlap) else 0.0
 
@@ -95,11 +110,18 @@ def step_time(model: nn.Module, groups: list[Group], plans: list[Plan | None], c
     if dtype == "auto":
         dtype = "bf16" if device.bf16 > device.fp32 else "fp32"
     return StepTime(
-        compute=compute, gradients=max(0.0, sent / link - hidden),
-        passes=float(seconds.max()), newton_schulz=float(flops.max()) / (MATMUL_SHARE[dtype] * device.peak(dtype)),
+        compute=compute,
+        gradients=max(0.0, sent / link - hidden),
+        passes=float(seconds.max()),
+        newton_schulz=float(flops.max()) / (MATMUL_SHARE[dtype] * device.peak(dtype)),
         exchange=exchanged / link,
-        flops_per_token=per_token, newton_schulz_flops=float(flops.max()), newton_schulz_dtype=dtype, zero_bytes=sent,
-        celo2_bytes=exchanged, link=link)
+        flops_per_token=per_token,
+        newton_schulz_flops=float(flops.max()),
+        newton_schulz_dtype=dtype,
+        zero_bytes=sent,
+        celo2_bytes=exchanged,
+        link=link,
+    )
 
 
 def some_ranks(ranks: int) -> list[int]:
@@ -109,5 +131,7 @@ def some_ranks(ranks: int) -> list[int]:
 
 def busiest_bytes(plan: Plan) -> float:
     """Bytes that the busiest rank sends for one learned step."""
-    return max(sum(sent_bytes(replace(plan, layout=replace(plan.layout, rank=rank))).values())
-               for rank in some_ranks(plan.layout.world))
+    return max(
+        sum(sent_bytes(replace(plan, layout=replace(plan.layout, rank=rank))).values())
+        for rank in some_ranks(plan.layout.world)
+    )

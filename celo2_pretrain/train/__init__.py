@@ -1,4 +1,5 @@
 """Training: the loop, and in its rooms what starts, records, saves and ends a run."""
+
 from importlib import import_module
 from typing import Any
 

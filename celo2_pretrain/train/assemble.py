@@ -1,4 +1,5 @@
 """From a prepared run to one that can take steps: the ranks meet, DeepSpeed makes its engine, a checkpoint is loaded."""
+
 import json
 import shutil
 from pathlib import Path
@@ -52,12 +53,33 @@ def assemble(run: Prepared, requests: StopRequests, watchdog: Watchdog, lock: Ru
 
     metrics = Metrics(config.run_dir, start.step, config.train.max_steps, run.rank == 0, trackers)
     guarded(engine)
-    guard = Guard(engine, run.optimizer, config, start.extra.get("guard"), start.checkpoint, metrics.print_line,
-                  lambda: watchdog.beat("looking for a checkpoint to go back to"))
+    guard = Guard(
+        engine,
+        run.optimizer,
+        config,
+        start.extra.get("guard"),
+        start.checkpoint,
+        metrics.print_line,
+        lambda: watchdog.beat("looking for a checkpoint to go back to"),
+    )
     insight = Insight(engine, run.optimizer, config, run.parameters, run.flops_per_token, peak)
     announce(run, metrics)
-    return Trainer(engine, rates, config, run.loader, run.val_loader, metrics, run.description, insight,
-                   Profiler(config, run.rank), guard, watchdog, agreement, start.step, start.samples)
+    return Trainer(
+        engine,
+        rates,
+        config,
+        run.loader,
+        run.val_loader,
+        metrics,
+        run.description,
+        insight,
+        Profiler(config, run.rank),
+        guard,
+        watchdog,
+        agreement,
+        start.step,
+        start.samples,
+    )
 
 
 def meet(run: Prepared, lock: RunLock) -> None:

@@ -1,4 +1,5 @@
 """The end of a run: a sample, the picture of the losses, and how to go on."""
+
 from pathlib import Path
 
 import deepspeed.comm as dist
@@ -15,11 +16,19 @@ from celo2_pretrain.train.start.resume_command import resume_command
 
 def finish(engine, config: Config, mixture: Mixture, metrics: Metrics) -> None:
     """A sample, the picture of the losses, and how to go on. The run is saved: what fails here is told and no more."""
+
     def sampled() -> None:
         index, tokenizer = mixture.index, load_tokenizer(mixture.paths[0])
         ids = tokenizer.encode([config.eval.prompt])[0]
-        new = sample(engine.module, ids, config.eval.sample_tokens, context=config.model.context,
-                     eos_id=index["eos_id"], vocab_size=index["vocab_size"], seed=config.train.seed)
+        new = sample(
+            engine.module,
+            ids,
+            config.eval.sample_tokens,
+            context=config.model.context,
+            eos_id=index["eos_id"],
+            vocab_size=index["vocab_size"],
+            seed=config.train.seed,
+        )
         text = tokenizer.decode(ids + new)
         metrics.print_line("a sample of the model's text:\n" + "\n".join(f"    | {line}" for line in text.splitlines()))
 

@@ -4,6 +4,7 @@ Such a gradient never reaches the accumulators: under ZeRO 1-3 DeepSpeed leaves 
 finite, and elsewhere the optimizer does (`guarded` sees to the cases that neither would notice). The guard finds out after
 the step, alike on all ranks, and says whether the run stops, goes on, or goes back to its last checkpoint.
 """
+
 import math
 import statistics
 from collections import deque
@@ -29,6 +30,7 @@ def guarded(engine) -> None:
     """Spoil gradients whose norm is no number below 1.8e19 where DeepSpeed would clip and take them, so that the optimizer
     leaves the step out: without ZeRO, where an infinite norm clips everything to zeros, and in stage 3, which has
     larger norms."""
+
     def spoil(norm, grads) -> None:
         if not norm < LARGEST:
             for grad in grads:
@@ -56,9 +58,11 @@ def take_step(engine, number: int) -> None:
     except Exception as error:  # DeepSpeed raises no other kind
         if "loss scale already at minimum" not in str(error):
             raise
-        raise UserError(f"training diverged: the gradient of step {number} overflows fp16 at the smallest loss scale "
-                        f"({engine.optimizer.loss_scale:g}); look at the data there, lower optimizer.lr, or take "
-                        f"train.precision=bf16, and resume from an earlier checkpoint") from None
+        raise UserError(
+            f"training diverged: the gradient of step {number} overflows fp16 at the smallest loss scale "
+            f"({engine.optimizer.loss_scale:g}); look at the data there, lower optimizer.lr, or take "
+            f"train.precision=bf16, and resume from an earlier checkpoint"
+        ) from None
 
 
 @dataclass
@@ -72,8 +76,16 @@ class Found:
 class Guard:
     """Looks at each step. Every rank sees the same numbers, so that all come to the same end."""
 
-    def __init__(self, engine, optimizer, config: Config, state: dict | None = None, resumed: Path | None = None,
-                 print_line: Callable[[str], None] = print, beat: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        engine,
+        optimizer,
+        config: Config,
+        state: dict | None = None,
+        resumed: Path | None = None,
+        print_line: Callable[[str], None] = print,
+        beat: Callable[[], None] = lambda: None,
+    ):
         """`optimizer`: the one inside of DeepSpeed's; `resumed`: the checkpoint that the run began from, `state` what
         `state()` gave when it was written; `print_line`: is told of checkpoints that are passed over; `beat`: called while it
         reads them."""
@@ -126,11 +138,15 @@ class Guard:
             why += "; its gradient was not, and the step was taken"
         advice = "look at the data there, or lower optimizer.lr"
         if size.on_nonfinite == "stop":
-            raise UserError(f"training diverged: {why}{'; this step was not taken' if left_out else ''}. {advice.capitalize()}; "
-                            "train.on_nonfinite=skip leaves such steps out")
+            raise UserError(
+                f"training diverged: {why}{'; this step was not taken' if left_out else ''}. {advice.capitalize()}; "
+                "train.on_nonfinite=skip leaves such steps out"
+            )
         if self.in_a_row > size.max_skipped:
-            raise UserError(f"training diverged: {why}, as in the {self.in_a_row - 1} steps before it (train.max_skipped="
-                            f"{size.max_skipped}); {advice}, and resume from an earlier checkpoint")
+            raise UserError(
+                f"training diverged: {why}, as in the {self.in_a_row - 1} steps before it (train.max_skipped="
+                f"{size.max_skipped}); {advice}, and resume from an earlier checkpoint"
+            )
         return Found("left out", why)
 
     def _compare(self, step: int, mean: float) -> Found:
@@ -148,8 +164,10 @@ class Guard:
             return Found("spike", f"{why}; there is no checkpoint to go back to yet: training goes on")
         self.rollbacks += 1
         if self.rollbacks > size.max_rollbacks:
-            raise UserError(f"{why}, after {size.max_rollbacks} rollbacks (train.max_rollbacks): lower optimizer.lr, or look "
-                            "at the data there")
+            raise UserError(
+                f"{why}, after {size.max_rollbacks} rollbacks (train.max_rollbacks): lower optimizer.lr, or look "
+                "at the data there"
+            )
         return Found("roll back", why)
 
     def _target(self) -> Path | None:

@@ -1,4 +1,5 @@
 """The training run, from a config to a trained model: prepare, assemble, run the steps."""
+
 from pathlib import Path
 
 import deepspeed.comm as dist
@@ -31,13 +32,18 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     """
     rank, _ = world_from_environment()
     stop_file = Path(config.train.stop_file or Path(config.run_dir, "STOP"))
-    with (StopRequests(stop_file, rank) as requests, out_of_memory.explained(config),
-          RunLock(config.run_dir, rank) as lock, Watchdog(config.run_dir, rank, config.train.watchdog_seconds) as watchdog):
+    with (
+        StopRequests(stop_file, rank) as requests,
+        out_of_memory.explained(config),
+        RunLock(config.run_dir, rank) as lock,
+        Watchdog(config.run_dir, rank, config.train.watchdog_seconds) as watchdog,
+    ):
         run(config, resume, overwrite, requests, watchdog, lock)
 
 
-def run(config: Config, resume: str | None, overwrite: bool, requests: StopRequests, watchdog: Watchdog, lock: RunLock
-        ) -> None:
+def run(
+    config: Config, resume: str | None, overwrite: bool, requests: StopRequests, watchdog: Watchdog, lock: RunLock
+) -> None:
     prepared = prepare(config, resume, overwrite, lock)
     if prepared is None:
         return
@@ -85,6 +91,7 @@ def run_steps(trainer: Trainer, validation_due: bool) -> None:
             if trainer.due(config.checkpoint.every) or stopping:
                 saved, stopping = trainer.save(validation_due)
             if stopping and not trainer.finished:
-                agreement.stop(f"at step {trainer.step}, {f'saved {saved}' if saved else 'not saved'}; to go on: "
-                               f"{resume_command(config)}")
+                agreement.stop(
+                    f"at step {trainer.step}, {f'saved {saved}' if saved else 'not saved'}; to go on: {resume_command(config)}"
+                )
     trainer.metrics.print_line(f"training waited {trainer.saving_in_all:.1f} s for checkpoints to be saved")

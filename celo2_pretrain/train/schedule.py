@@ -1,4 +1,5 @@
 """What changes over the steps of a run: the learning rate and the global batch, as functions of the step."""
+
 import math
 
 from celo2_pretrain.config import Schedule, Train
@@ -21,8 +22,9 @@ def lr_factor(step: int, schedule: Schedule, max_steps: int) -> float:
     begin = warmup if schedule.name == "cosine" else max(warmup, total - round(schedule.decay * total))
     progress = min(1.0, max(0.0, (step - begin) / max(1, total - begin)))
     shape = "cosine" if schedule.name == "cosine" else schedule.shape
-    left = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress,
-            "sqrt": 1 - math.sqrt(progress)}[shape]  # 1-sqrt: arXiv 2405.18392
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "sqrt": 1 - math.sqrt(progress)}[
+        shape
+    ]  # 1-sqrt: arXiv 2405.18392
     return schedule.final + (1 - schedule.final) * left
 
 

@@ -1,4 +1,5 @@
 """How good a run's model is: validation loss, perplexity, bits per byte, and tasks of the lm-evaluation-harness."""
+
 import importlib
 import json
 import math
@@ -19,8 +20,9 @@ from celo2_pretrain.train.checkpoints.export import export, load_trained
 REPORTED = ("results", "groups", "versions", "n-shot", "n-samples")  # of what lm_eval returns; the rest is its settings
 
 
-def evaluate(path: str, sequences: int | None, tasks: list[str], task_folder: str | None, limit: int | None,
-             out: str | None) -> None:
+def evaluate(
+    path: str, sequences: int | None, tasks: list[str], task_folder: str | None, limit: int | None, out: str | None
+) -> None:
     """Print how good the newest checkpoint of run `path`, or one checkpoint, is.
 
     Args:
@@ -43,8 +45,11 @@ def evaluate(path: str, sequences: int | None, tasks: list[str], task_folder: st
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     harness = open_harness(tasks, task_folder) if tasks else None
     results = {"path": path, "validation": (found := on_validation(path, sequences, device))}
-    print(f"validation loss {found['loss']:.4f} nats a token, {found['bits_per_byte']:.4f} bits per byte, perplexity "
-          f"{found['perplexity']:.2f}, over {found['windows']} windows of {found['context']} tokens", flush=True)
+    print(
+        f"validation loss {found['loss']:.4f} nats a token, {found['bits_per_byte']:.4f} bits per byte, perplexity "
+        f"{found['perplexity']:.2f}, over {found['windows']} windows of {found['context']} tokens",
+        flush=True,
+    )
     if tasks:
         scores = on_tasks(path, harness, tasks, limit, device)
         results["tasks"] = {key: scores[key] for key in REPORTED if key in scores}
@@ -61,8 +66,13 @@ def on_validation(path: str, sequences: int | None, device: torch.device) -> dic
     loader = ValLoader(mixture, config.model.context, config.train.micro_batch_size, sequences or sys.maxsize, 0, 1)
     loss = validation_loss(model.to(device), loader, device, show=True)
     # exp(710) is beyond a float: a model that diverged has a loss, too.
-    return {"loss": loss, "bits_per_byte": loss * mixture.val_tokens_per_byte / math.log(2),
-            "perplexity": math.exp(min(loss, 700)), "windows": loader.sequences, "context": config.model.context}
+    return {
+        "loss": loss,
+        "bits_per_byte": loss * mixture.val_tokens_per_byte / math.log(2),
+        "perplexity": math.exp(min(loss, 700)),
+        "windows": loader.sequences,
+        "context": config.model.context,
+    }
 
 
 def task_names(text: str | None) -> list[str]:
@@ -80,12 +90,13 @@ def open_harness(tasks: list[str], folder: str | None):
     try:
         manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=folder)
     except ImportError as error:
-        raise UserError(
-            f"--tasks needs the lm-evaluation-harness ({error}): pip install 'celo2-pretrain[eval]'") from None
+        raise UserError(f"--tasks needs the lm-evaluation-harness ({error}): pip install 'celo2-pretrain[eval]'") from None
     for task in tasks:
         if not manager.match_tasks([task]):
-            raise UserError(f"--tasks {task}: the lm-evaluation-harness has no such task (`lm-eval ls tasks` lists all); "
-                            f"for one of your own give --task-folder")
+            raise UserError(
+                f"--tasks {task}: the lm-evaluation-harness has no such task (`lm-eval ls tasks` lists all); "
+                f"for one of your own give --task-folder"
+            )
     return manager
 
 
@@ -97,8 +108,15 @@ def on_tasks(path: str, manager, tasks: list[str], limit: int | None, device: to
         export(path, exported := str(Path(folder, "model")))
         try:
             return importlib.import_module("lm_eval").simple_evaluate(
-                model="hf", model_args={"pretrained": exported, "dtype": "float32"}, tasks=tasks, limit=limit,
-                task_manager=manager, device=str(device), batch_size=8, log_samples=False)
+                model="hf",
+                model_args={"pretrained": exported, "dtype": "float32"},
+                tasks=tasks,
+                limit=limit,
+                task_manager=manager,
+                device=str(device),
+                batch_size=8,
+                log_samples=False,
+            )
         except (ImportError, OSError, ValueError, RuntimeError) as error:  # no hub, no such data, too little memory, …
             reason = next(iter(str(error).splitlines()), "")
             raise UserError(f"--tasks {','.join(tasks)}: {type(error).__name__}: {reason}") from error

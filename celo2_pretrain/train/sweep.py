@@ -1,8 +1,9 @@
 """A sweep of learning rates: one training run for each, the best chosen by the last validation loss.
 
-    OUT/lr=0.001/   a run like any other (metrics, checkpoints, loss.png), with all it printed in OUT/lr=0.001.log
-    OUT/sweep.csv   a line for each rate;  OUT/sweep.png  the validation loss against the rate
+OUT/lr=0.001/   a run like any other (metrics, checkpoints, loss.png), with all it printed in OUT/lr=0.001.log
+OUT/sweep.csv   a line for each rate;  OUT/sweep.png  the validation loss against the rate
 """
+
 import contextlib
 import csv
 import io
@@ -41,8 +42,10 @@ class Run:
         theirs = READER.values(load_config(str(self.folder / "config.yaml")))
         for name, ours in READER.values(self.config).items():
             if theirs[name] != ours and name != "run_dir":
-                raise UserError(f"{self.folder} was run with {name} = {theirs[name]}, this sweep has {ours}: give the "
-                                f"same arguments to go on, or another --out")
+                raise UserError(
+                    f"{self.folder} was run with {name} = {theirs[name]}, this sweep has {ours}: give the "
+                    f"same arguments to go on, or another --out"
+                )
         if (self.folder / DIVERGED).is_file():
             return "diverged"
         latest = self.folder / "checkpoints" / "latest"
@@ -60,9 +63,14 @@ class Run:
     def row(self) -> dict:
         status, records = self.status(), read_metrics(self.folder)
         last = self.last() if status == "finished" else None
-        return {"lr": self.lr, "status": status, "val_loss": last and last["val_loss"],
-                "val_bits_per_byte": last and last["val_bits_per_byte"], "step": records[-1]["step"] if records else 0,
-                "seconds": round(sum(record.get("seconds", 0) for record in records), 1)}
+        return {
+            "lr": self.lr,
+            "status": status,
+            "val_loss": last and last["val_loss"],
+            "val_bits_per_byte": last and last["val_bits_per_byte"],
+            "step": records[-1]["step"] if records else 0,
+            "seconds": round(sum(record.get("seconds", 0) for record in records), 1),
+        }
 
 
 def parse_rates(text: str) -> list[float]:
@@ -114,15 +122,21 @@ def train(run: Run, status: str, config: str | None, overrides: list[str], launc
     if status == "begun":
         arguments = ["--resume", str(run.folder)]
     else:
-        arguments = [*(["--config", config] if config else []), "--overwrite", *overrides, f"optimizer.lr={run.lr!r}",
-                     f"run_dir={run.folder}"]
+        arguments = [
+            *(["--config", config] if config else []),
+            "--overwrite",
+            *overrides,
+            f"optimizer.lr={run.lr!r}",
+            f"run_dir={run.folder}",
+        ]
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     log = run.folder.parent / f"{run.folder.name}.log"
     print(f"lr={run.lr:g}: {shlex.join([*launch, *arguments])}", flush=True)
     errors = []
     try:
-        process = subprocess.Popen([*launch, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   encoding="utf-8", errors="replace")
+        process = subprocess.Popen(
+            [*launch, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+        )
     except OSError as error:
         raise UserError(f"--launch {shlex.join(launch)!r}: {error.strerror}: give the command of a driver") from None
     with first_interrupt_noted() as interrupted, process, open(log, "a", encoding="utf-8") as file:
@@ -142,8 +156,7 @@ def train(run: Run, status: str, config: str | None, overrides: list[str], launc
     diverged = [error for error in errors if error.startswith("training diverged")]
     if not diverged:
         reason = errors[-1] if errors else f"exit status {process.returncode}"
-        raise UserError(
-            f"the run with lr={run.lr:g} failed ({reason}); its output is in {log}; the same command goes on")
+        raise UserError(f"the run with lr={run.lr:g} failed ({reason}); its output is in {log}; the same command goes on")
     write_atomically(run.folder / DIVERGED, diverged[0] + "\n")
 
 
@@ -195,8 +208,9 @@ def verdict(rows: list[dict]) -> str:
     run diverged."""
     finished = [row for row in rows if row["status"] == "finished"]
     if not finished:
-        raise UserError(f"every run diverged, at learning rates from {rows[0]['lr']:g} to {rows[-1]['lr']:g}: give "
-                        f"smaller ones by --lrs")
+        raise UserError(
+            f"every run diverged, at learning rates from {rows[0]['lr']:g} to {rows[-1]['lr']:g}: give smaller ones by --lrs"
+        )
     best = min(finished, key=lambda row: row["val_loss"])
     lines = ["learning rate  validation loss"]
     for row in rows:
@@ -204,9 +218,7 @@ def verdict(rows: list[dict]) -> str:
         lines.append(f"{row['lr']:>13g}  {shown:>15}{'  <- best' if row is best else ''}")
     lines.append(f"best learning rate: optimizer.lr={best['lr']:g} (validation loss {best['val_loss']:.4f})")
     if best is rows[0]:
-        lines.append(
-            f"warning: it is the smallest of the grid, a smaller one may be better: add --lrs {best['lr'] / 3:.1g}")
+        lines.append(f"warning: it is the smallest of the grid, a smaller one may be better: add --lrs {best['lr'] / 3:.1g}")
     if best is rows[-1]:
-        lines.append(
-            f"warning: it is the largest of the grid, a larger one may be better: add --lrs {best['lr'] * 3:.1g}")
+        lines.append(f"warning: it is the largest of the grid, a larger one may be better: add --lrs {best['lr'] * 3:.1g}")
     return "\n".join(lines)

@@ -1,4 +1,5 @@
 """What a training run consists of once it can take steps, and the parts of a step: train, record, validate, save."""
+
 import contextlib
 import math
 import time
@@ -120,14 +121,23 @@ class Trainer:
         mean = sum(self.recent) / len(self.recent)
         seconds, norm = time.monotonic() - self.since, self.engine.get_global_grad_norm()
         speed = (self.samples - self.samples_then) * self.config.model.context / seconds
-        self.metrics.log({
-            "step": self.step, "loss": mean, "lr": self.rates.optimizer.param_groups[0]["lr"],
-            "grad_norm": None if norm is None else float(norm),
-            "samples": self.samples, "tokens": self.tokens,
-            "global_batch_size": self.batch_sizes.at(self.step - 1), "epochs": self.loader.epochs(self.samples),
-            "tokens_per_s": round(speed, 1), "seconds": round(seconds, 3), "skipped_steps": self.guard.left_out,
-            "checkpoint_seconds": round(self.saving, 3), **self.insight.record(mean, speed),
-        })
+        self.metrics.log(
+            {
+                "step": self.step,
+                "loss": mean,
+                "lr": self.rates.optimizer.param_groups[0]["lr"],
+                "grad_norm": None if norm is None else float(norm),
+                "samples": self.samples,
+                "tokens": self.tokens,
+                "global_batch_size": self.batch_sizes.at(self.step - 1),
+                "epochs": self.loader.epochs(self.samples),
+                "tokens_per_s": round(speed, 1),
+                "seconds": round(seconds, 3),
+                "skipped_steps": self.guard.left_out,
+                "checkpoint_seconds": round(self.saving, 3),
+                **self.insight.record(mean, speed),
+            }
+        )
         self.saving = 0.0
         self.begin_record()
 
@@ -140,6 +150,7 @@ class Trainer:
 
     def validate(self) -> bool:
         """False: abandoned, because the run is to stop (not after the last step, which has nothing left to do)."""
+
         def stopping() -> bool:
             self.watchdog.beat(f"validating after step {self.step}")
             return not self.finished and self.agreement.exchange()[1]
@@ -147,12 +158,20 @@ class Trainer:
         loss = validation_loss(self.engine, self.val_loader, self.engine.device, stopping)
         if loss is not None:
             bits_per_byte = loss * (self.loader.mixture.val_tokens_per_byte / math.log(2))
-            self.metrics.log({"step": self.step, "val_loss": loss, "val_bits_per_byte": bits_per_byte,
-                              "val_perplexity": perplexity(loss), "tokens": self.tokens})
+            self.metrics.log(
+                {
+                    "step": self.step,
+                    "val_loss": loss,
+                    "val_bits_per_byte": bits_per_byte,
+                    "val_perplexity": perplexity(loss),
+                    "tokens": self.tokens,
+                }
+            )
         return loss is not None
 
     def save(self, validation_due: bool) -> tuple[Path | None, bool]:
         """(the checkpoint of this step, None where it couldn't be saved; whether the run is to stop)."""
+
         def waiting() -> None:
             self.watchdog.beat("waiting for a checkpoint to be copied")
 
@@ -161,8 +180,9 @@ class Trainer:
             self.metrics.print_line(f"saving step {self.step}; the save before took {self.saving_once:.0f} s")
         began = time.monotonic()
         extra = {"validation_due": validation_due, "guard": self.guard.state(), "data": self.loader.mixture.digest}
-        saved = checkpoint.save(self.engine, self.config, self.description, self.step, self.samples, extra,
-                                self.metrics.print_line, waiting)
+        saved = checkpoint.save(
+            self.engine, self.config, self.description, self.step, self.samples, extra, self.metrics.print_line, waiting
+        )
         stopping = self.agreement.exchange()[1]  # asked for while saving
         if (stopping or self.finished) and not checkpoint.finish(self.engine, self.config, self.metrics.print_line, waiting):
             saved = None

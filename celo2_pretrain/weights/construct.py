@@ -5,6 +5,7 @@ through exactly. A unit pair relu(x), relu(-x) in the first layer, the identity 
 difference of the pair at output 0 give x itself. Both use features of the first 15 only, so that they also
 serve 1-D tensors.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -53,15 +54,22 @@ def write(directory: Path) -> list[Path]:
     paths = []
     for name, (formula, coefficients) in RECIPES.items():
         paths.append(directory / BUNDLED[name].name)
-        save_weights(construct(coefficients), paths[-1],
-                     {"made_by": "celo2_pretrain.weights.construct", "direction": formula, "meta_trained": False})
+        save_weights(
+            construct(coefficients),
+            paths[-1],
+            {"made_by": "celo2_pretrain.weights.construct", "direction": formula, "meta_trained": False},
+        )
     return paths
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Construct the weights that meta-training begins with.")
-    parser.add_argument("--output", type=Path, default=BUNDLED["constructed"].parent,
-                        help="directory to write into (default: the package, replacing the bundled files)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=BUNDLED["constructed"].parent,
+        help="directory to write into (default: the package, replacing the bundled files)",
+    )
     for path in write(parser.parse_args().output):
         print(f"wrote {path}")
 

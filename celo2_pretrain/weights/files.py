@@ -1,4 +1,5 @@
 """How are weights read from and written to a file? Nothing here ever unpickles an arbitrary object."""
+
 from __future__ import annotations
 
 import json
@@ -18,8 +19,7 @@ from celo2_pretrain.weights.layouts import SHAPES, to_canonical
 from celo2_pretrain.weights.mlp import MLP
 
 FLAX_NDARRAY = 1  # the msgpack extension code of flax.serialization for (shape, dtype name, bytes)
-FLAX_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32,
-               "float64": torch.float64}
+FLAX_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 def _line(error: Exception) -> str:
@@ -80,8 +80,10 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"refusing to unpickle {path}: it is damaged or holds more than tensors; save a plain"
-                         " state dict, or better a .safetensors") from error
+        raise ValueError(
+            f"refusing to unpickle {path}: it is damaged or holds more than tensors; save a plain"
+            " state dict, or better a .safetensors"
+        ) from error
     except Exception as error:  # an unpickler that meets flipped bits raises whatever the next instruction does
         raise ValueError(f"{path} is no complete torch file: {_line(error)}") from error
     if not isinstance(state, Mapping):
@@ -89,8 +91,13 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-READERS = {".safetensors": _read_safetensors, ".state": _read_flax, ".msgpack": _read_flax,
-           ".pt": _read_torch, ".pth": _read_torch}
+READERS = {
+    ".safetensors": _read_safetensors,
+    ".state": _read_flax,
+    ".msgpack": _read_flax,
+    ".pt": _read_torch,
+    ".pth": _read_torch,
+}
 
 
 def read_file(path: str | os.PathLike) -> dict[str, Tensor]:

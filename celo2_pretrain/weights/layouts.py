@@ -3,6 +3,7 @@
 The canonical form is input-major: w0 (30, 8), b0 (8,), w1 (8, 8), b1 (8,), w2 (8, 3), b2 (3,). The authors'
 JAX code splits w0 by feature group (`w0__0` … `w0__13`); PyLO has used three `torch.nn` forms over time.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -14,8 +15,14 @@ from torch import Tensor
 from celo2_pretrain.weights.mlp import DIMS
 
 _FEATURES, _FIRST, _SECOND, _OUTPUTS = DIMS
-SHAPES = {"w0": (_FEATURES, _FIRST), "b0": (_FIRST,), "w1": (_FIRST, _SECOND), "b1": (_SECOND,),
-          "w2": (_SECOND, _OUTPUTS), "b2": (_OUTPUTS,)}
+SHAPES = {
+    "w0": (_FEATURES, _FIRST),
+    "b0": (_FIRST,),
+    "w1": (_FIRST, _SECOND),
+    "b1": (_SECOND,),
+    "w2": (_SECOND, _OUTPUTS),
+    "b2": (_OUTPUTS,),
+}
 # Width of the 14 feature groups, in the order of `reference.features`; they sum to 30.
 GROUPS = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
 
@@ -31,14 +38,26 @@ def _layout(w0: list[str], *others: str) -> dict[str, list[str]]:
 # For each layout: the key that gives it away, whether matrices are (out, in), and where each array lies.
 LAYOUTS = (
     ("the authors' flax", "w0__0", False, _layout(_split("w0__{}"), "b0", "w1", "b1", "w2", "b2")),
-    ("PyLO's Celo2MLP", "first_layer.weight", True,
-     _layout(["first_layer.weight"], "first_layer.bias", "hidden.weight", "hidden.bias",
-             "output.weight", "output.bias")),
-    ("PyLO's grouped Celo2MLP", "first_layer_weights.0", True,
-     _layout(_split("first_layer_weights.{}"), "first_layer_bias", "hidden.weight", "hidden.bias",
-             "output.weight", "output.bias")),
-    ("PyLO's CELO2MLP", "w0.0", False,
-     _layout(_split("w0.{}"), "b0", "dense_w.0", "dense_b.0", "dense_w.1", "dense_b.1")),
+    (
+        "PyLO's Celo2MLP",
+        "first_layer.weight",
+        True,
+        _layout(["first_layer.weight"], "first_layer.bias", "hidden.weight", "hidden.bias", "output.weight", "output.bias"),
+    ),
+    (
+        "PyLO's grouped Celo2MLP",
+        "first_layer_weights.0",
+        True,
+        _layout(
+            _split("first_layer_weights.{}"),
+            "first_layer_bias",
+            "hidden.weight",
+            "hidden.bias",
+            "output.weight",
+            "output.bias",
+        ),
+    ),
+    ("PyLO's CELO2MLP", "w0.0", False, _layout(_split("w0.{}"), "b0", "dense_w.0", "dense_b.0", "dense_w.1", "dense_b.1")),
     ("this package's", None, False, _layout(["w0"], "b0", "w1", "b1", "w2", "b2")),
 )
 
@@ -76,8 +95,9 @@ def to_canonical(named: Mapping, source: str) -> dict[str, Tensor]:
     missing, extra = set(expected) - set(named), set(named) - set(expected)
     if missing or extra:
         problems = [f"lacks {_few(missing)}"] * bool(missing) + [f"has unexpected {_few(extra)}"] * bool(extra)
-        raise ValueError(f"{source}: {' and '.join(problems)}; expected {label} keys {_few(expected)}"
-                         " (the Celo2 MLP of 347 weights)")
+        raise ValueError(
+            f"{source}: {' and '.join(problems)}; expected {label} keys {_few(expected)} (the Celo2 MLP of 347 weights)"
+        )
     canonical = {}
     for name, keys in layout.items():
         parts = []

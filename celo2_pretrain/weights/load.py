@@ -1,4 +1,5 @@
 """Where do the weights of the learned rule come from: bundled, a dict, a file, or the Hugging Face hub?"""
+
 from __future__ import annotations
 
 import os
@@ -15,8 +16,12 @@ from celo2_pretrain.weights.mlp import MLP
 
 _HERE = Path(__file__).parent
 # Names of the bundled weights; celo2.md says how they were made.
-BUNDLED = {"default": _HERE / "celo2.safetensors", "default-base": _HERE / "celo2_base.safetensors",
-           "constructed": _HERE / "constructed.safetensors", "constructed-base": _HERE / "constructed_base.safetensors"}
+BUNDLED = {
+    "default": _HERE / "celo2.safetensors",
+    "default-base": _HERE / "celo2_base.safetensors",
+    "constructed": _HERE / "constructed.safetensors",
+    "constructed-base": _HERE / "constructed_base.safetensors",
+}
 # What a hub repo or a downloaded folder may call its weights: ours, the authors', PyLO's.
 KNOWN_FILES = ("celo2.safetensors", "theta.state", "model.safetensors", "celo2_weights.pt")
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -72,8 +77,7 @@ def _download(repo: str, revision: str | None) -> Path:
         for local_only in (False, True):  # a second round once the hub is found unreachable: cached files
             for file in KNOWN_FILES:
                 try:
-                    return Path(huggingface_hub.hf_hub_download(
-                        repo, file, revision=revision, local_files_only=local_only))
+                    return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision, local_files_only=local_only))
                 except errors.LocalEntryNotFoundError as error:
                     offline = offline or error
                     if not local_only:
@@ -83,7 +87,10 @@ def _download(repo: str, revision: str | None) -> Path:
             if offline is None:
                 raise FileNotFoundError(f"hub repo {name} holds none of {', '.join(KNOWN_FILES)}")
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
-        raise FileNotFoundError(f"no weights file {name}, and the hub has no such repo or revision (or it is"
-                                " private: log in with `hf auth login`)") from error
-    raise FileNotFoundError(f"no weights file {name}, and hub repo {name} can't be reached and isn't cached;"
-                            " go online once, or download its weights file and give the path") from offline
+        raise FileNotFoundError(
+            f"no weights file {name}, and the hub has no such repo or revision (or it is private: log in with `hf auth login`)"
+        ) from error
+    raise FileNotFoundError(
+        f"no weights file {name}, and hub repo {name} can't be reached and isn't cached;"
+        " go online once, or download its weights file and give the path"
+    ) from offline

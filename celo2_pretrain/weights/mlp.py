@@ -1,4 +1,5 @@
 """The MLP of the learned rule: its sizes and its weights."""
+
 from __future__ import annotations
 
 from typing import NamedTuple

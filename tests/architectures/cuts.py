@@ -4,6 +4,7 @@ An architecture's expectation maps a tensor's name to "embedding", "head" or "ve
 the stored tensor to the weights, (out, in), of the `nn.Linear`s that could stand in its place. A * in a name is any number,
 unless the number is listed, too; "{q,k}_proj" stands for both. One-dimensional tensors are vectors and aren't listed.
 """
+
 import re
 from collections.abc import Callable
 from itertools import product
@@ -92,8 +93,10 @@ def check_reading(model: nn.Module, expected: Expected) -> None:
             index = torch.arange(param.numel()).view(param.shape)
             got, want = (sorted(m.tolist() for m in found) for found in (matrices(tag.view, index), want(index)))
         if got != want:
-            wrong.append(f"{name} {tuple(param.shape)}: {want if isinstance(want, str) else 'the cut'} is expected, "
-                         f"but it is {got if isinstance(got, str) else tag}")
+            wrong.append(
+                f"{name} {tuple(param.shape)}: {want if isinstance(want, str) else 'the cut'} is expected, "
+                f"but it is {got if isinstance(got, str) else tag}"
+            )
     assert not wrong, "\n".join(wrong)
     assert set(expected) <= seen, f"no such tensors: {sorted(set(expected) - seen)}"
 
@@ -104,8 +107,11 @@ def check_step(model: nn.Module, expected: Expected) -> None:
     The rounding of float32 is up to 9e-7 of the step; another reading is off by 0.1 or more.
     """
     expected = by_name(expected)
-    tensors = {listed(name, expected): param for name, param in model.named_parameters() if tag_of(param) is not None
-               and tag_of(param).rule == "celo2"}  # one of each kind
+    tensors = {
+        listed(name, expected): param
+        for name, param in model.named_parameters()
+        if tag_of(param) is not None and tag_of(param).rule == "celo2"
+    }  # one of each kind
     cuts = {name: expected[name] for name in tensors}
     start = {name: param.detach().clone() for name, param in tensors.items()}
     linears = {name: [nn.Linear(*reversed(m.shape), bias=False) for m in cuts[name](w)] for name, w in start.items()}

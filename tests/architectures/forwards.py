@@ -3,6 +3,7 @@
 Queries of twice the size and keys of half make the same scores; values, and the `up` of a gated MLP, of twice the size are
 made up for by the next matrix. A change gives the factors of a tensor's matrices, in turn.
 """
+
 NEOX = "gpt_neox.layers.0.attention."
 FALCON = "transformer.h.0.self_attention."
 LAYER = "model.layers.0."
@@ -28,8 +29,10 @@ SAME_OUTPUT = {
     "openai-gpt": qkv(f"{GPT2}c_attn.weight", f"{GPT2}c_proj.weight"),
     "gpt-bigcode": qkv(f"{GPT2}c_attn.weight", f"{GPT2}c_proj.weight"),
     "gpt-bigcode, multi-query": qkv(f"{GPT2}c_attn.weight", f"{GPT2}c_proj.weight"),
-    "codegen": [{f"{GPT2}qkv_proj.weight": (2, 1, 0.5)},  # query, value, key
-                {f"{GPT2}qkv_proj.weight": (1, 2, 1), f"{GPT2}out_proj.weight": HALF}],
+    "codegen": [
+        {f"{GPT2}qkv_proj.weight": (2, 1, 0.5)},  # query, value, key
+        {f"{GPT2}qkv_proj.weight": (1, 2, 1), f"{GPT2}out_proj.weight": HALF},
+    ],
     "gpt-neox": qkv(f"{NEOX}query_key_value.weight", f"{NEOX}dense.weight"),
     "bloom": qkv(f"{FALCON}query_key_value.weight", f"{FALCON}dense.weight"),
     "falcon": qkv(f"{FALCON}query_key_value.weight", f"{FALCON}dense.weight"),
@@ -42,8 +45,12 @@ SAME_OUTPUT = {
     "modernbert": qkv(f"{LAYER}attn.Wqkv.weight", f"{LAYER}attn.Wo.weight")
     + gated(f"{LAYER}mlp.Wi.weight", f"{LAYER}mlp.Wo.weight"),
     "persimmon": [{f"{LAYER}self_attn.query_key_value.weight": V, f"{LAYER}self_attn.dense.weight": HALF}],
-    "deberta": [{"deberta.encoder.layer.0.attention.self.in_proj.weight": V,
-                 "deberta.encoder.layer.0.attention.output.dense.weight": HALF}],
+    "deberta": [
+        {
+            "deberta.encoder.layer.0.attention.self.in_proj.weight": V,
+            "deberta.encoder.layer.0.attention.output.dense.weight": HALF,
+        }
+    ],
     "deepseek-v3": [{f"{LAYER}self_attn.kv_b_proj.weight": (1, 2), f"{LAYER}self_attn.o_proj.weight": HALF}],
     "mixtral": experts("mlp"),
     "qwen3-moe": experts("mlp"),

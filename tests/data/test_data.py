@@ -1,4 +1,5 @@
 """Corpus to tokens to batches: nothing is lost, the split is fixed, every batch is a function of its position."""
+
 import json
 
 import numpy as np
@@ -65,8 +66,14 @@ def test_wide_vocabularies_get_wide_tokens(tmp_path):
     writer.write(np.array([70_000, 1, 2, 3, 100_000]), 1, 5)
     writer.close()
     empty = ShardWriter(tmp_path, "val", "uint32", 3).summary()
-    index = {"format": "celo2-tokens-1", "dtype": "uint32", "vocab_size": 100_001, "eos_id": 1,
-             "tokenizer": {"kind": "sentencepiece", "sha256": ""}, "splits": {"train": writer.summary(), "val": empty}}
+    index = {
+        "format": "celo2-tokens-1",
+        "dtype": "uint32",
+        "vocab_size": 100_001,
+        "eos_id": 1,
+        "tokenizer": {"kind": "sentencepiece", "sha256": ""},
+        "splits": {"train": writer.summary(), "val": empty},
+    }
     (tmp_path / "index.json").write_text(json.dumps(index))
     assert TokenArray(tmp_path, "train").read(0, 5).tolist() == [70_000, 1, 2, 3, 100_000]
     assert TokenArray(tmp_path, "train").read(2, 2).tolist() == [2, 3]
@@ -92,16 +99,25 @@ def test_every_window_is_seen_once_an_epoch(folder):
 GLOBAL = 24
 
 
-@pytest.mark.parametrize("world_size, micro, accumulation", [
-    (world, micro, GLOBAL // (world * micro)) for world in (1, 2, 3, 4, 8, 24) for micro in (1, 2, 3, 4, 6, 12, 24)
-    if GLOBAL % (world * micro) == 0])
+@pytest.mark.parametrize(
+    "world_size, micro, accumulation",
+    [
+        (world, micro, GLOBAL // (world * micro))
+        for world in (1, 2, 3, 4, 8, 24)
+        for micro in (1, 2, 3, 4, 6, 12, 24)
+        if GLOBAL % (world * micro) == 0
+    ],
+)
 def test_global_batches_do_not_depend_on_ranks_micro_batch_and_accumulation(folder, world_size, micro, accumulation):
     """Each global batch has the same windows in the same order, also in the middle of a run and over an epoch's end."""
     count = TrainLoader(folder, 32, 1, 1, 5, 0, 1).count
     for samples in (0, 7 * GLOBAL, count - GLOBAL // 2, 3 * count - 1):
         expected = TrainLoader(folder, 32, GLOBAL, GLOBAL, 5, 0, 1).batch(samples, 0)
-        parts = [TrainLoader(folder, 32, micro, GLOBAL, 5, rank, world_size).batch(samples, k)
-                 for k in range(accumulation) for rank in range(world_size)]
+        parts = [
+            TrainLoader(folder, 32, micro, GLOBAL, 5, rank, world_size).batch(samples, k)
+            for k in range(accumulation)
+            for rank in range(world_size)
+        ]
         assert torch.equal(torch.cat(parts), expected)
 
 

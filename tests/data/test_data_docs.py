@@ -1,4 +1,5 @@
 """The commands in docs/data.md and docs/schedules.md run as they are printed."""
+
 import json
 import os
 import re
@@ -27,7 +28,10 @@ def test_commands_in_the_documents_run(tmp_path):
     for k in range(20):
         (tmp_path / "notes" / f"{k}.md").write_text("".join(f"{k}: note number {n}, about nothing\n" for n in range(400)))
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
     for name, count in (("data.md", 4), ("schedules.md", 3)):
         script = commands(name)
         assert script.count("celo2-pretrain ") == count

@@ -1,4 +1,5 @@
 """With data.mask_documents a document in a packed window is computed as if it were alone."""
+
 import pytest
 import torch
 
@@ -39,8 +40,7 @@ def test_no_gradient_crosses_a_boundary(family):
     model = tiny(family)
     mask_documents(model, EOS)
     seen = {}
-    model.get_input_embeddings().register_forward_hook(
-        lambda module, ids, out: seen.update(out=out) or out.retain_grad())
+    model.get_input_embeddings().register_forward_hook(lambda module, ids, out: seen.update(out=out) or out.retain_grad())
     ids = torch.tensor([sum(DOCUMENTS, [])])
     model(input_ids=ids).logits[0, 8].sum().backward()  # inside the second document: tokens 6 to 9
     reached = seen["out"].grad[0].abs().sum(1) > 0
@@ -50,8 +50,15 @@ def test_no_gradient_crosses_a_boundary(family):
 def test_positions_and_mask_follow_the_end_of_text():
     found = document_inputs(torch.tensor([[8, 9, EOS, 4, EOS, EOS, 7]]), EOS)
     assert found["position_ids"].tolist() == [[0, 1, 0, 1, 0, 0, 1]]
-    expected = [[1, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0],
-                [0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1, 1]]
+    expected = [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1, 1],
+    ]
     assert found["attention_mask"][0, 0].int().tolist() == expected
 
 

@@ -1,4 +1,5 @@
 """A mixture draws from its folders by weight, each without gaps or repeats, as a function of the sample's number."""
+
 import shutil
 from pathlib import Path
 
@@ -75,8 +76,11 @@ def test_a_sample_does_not_depend_on_how_it_is_asked_for(mixture):
 def test_global_batches_of_a_mixture_do_not_depend_on_ranks(mixture, world_size, micro):
     for samples in (0, 600, BLOCK - 6):
         expected = TrainLoader(mixture, 16, 12, 12, 0, 0, 1).batch(samples, 0)
-        parts = [TrainLoader(mixture, 16, micro, 12, 0, rank, world_size).batch(samples, k)
-                 for k in range(12 // world_size // micro) for rank in range(world_size)]
+        parts = [
+            TrainLoader(mixture, 16, micro, 12, 0, rank, world_size).batch(samples, k)
+            for k in range(12 // world_size // micro)
+            for rank in range(world_size)
+        ]
         assert torch.equal(torch.cat(parts), expected)
 
 
@@ -84,8 +88,8 @@ def test_epochs_of_each_folder_are_told(mixture, folders):
     loader = TrainLoader(mixture, 16, 1, 1, 0, 0, 1)
     counts = [source.count for source in loader.sources]
     assert loader.epochs(2 * BLOCK) == {
-        path: pytest.approx(2 * BLOCK * weight / count, abs=1e-3)
-        for path, weight, count in zip(folders, WEIGHTS, counts)}
+        path: pytest.approx(2 * BLOCK * weight / count, abs=1e-3) for path, weight, count in zip(folders, WEIGHTS, counts)
+    }
     samples = next(n for n in range(2 * BLOCK) if mixture.taken(n, 0)[1] == counts[1])
     assert loader.epochs(samples)[folders[1]] == 1 and counts[1] > 500
     seen = {tuple(loader.batch(k, 0)[0].tolist()) for k in range(samples)}

@@ -1,4 +1,5 @@
 """`prepare` gives the same bytes with any number of workers and after any interruption, and counts what it wrote."""
+
 import itertools
 import json
 import os
@@ -127,15 +128,20 @@ def test_other_arguments_than_the_interrupted_ones_are_refused(tmp_path):
             def read(self, cursor=None):
                 return super().read(cursor) if next(calls) else self.inner.read(cursor)
 
-        prepare(SecondRead(inner, after, Interrupted("gone")) if after else inner, str(out),
-                **{"vocab_size": 400, "shard_tokens": 999} | arguments)
+        prepare(
+            SecondRead(inner, after, Interrupted("gone")) if after else inner,
+            str(out),
+            **{"vocab_size": 400, "shard_tokens": 999} | arguments,
+        )
 
     with pytest.raises(Interrupted):
         call(after=4)
     before = contents(tmp_path / ".tokens.unfinished")
-    for changed, message in (({"vocab_size": 401}, "--vocab-size = 400, not 401"),
-                             ({"shard_tokens": 1000}, "--shard-tokens = 999, not 1000"),
-                             ({"fraction": 0.1}, "--val-fraction = 0.2, not 0.1")):
+    for changed, message in (
+        ({"vocab_size": 401}, "--vocab-size = 400, not 401"),
+        ({"shard_tokens": 1000}, "--shard-tokens = 999, not 1000"),
+        ({"fraction": 0.1}, "--val-fraction = 0.2, not 0.1"),
+    ):
         with pytest.raises(UserError, match=f"made with {message}: give the same"):
             call(**changed)
     corpus.write_text(corpus.read_text() + "another line\n")
@@ -158,7 +164,8 @@ def test_killed_process_is_gone_with_its_workers_and_goes_on(tmp_path, expected)
         "    chunks = itertools.count()\n"
         "    module.add = lambda *a: (time.sleep(slow * (next(chunks) > 6)), add(*a))\n"
         f"    module.prepare(PythonSources(300_000, 0.2), {str(tmp_path / 'tokens')!r}, vocab_size=512,\n"
-        "                   shard_tokens=9_001, workers=2)\n")
+        "                   shard_tokens=9_001, workers=2)\n"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     running = subprocess.Popen([sys.executable, str(script), "600"], env=environment, start_new_session=True)
     unfinished = tmp_path / ".tokens.unfinished" / "progress.json"
@@ -193,8 +200,10 @@ def group_alive(group: int) -> bool:
 def test_statistics_are_those_of_the_tokens(tmp_path):
     out = tmp_path / "tokens"
     index = prepare(source(), str(out), vocab_size=512)
-    found, ids = index["statistics"], np.concatenate([
-        (array := TokenArray(out, split)).read(0, len(array)) for split in ("train", "val")])
+    found, ids = (
+        index["statistics"],
+        np.concatenate([(array := TokenArray(out, split)).read(0, len(array)) for split in ("train", "val")]),
+    )
     lengths = np.sort(np.diff(np.concatenate([[-1], np.flatnonzero(ids == index["eos_id"])])))
     tokenizer = load_tokenizer(out)
     texts = [text for _, text in source().read()]
@@ -244,8 +253,7 @@ def test_the_corpus_is_never_in_memory(tmp_path):
 
     counted = Counted(1_500_000, 0.1)
     total = len(list(PythonSources(1_500_000, 0.1).read()))
-    for chunk, encoded in encode.encode_in_order(
-            encode.chunks(counted, None), make_tokenizer(tmp_path), "uint16", workers=2):
+    for chunk, encoded in encode.encode_in_order(encode.chunks(counted, None), make_tokenizer(tmp_path), "uint16", workers=2):
         written[0] += len(chunk.documents)
     assert written[0] == total and most[0] < total / 2
 

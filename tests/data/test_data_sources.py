@@ -1,4 +1,5 @@
 """Every kind of source gives its documents whole, in a fixed order, split for good, and goes on from any cursor."""
+
 import gzip
 import json
 from pathlib import Path
@@ -71,10 +72,15 @@ def test_parquet_rows_are_one_document_each(tmp_path):
         read([tmp_path], field="id")
 
 
-@pytest.mark.parametrize("name, message", [
-    ("a.jsonl.gz", "is not a whole gzip file"), ("a.txt.zst", "is not a zstandard file"),
-    ("a.parquet", "is not a parquet"), ("a.txt", "is not UTF-8"),
-])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("a.jsonl.gz", "is not a whole gzip file"),
+        ("a.txt.zst", "is not a zstandard file"),
+        ("a.parquet", "is not a parquet"),
+        ("a.txt", "is not UTF-8"),
+    ],
+)
 def test_file_that_is_not_what_its_name_says_is_refused(tmp_path, name, message):
     (tmp_path / name).write_bytes(b"\xff\xfe\x00 something else" * 100)
     with pytest.raises(UserError, match=f"{name}.*{message}"):

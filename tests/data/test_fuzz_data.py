@@ -1,4 +1,5 @@
 """Whatever lies in a folder of prepared data: it is trained on, or refused in a line that says which file is wrong."""
+
 import json
 import os
 import shutil

@@ -1,4 +1,5 @@
 """Which cells the matrix has, and which of them have no meaning, with the reason."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
@@ -50,8 +51,14 @@ class Cell:
     @property
     def flipped(self) -> bool:
         """Whether orthogonalised and plain param groups change roles: a checkerboard over the cells."""
-        return (STAGES.index(self.stage) + PRECISIONS.index(self.precision) + (self.accumulation > 1)
-                + self.reduce_scatter + self.offload + self.zero_init) % 2 == 1
+        return (
+            STAGES.index(self.stage)
+            + PRECISIONS.index(self.precision)
+            + (self.accumulation > 1)
+            + self.reduce_scatter
+            + self.offload
+            + self.zero_init
+        ) % 2 == 1
 
     def invalid(self) -> str:
         """Why the cell has no meaning, in one line; empty where it has one."""
@@ -81,15 +88,18 @@ class Cell:
 
 def product_cells() -> list[Cell]:
     """The whole product, invalid cells included, in a fixed order."""
-    return [Cell(*values) for values in product(STAGES, PRECISIONS, (1, 4), (True, False), (False, True),
-                                                (False, True))]
+    return [Cell(*values) for values in product(STAGES, PRECISIONS, (1, 4), (True, False), (False, True), (False, True))]
 
 
 def extra_cells() -> list[Cell]:
     """Options outside the product that change the flat layout, or the way the optimizer is made."""
-    cells = [Cell(stage, precision, 1, True, offload, False, extra)
-             for stage in ("zero1", "zero2") for precision in ("fp32", "bf16") for offload in (False, True)
-             for extra in ("round_robin", "alignment")]
+    cells = [
+        Cell(stage, precision, 1, True, offload, False, extra)
+        for stage in ("zero1", "zero2")
+        for precision in ("fp32", "bf16")
+        for offload in (False, True)
+        for extra in ("round_robin", "alignment")
+    ]
     cells += [Cell(stage, "fp32", 1, stage != "zero0", False, False, "buckets") for stage in STAGES]
     cells += [Cell(stage, "bf16", 1, stage != "zero0", False, stage == "zero3", "config") for stage in STAGES[:4]]
     cells += [Cell(stage, "fp32", 1, stage != "zero0", False, False, "bf16_products") for stage in STAGES]
@@ -108,6 +118,7 @@ def half_of_the_cells() -> list[Cell]:
     A cell is taken where the number of its options that are on (accumulation, all-reduce, offload, zero.Init) is
     odd or even by turns of stage and precision; ZeRO 0, FSDP2 and the extra cells are taken whole.
     """
+
     def taken(cell: Cell) -> bool:
         if cell.extra or cell.stage in ("zero0", "fsdp2"):
             return True

@@ -1,4 +1,5 @@
 """One cell: train five steps, and compare everything with the reference update fed the same gradients."""
+
 from __future__ import annotations
 
 import hashlib
@@ -27,8 +28,16 @@ OVERFLOW_STEP = 3
 class Unsharded:
     """The reference trajectory of one tensor: its own states throughout, parameters taken over before each step."""
 
-    def __init__(self, name: str, shape: tuple[int, ...], options: dict[str, Any], view: Any, mlp: MLP,
-                 bf16_products: bool = False, packed_states: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        options: dict[str, Any],
+        view: Any,
+        mlp: MLP,
+        bf16_products: bool = False,
+        packed_states: bool = False,
+    ) -> None:
         self.name, self.options, self.mlp, self.bf16_products = name, options, mlp, bf16_products
         self.shape = shape or (1,)
         self.packed, self.steps = packed_states and options["rule"] == "celo2" and len(self.shape) >= 2, 0
@@ -37,9 +46,14 @@ class Unsharded:
             self.states = [reference.init_state(torch.zeros(b.shape), b.batch) for b in self.blocks]
         else:
             self.copy = torch.nn.Parameter(torch.zeros(self.shape))
-            self.adamw = torch.optim.AdamW([self.copy], lr=options["lr"] * options["adamw_lr_multiplier"],
-                                           betas=(0.9, 0.95), eps=1e-8, weight_decay=options["weight_decay"],
-                                           foreach=False)
+            self.adamw = torch.optim.AdamW(
+                [self.copy],
+                lr=options["lr"] * options["adamw_lr_multiplier"],
+                betas=(0.9, 0.95),
+                eps=1e-8,
+                weight_decay=options["weight_decay"],
+                foreach=False,
+            )
 
     def step(self, before: Tensor, gradient: Tensor) -> Tensor:
         """The parameter after the step, in the shape of `before`."""
@@ -55,11 +69,13 @@ class Unsharded:
             own = block.select(p)
             orthogonalize = self.options["orthogonalize"] and own.ndim >= 2
             if self.packed:
-                update, self.states[k] = packed.step(self.name, self.steps, block, self.shape, own, block.select(g),
-                                                     self.states[k], self.mlp, orthogonalize)
+                update, self.states[k] = packed.step(
+                    self.name, self.steps, block, self.shape, own, block.select(g), self.states[k], self.mlp, orthogonalize
+                )
             else:
-                update, self.states[k] = reference.step(own, block.select(g), self.states[k], self.mlp,
-                                                        orthogonalize and not self.bf16_products, block.batch)
+                update, self.states[k] = reference.step(
+                    own, block.select(g), self.states[k], self.mlp, orthogonalize and not self.bf16_products, block.batch
+                )
             if orthogonalize and self.bf16_products:
                 update = reference.normalize(newton_schulz(update, COEFFICIENTS["celo2"], torch.bfloat16), (-2, -1))
             block.assign(after, own - self.options["lr"] * (update + self.options["weight_decay"] * own))
@@ -119,8 +135,13 @@ def digest(tensors: list[Tensor]) -> str:
 def replicated(run: DeepSpeedRun | FSDP2Run) -> list[Tensor]:
     """The states that every rank keeps whole, in the order of the optimizer's groups."""
     states = run.celo2.state
-    return [states[p][key] for group in run.celo2.param_groups for p in group["params"]
-            for key in ("v_row", "v_col", "step") if key in states[p]]
+    return [
+        states[p][key]
+        for group in run.celo2.param_groups
+        for p in group["params"]
+        for key in ("v_row", "v_col", "step")
+        if key in states[p]
+    ]
 
 
 def everything(run: DeepSpeedRun | FSDP2Run) -> str:
@@ -138,16 +159,20 @@ class Plain:
     def __init__(self, scalar_shape: tuple[int, ...]) -> None:
         self.model = Awkward(scalar_shape)
 
-    def gradients(self, values: dict[str, Tensor], step: int, use_sometimes: bool, cell: Cell, world: int
-                  ) -> dict[str, Tensor]:
+    def gradients(
+        self, values: dict[str, Tensor], step: int, use_sometimes: bool, cell: Cell, world: int
+    ) -> dict[str, Tensor]:
         self.model.load_state_dict({**values, "head.weight": values["emb.weight"]})
         self.model.zero_grad(set_to_none=True)
         for micro in range(cell.accumulation):
             for rank in range(world):
                 loss = self.model(micro_batch(step, micro, rank), use_sometimes, 1.0)
                 (loss / (cell.accumulation * world)).backward()
-        return {name: torch.zeros_like(p) if p.grad is None else p.grad
-                for name, p in self.model.named_parameters() if p.requires_grad}
+        return {
+            name: torch.zeros_like(p) if p.grad is None else p.grad
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        }
 
 
 def compare(cell: Cell) -> dict[str, Any]:
@@ -162,9 +187,18 @@ def compare(cell: Cell) -> dict[str, Any]:
 
     names = list(run.params)
     mine = set(names[rank::world])  # the ranks share the work of comparing
-    unsharded = {name: Unsharded(name, run.shape(name), run.options[name], tag_of(run.params[name]).view, run.mlp,
-                                 cell.extra == "bf16_products", cell.extra == "fp8")
-                 for name in names}
+    unsharded = {
+        name: Unsharded(
+            name,
+            run.shape(name),
+            run.options[name],
+            tag_of(run.params[name]).view,
+            run.mlp,
+            cell.extra == "bf16_products",
+            cell.extra == "fp8",
+        )
+        for name in names
+    }
     plain = Plain(run.shape("gain")) if rank == 0 or cell.gradients_from_plain else None
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(cell.precision, torch.bfloat16)
 
@@ -186,8 +220,11 @@ def compare(cell: Cell) -> dict[str, Any]:
             expected = {}
         if cell.precision != "fp32" and expected:  # right in size and direction
             used = [name for name in expected if name != "sometimes" or use_sometimes]
-            note("gradient", relative([gradients[name] for name in used], [expected[name] for name in used]),
-                 f"all together at step {step}")
+            note(
+                "gradient",
+                relative([gradients[name] for name in used], [expected[name] for name in used]),
+                f"all together at step {step}",
+            )
             expected = {}
         for name, gradient in expected.items():
             got = gradients[name] if gradients[name] is not None else torch.zeros_like(gradient)
@@ -222,8 +259,10 @@ def compare(cell: Cell) -> dict[str, Any]:
     run.close()
     gathered: list[Any] = [None] * world
     dist.all_gather_object(gathered, worst)
-    return {kind: max((found[kind] for found in gathered), key=lambda pair: pair[0] if pair[0] == pair[0] else 1e300)
-            for kind in TOLERANCE}
+    return {
+        kind: max((found[kind] for found in gathered), key=lambda pair: pair[0] if pair[0] == pair[0] else 1e300)
+        for kind in TOLERANCE
+    }
 
 
 def _compare_states(run: DeepSpeedRun | FSDP2Run, unsharded: dict[str, Unsharded], mine: set[str], note: Any) -> None:
@@ -240,8 +279,14 @@ def _compare_states(run: DeepSpeedRun | FSDP2Run, unsharded: dict[str, Unsharded
                 note("state", error(got, expected[key]), f"{key} of {name}")
     # v_row and v_col are whole on every rank, those of one storage (group, sub-group) one after the other.
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, {name: {key: unsharded[name].factored(key) for key in ("v_row", "v_col")}
-                                   for name in mine if unsharded[name].options["rule"] == "celo2"})
+    dist.all_gather_object(
+        parts,
+        {
+            name: {key: unsharded[name].factored(key) for key in ("v_row", "v_col")}
+            for name in mine
+            if unsharded[name].options["rule"] == "celo2"
+        },
+    )
     expected = {name: both for part in parts for name, both in part.items()}
     for key, got, names in _factored(run):
         note("state", error(got, torch.cat([expected[name][key] for name in names], 1)), f"{key} of {', '.join(names)}")

@@ -3,6 +3,7 @@
 Everything here is read through DeepSpeed's or torch's own means (`safe_get_full_*`, `full_tensor`), never through
 Celo2's layouts, which are what the matrix tests. Every rank must ask for the same things in the same order.
 """
+
 from __future__ import annotations
 
 from contextlib import nullcontext
@@ -43,8 +44,13 @@ def deepspeed_config(cell: Cell) -> dict:
             zero["parameter_alignment"] = True
     if zero["stage"] == 3:
         zero |= {"sub_group_size": SUB_GROUP, "stage3_param_persistence_threshold": 0}
-    config = {"train_micro_batch_size_per_gpu": MICRO_BATCH, "gradient_accumulation_steps": cell.accumulation,
-              "gradient_clipping": 0.0, "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+    config = {
+        "train_micro_batch_size_per_gpu": MICRO_BATCH,
+        "gradient_accumulation_steps": cell.accumulation,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+    }
     if cell.precision.startswith("bf16"):
         config["bf16"] = {"enabled": True}
     if cell.precision == "bf16+fp32acc":
@@ -52,8 +58,10 @@ def deepspeed_config(cell: Cell) -> dict:
     if cell.precision == "fp16":
         config["fp16"] = {"enabled": True, "loss_scale": LOSS_SCALE}
     if cell.extra == "config":
-        config["optimizer"] = {"type": "Celo2", "params": {
-            "lr": 0.05, "weight_decay": 0.1, "adamw_weight_decay": 0.3, "newton_schulz_dtype": "fp32"}}
+        config["optimizer"] = {
+            "type": "Celo2",
+            "params": {"lr": 0.05, "weight_decay": 0.1, "adamw_weight_decay": 0.3, "newton_schulz_dtype": "fp32"},
+        }
     return config
 
 
@@ -85,9 +93,15 @@ class DeepSpeedRun:
         self.stage = int(cell.stage[-1])
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # DeepSpeed without ZeRO keeps fp32 copies of 16-bit parameters, in lists that run in parallel.
-        self.copies = {id(p): copy for lists in zip(getattr(self.wrapper, "fp16_groups", []),
-                                                    getattr(self.wrapper, "fp32_groups", []))
-                       for p, copy in zip(*lists)} if self.stage == 0 else {}
+        self.copies = (
+            {
+                id(p): copy
+                for lists in zip(getattr(self.wrapper, "fp16_groups", []), getattr(self.wrapper, "fp32_groups", []))
+                for p, copy in zip(*lists)
+            }
+            if self.stage == 0
+            else {}
+        )
         self.scale = LOSS_SCALE if cell.precision == "fp16" else 1.0
 
     def backward(self, x: Tensor, use_sometimes: bool, factor: float, last: bool) -> None:
@@ -207,15 +221,26 @@ class FSDP2Run:
 def tagged_by_register(model: nn.Module, params: dict) -> dict[str, dict]:
     """Tags the model as a user would whose optimizer stands in the config; returns the options by parameter name."""
     register(model)
-    return {name: {"rule": tag_of(p).rule, "orthogonalize": True, "adamw_lr_multiplier": 20.0, "lr": params["lr"],
-                   "weight_decay": params["weight_decay"] if tag_of(p).rule == "celo2" else params["adamw_weight_decay"]}
-            for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        name: {
+            "rule": tag_of(p).rule,
+            "orthogonalize": True,
+            "adamw_lr_multiplier": 20.0,
+            "lr": params["lr"],
+            "weight_decay": params["weight_decay"] if tag_of(p).rule == "celo2" else params["adamw_weight_decay"],
+        }
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def own_options(cell: Cell) -> dict:
     """Celo2's own options: what an extra cell sets, and the reference's float32 products (GPUs have bfloat16 by default)."""
-    return {"newton_schulz_dtype": "fp32"} | {"buckets": {"bucket_size": 1}, "bf16_products": {"newton_schulz_dtype": "bf16"},
-                                              "fp8": {"state_dtype": "fp8"}}.get(cell.extra, {})
+    return {"newton_schulz_dtype": "fp32"} | {
+        "buckets": {"bucket_size": 1},
+        "bf16_products": {"newton_schulz_dtype": "bf16"},
+        "fp8": {"state_dtype": "fp8"},
+    }.get(cell.extra, {})
 
 
 def start(cell: Cell) -> DeepSpeedRun | FSDP2Run:

@@ -1,4 +1,5 @@
 """The ranks of one world size: they live for many cells, and are ended and started anew when one crashes or hangs."""
+
 from __future__ import annotations
 
 import json
@@ -38,19 +39,34 @@ class Result:
         """One line for each thing that is wrong; empty where the cell holds."""
         if self.broke:
             return [self.broke]
-        return [f"{kind} {value:.1e} (allowed {allowed(self.cell, kind):.0e}): {where}"
-                for kind, (value, where) in self.errors.items() if not value <= allowed(self.cell, kind)]
+        return [
+            f"{kind} {value:.1e} (allowed {allowed(self.cell, kind):.0e}): {where}"
+            for kind, (value, where) in self.errors.items()
+            if not value <= allowed(self.cell, kind)
+        ]
 
 
-def run_cells(world: int, cells: list[Cell], *, backend: str = "", mutation: str = "", device: str = "cpu",
-              start: float = START, stall: float = STALL, progress: Callable[[Result], None] = lambda result: None) -> list[Result]:
+def run_cells(
+    world: int,
+    cells: list[Cell],
+    *,
+    backend: str = "",
+    mutation: str = "",
+    device: str = "cpu",
+    start: float = START,
+    stall: float = STALL,
+    progress: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:
     """The results of `cells` on one `World`; `progress` is called with each. After MOST_BREAKDOWNS the rest is not run."""
     ranks, results = World(world, backend=backend, mutation=mutation, device=device, start=start, stall=stall), []
     try:
         for cell in cells:
             broken = sum(bool(result.broke) for result in results)
-            results.append(ranks.run(cell) if broken < MOST_BREAKDOWNS else
-                           Result(cell, broke=f"not run: {broken} sets of processes broke down before it"))
+            results.append(
+                ranks.run(cell)
+                if broken < MOST_BREAKDOWNS
+                else Result(cell, broke=f"not run: {broken} sets of processes broke down before it")
+            )
             progress(results[-1])
     finally:
         ranks.end()
@@ -68,8 +84,16 @@ class World:
         start, stall: seconds without a word, in the first cell of these processes and later, after which a cell hangs.
     """
 
-    def __init__(self, world: int, *, backend: str = "", mutation: str = "", device: str = "cpu", start: float = START,
-                 stall: float = STALL) -> None:
+    def __init__(
+        self,
+        world: int,
+        *,
+        backend: str = "",
+        mutation: str = "",
+        device: str = "cpu",
+        start: float = START,
+        stall: float = STALL,
+    ) -> None:
         times = INTERPRETER if backend == "triton" and device == "cpu" else 1
         self.start, self.stall = times * start, times * stall
         self.world, self.backend, self.mutation, self.device = world, backend, mutation, device
@@ -103,14 +127,28 @@ class World:
         path = os.pathsep.join([str(TESTS), *(entry for entry in sys.path if entry)])
         order = json.dumps({"mutation": self.mutation, "timeout": self.stall, "launcher": os.getpid(), "device": self.device})
         for rank in range(self.world):
-            env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank if self.device == "cpu" else 0),
-                   "WORLD_SIZE": str(self.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                   "DS_ACCELERATOR": self.device, "PYTHONPATH": path}
+            env = {
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank if self.device == "cpu" else 0),
+                "WORLD_SIZE": str(self.world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "DS_ACCELERATOR": self.device,
+                "PYTHONPATH": path,
+            }
             env |= {"CELO2_BACKEND": self.backend} if self.backend else {}
             env |= {"TRITON_INTERPRET": "1"} if self.backend == "triton" and self.device == "cpu" else {}
             self.logs.append(tempfile.TemporaryFile("w+"))
-            process = subprocess.Popen([sys.executable, "-m", "equivalence.worker", order], env=env, text=True,
-                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.logs[-1])
+            process = subprocess.Popen(
+                [sys.executable, "-m", "equivalence.worker", order],
+                env=env,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.logs[-1],
+            )
             self.processes.append(process)
             threading.Thread(target=self._read, args=(process, self.lines), daemon=True).start()
 

@@ -6,6 +6,7 @@ its largest entry) is left out of each difference. `gradient`, `state`: largest 
 of the tensor. The last three are exact: what the forward pass sees is the rounded master, ranks agree bit for bit, a
 skipped step changes nothing.
 """
+
 from .cells import Cell
 
 TOLERANCE = {"update": 1e-5, "gradient": 1e-5, "state": 5e-6, "model": 0.0, "ranks": 0.0, "overflow": 0.0}

@@ -1,4 +1,5 @@
 """The model of the matrix: small, and awkward in every way that has broken a sharded optimizer."""
+
 from __future__ import annotations
 
 import torch
@@ -28,13 +29,13 @@ class Awkward(nn.Module):
         self.ln = nn.LayerNorm(D)
         self.head = nn.Linear(D, VOCAB, bias=False)
         self.head.weight = self.emb.weight  # tied
-        self.experts = nn.Parameter(torch.randn(3, D, 5) / D ** 0.5)
+        self.experts = nn.Parameter(torch.randn(3, D, 5) / D**0.5)
         self.tiny = nn.Parameter(torch.randn(1, 2))  # smaller than the world
         self.vector = nn.Parameter(torch.randn(11))
         self.gain = nn.Parameter(torch.ones(scalar_shape))
         self.sometimes = nn.Parameter(torch.randn(7, 5) / 3)
         self.interleaved = nn.Linear(D, 18, bias=False)  # 3 heads, each with its 2 rows of Q, of K and of V
-        self.pairs = nn.Parameter(torch.randn(2, D, 6) / D ** 0.5)  # experts whose columns alternate: gate, up, gate, …
+        self.pairs = nn.Parameter(torch.randn(2, D, 6) / D**0.5)  # experts whose columns alternate: gate, up, gate, …
         self.flat = nn.Conv1d(2, 11, 3, padding=1, bias=False)  # one matrix (2 · 3, 11)
 
     def forward(self, x: Tensor, use_sometimes: bool, factor: float) -> Tensor:
@@ -80,10 +81,22 @@ VIEWS = {
 # (rule, orthogonalize, lr, weight decay, AdamW's multiplier, parameters). Rates are large, so that a float32's rounding
 # of the parameter (6e-8 of it) is small beside the update. One group holds fewer elements than there may be ranks.
 GROUPS = (
-    ("celo2", True, 0.05, 0.1, 1.0, ("qkv.weight", "square.weight", "fc.weight", "heads.weight", "experts",
-                                     "interleaved.weight")),
-    ("celo2", False, 0.04, 0.0, 1.0, ("proj.weight", "conv.weight", "uneven.weight", "vector", "gain", "pairs",
-                                      "flat.weight")),
+    (
+        "celo2",
+        True,
+        0.05,
+        0.1,
+        1.0,
+        ("qkv.weight", "square.weight", "fc.weight", "heads.weight", "experts", "interleaved.weight"),
+    ),
+    (
+        "celo2",
+        False,
+        0.04,
+        0.0,
+        1.0,
+        ("proj.weight", "conv.weight", "uneven.weight", "vector", "gain", "pairs", "flat.weight"),
+    ),
     ("adamw", True, 0.005, 0.3, 8.0, ("emb.weight", "qkv.bias", "fc.bias", "uneven.bias", "ln.weight")),
     ("celo2", True, 0.05, 1.0, 1.0, ("tiny",)),
     ("celo2", False, 0.03, 0.2, 1.0, ("sometimes", "ln.bias")),
@@ -98,8 +111,13 @@ def option_groups(model: nn.Module, flipped: bool) -> tuple[list[dict], dict[str
     params = dict(model.named_parameters())
     groups, by_name = [], {}
     for rule, orthogonalize, lr, weight_decay, multiplier, names in GROUPS:
-        options = {"rule": rule, "orthogonalize": orthogonalize != flipped, "lr": lr, "weight_decay": weight_decay,
-                   "adamw_lr_multiplier": multiplier}
+        options = {
+            "rule": rule,
+            "orthogonalize": orthogonalize != flipped,
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "adamw_lr_multiplier": multiplier,
+        }
         for name in names:
             kind = NOT_HIDDEN.get(name, "hidden")
             setattr(params[name], TAG, Tag(name, kind, rule, VIEWS.get(name, MatrixView())))
@@ -115,8 +133,10 @@ def theta(seed: int = 3) -> dict[str, Tensor]:
     """Random weights of the learned rule, so that every feature counts (trained ones hardly use some of them)."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {"w0": (30, 8), "b0": (8,), "w1": (8, 8), "b1": (8,), "w2": (8, 3), "b2": (3,)}
-    return {name: torch.randn(size, generator=generator) * (size[0] ** -0.5 if name[0] == "w" else 0.1)
-            for name, size in sizes.items()}
+    return {
+        name: torch.randn(size, generator=generator) * (size[0] ** -0.5 if name[0] == "w" else 0.1)
+        for name, size in sizes.items()
+    }
 
 
 def micro_batch(step: int, micro: int, rank: int) -> Tensor:

@@ -1,4 +1,5 @@
 """Ways to break the sharded step on purpose, in the worker before its cells run. The matrix must notice each one."""
+
 from __future__ import annotations
 
 import copy
@@ -31,16 +32,17 @@ def drop_all_reduce_b() -> None:
 
 def flat_slice_as_vector() -> None:
     """What a rank holds of a matrix is taken for a 1-D tensor of its own."""
+
     def wrong(held: Slice) -> Slice:
         size = held.stop - held.start
-        return replace(held, original=_other(held.original, shape=(max(size, 1),), view=MatrixView()),
-                       start=0, stop=size)
+        return replace(held, original=_other(held.original, shape=(max(size, 1),), view=MatrixView()), start=0, stop=size)
 
     _after_locate(wrong)
 
 
 def shift_offset() -> None:
     """A slice is looked for one element further on in the flat partition than it is."""
+
     def wrong(held: Slice) -> Slice:
         room = held.offset + held.stop - held.start < held.storage.numel()
         return replace(held, offset=held.offset + 1) if room else held
@@ -50,6 +52,7 @@ def shift_offset() -> None:
 
 def ignore_transpose() -> None:
     """A square `nn.Linear` is read as (in, out), which it isn't: only the tie of step 3 tells the difference."""
+
     def wrong(held: Slice) -> Slice:
         square = len(held.shape) == 2 and held.shape[0] == held.shape[1]
         view = replace(held.original.view, transpose=False) if square else held.original.view
@@ -60,6 +63,7 @@ def ignore_transpose() -> None:
 
 def ignore_repeats() -> None:
     """Parts that are interleaved are read as if each lay in one piece."""
+
     def wrong(held: Slice) -> Slice:
         view = held.original.view
         view = replace(view, repeats=1, split=tuple(size * view.repeats for size in view.split))
@@ -99,15 +103,26 @@ def step_per_micro_batch() -> None:
 
 def hang() -> None:
     """A rank that never enters a collective, as the launcher must survive it."""
+
     def wrong(*args: Any) -> None:
         time.sleep(3600)
 
     learned.LearnedStep._norms = wrong
 
 
-MUTATIONS: dict[str, Callable[[], None]] = {mutation.__name__: mutation for mutation in (
-    drop_all_reduce_a, drop_all_reduce_b, flat_slice_as_vector, shift_offset, step_per_micro_batch, swap_ranks,
-    ignore_transpose, ignore_repeats)}
+MUTATIONS: dict[str, Callable[[], None]] = {
+    mutation.__name__: mutation
+    for mutation in (
+        drop_all_reduce_a,
+        drop_all_reduce_b,
+        flat_slice_as_vector,
+        shift_offset,
+        step_per_micro_batch,
+        swap_ranks,
+        ignore_transpose,
+        ignore_repeats,
+    )
+}
 
 
 def apply_mutation(name: str) -> None:

@@ -3,6 +3,7 @@
 One word that differs moves its element's momentum by some per cent, and so the update by more than the matrix allows:
 the update's column compares the words, which DeepSpeed's own means of reading states would round to float32.
 """
+
 from __future__ import annotations
 
 import torch
@@ -18,8 +19,17 @@ from celo2_pretrain.optimizer.sharding.shape import BlockShape
 from celo2_pretrain.weights.mlp import MLP
 
 
-def step(name: str, number: int, block: Block, shape: tuple[int, ...], p: Tensor, g: Tensor, state: State, mlp: MLP,
-         orthogonalize: bool) -> tuple[Tensor, State]:
+def step(
+    name: str,
+    number: int,
+    block: Block,
+    shape: tuple[int, ...],
+    p: Tensor,
+    g: Tensor,
+    state: State,
+    mlp: MLP,
+    orthogonalize: bool,
+) -> tuple[Tensor, State]:
     """`reference.step` of a block of 2 or more dims, rounding its accumulators in step `number` (from 1) of its tensor.
 
     `p`, `g`: the block's; `shape`: the tensor's, in which elements count.

@@ -3,6 +3,7 @@
 Started by `launch.py`. Rank 0 prints a line of JSON after each cell. A cell that raises ends the process:
 the other ranks may be waiting in a collective that this one will never enter.
 """
+
 from __future__ import annotations
 
 import gc

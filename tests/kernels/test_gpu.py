@@ -2,6 +2,7 @@
 
 Without a GPU everything here is skipped; `python -m tests.equivalence --device cuda` runs the matrix on one.
 """
+
 import subprocess
 import sys
 
@@ -27,11 +28,21 @@ from support.processes import environment
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 SHAPES = [
-    ((1, 1), MatrixView()), ((1, 300), MatrixView()), ((300, 1), MatrixView()), ((7, 13), MatrixView()),
-    ((257, 129), MatrixView()), ((128, 512), MatrixView(transpose=True)), ((768, 2304), MatrixView(split=(768, 768, 768))),
-    ((192, 64), MatrixView(transpose=True, split=(64, 64, 64))), ((511, 230), MatrixView(split=(160, 40, 30))),
-    ((240, 100), MatrixView(transpose=True, head_dim=40)), ((3, 90, 71), MatrixView(batch=1)), ((1000,), MatrixView()),
-    ((4, 50, 3, 3), MatrixView()), ((2, 2, 60, 50), MatrixView()), ((2000, 96), MatrixView()),
+    ((1, 1), MatrixView()),
+    ((1, 300), MatrixView()),
+    ((300, 1), MatrixView()),
+    ((7, 13), MatrixView()),
+    ((257, 129), MatrixView()),
+    ((128, 512), MatrixView(transpose=True)),
+    ((768, 2304), MatrixView(split=(768, 768, 768))),
+    ((192, 64), MatrixView(transpose=True, split=(64, 64, 64))),
+    ((511, 230), MatrixView(split=(160, 40, 30))),
+    ((240, 100), MatrixView(transpose=True, head_dim=40)),
+    ((3, 90, 71), MatrixView(batch=1)),
+    ((1000,), MatrixView()),
+    ((4, 50, 3, 3), MatrixView()),
+    ((2, 2, 60, 50), MatrixView()),
+    ((2000, 96), MatrixView()),
 ]
 
 
@@ -42,8 +53,14 @@ def trajectory(device: str, dtype: torch.dtype, steps: int = 4, **options) -> li
         p = torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
         setattr(p, TAG, Tag(f"p{k}", "hidden", "celo2", view))
         params.append(p)
-    optimizer = Celo2([{"params": params, "rule": "celo2"}], lr=0.05, weight_decay=0.1, weights=theta(),
-                      newton_schulz_dtype="fp32", **options)
+    optimizer = Celo2(
+        [{"params": params, "rule": "celo2"}],
+        lr=0.05,
+        weight_decay=0.1,
+        weights=theta(),
+        newton_schulz_dtype="fp32",
+        **options,
+    )
     out = [[p.detach().float().cpu().clone() for p in params]]
     for _ in range(steps):
         for p in params:
@@ -115,7 +132,7 @@ def test_bad_gradients_are_found(dtype):
 def test_a_tensor_of_more_than_2_to_the_31_elements():
     if torch.cuda.get_device_properties(0).total_memory < 70e9:
         pytest.skip("needs 70 GB of GPU memory")
-    p = torch.nn.Parameter(torch.zeros(2 ** 16 + 1, 2 ** 15, device="cuda", dtype=torch.bfloat16))
+    p = torch.nn.Parameter(torch.zeros(2**16 + 1, 2**15, device="cuda", dtype=torch.bfloat16))
     p.grad = torch.empty_like(p).normal_()
     Celo2([{"params": [p], "rule": "celo2"}], lr=1.0, orthogonalize=False, state_dtype="fp8").step()
     last = p.detach()[-1].float()
@@ -138,7 +155,9 @@ def test_the_adamw_rule_is_torch_adamw():
 
 def evolution_on(device: str, **more) -> tuple[MetaConfig, torch.Tensor]:
     """A small evolution's configuration, and four candidates (4, 347)."""
-    config = MetaConfig(problems=3, population=4, estimator="evolution", device=device, scale_min=1.0, scale_max=1.0, tail=0.2, **more)
+    config = MetaConfig(
+        problems=3, population=4, estimator="evolution", device=device, scale_min=1.0, scale_max=1.0, tail=0.2, **more
+    )
     return config, flatten(load_weights("constructed")).repeat(4, 1).to(device)
 
 
@@ -154,8 +173,9 @@ def test_meta_training_s_graph_is_the_step_on_the_cpu(family):
 
 
 def test_families_side_by_side_end_as_one_after_the_other():
-    config, thetas = evolution_on("cuda", families="quadratic transformer text", init="constructed", truncation=20, length_min=20,
-                                  length_max=20)
+    config, thetas = evolution_on(
+        "cuda", families="quadratic transformer text", init="constructed", truncation=20, length_min=20, length_max=20
+    )
     one, other = Evolution(config), Evolution(config)
     for search in (one, other):
         search.advance()  # records the graphs
@@ -167,6 +187,12 @@ def test_families_side_by_side_end_as_one_after_the_other():
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_part_of_the_matrix(world):
-    done = subprocess.run([sys.executable, "-m", "tests.equivalence", "--world", str(world), "--few", "--device", "cuda"],
-                          cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.equivalence", "--world", str(world), "--few", "--device", "cuda"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

@@ -1,4 +1,5 @@
 """The compiled CPU kernels do what their plain-torch twins do: any shape, view, slice and dtype."""
+
 import logging
 
 import pytest
@@ -18,16 +19,30 @@ from celo2_pretrain.weights.mlp import DIMS, MLP
 from support.three_passes import step
 
 CASES = [
-    ((1, 1), MatrixView()), ((1, 9), MatrixView()), ((9, 1), MatrixView()), ((7, 13), MatrixView()),
-    ((16, 16), MatrixView()), ((16, 16), MatrixView(transpose=True)), ((37, 31), MatrixView(transpose=True)),
-    ((5, 100), MatrixView()), ((130, 17), MatrixView(transpose=True)), ((12, 36), MatrixView(split=(12, 12, 12))),
-    ((36, 12), MatrixView(transpose=True, split=(12, 12, 12))), ((11, 23), MatrixView(split=(16, 4, 3))),
-    ((24, 10), MatrixView(transpose=True, head_dim=4)), ((3, 17, 19), MatrixView(batch=1)), ((13,), MatrixView()),
-    ((6, 5, 3, 3), MatrixView()), ((2, 3, 10, 6), MatrixView()),
+    ((1, 1), MatrixView()),
+    ((1, 9), MatrixView()),
+    ((9, 1), MatrixView()),
+    ((7, 13), MatrixView()),
+    ((16, 16), MatrixView()),
+    ((16, 16), MatrixView(transpose=True)),
+    ((37, 31), MatrixView(transpose=True)),
+    ((5, 100), MatrixView()),
+    ((130, 17), MatrixView(transpose=True)),
+    ((12, 36), MatrixView(split=(12, 12, 12))),
+    ((36, 12), MatrixView(transpose=True, split=(12, 12, 12))),
+    ((11, 23), MatrixView(split=(16, 4, 3))),
+    ((24, 10), MatrixView(transpose=True, head_dim=4)),
+    ((3, 17, 19), MatrixView(batch=1)),
+    ((13,), MatrixView()),
+    ((6, 5, 3, 3), MatrixView()),
+    ((2, 3, 10, 6), MatrixView()),
     ((18, 10), MatrixView(transpose=True, split=(3, 3, 3), repeats=2)),
-    ((40, 9), MatrixView(transpose=True, split=(6, 2, 2), repeats=4)), ((9, 40), MatrixView(split=(6, 2, 2), repeats=4)),
-    ((2, 5, 14), MatrixView(split=(1, 1), repeats=7, batch=1)), ((5, 12), MatrixView(split=(1, 2), repeats=4)),
-    ((6, 5, 3, 3), MatrixView(transpose=True, flatten=True)), ((6, 5, 3, 3), MatrixView(flatten=True)),
+    ((40, 9), MatrixView(transpose=True, split=(6, 2, 2), repeats=4)),
+    ((9, 40), MatrixView(split=(6, 2, 2), repeats=4)),
+    ((2, 5, 14), MatrixView(split=(1, 1), repeats=7, batch=1)),
+    ((5, 12), MatrixView(split=(1, 2), repeats=4)),
+    ((6, 5, 3, 3), MatrixView(transpose=True, flatten=True)),
+    ((6, 5, 3, 3), MatrixView(flatten=True)),
 ]
 
 
@@ -51,9 +66,13 @@ def test_the_kernels_are_their_twins(compiled, shape, view, dtype, monkeypatch):
             for backend in (compiled, TorchBackend()):
                 generator = torch.Generator().manual_seed(n)
                 draw = lambda scale=1.0: torch.randn(n, generator=generator) * scale
-                t = Tensors(draw().to(dtype), (draw() * 10.0 ** torch.randint(-4, 4, (n,), generator=generator)).to(dtype),
-                            [draw() for _ in range(3)], draw().square(),
-                            [draw().square() for _ in range(3)] if len(shape) == 1 else [])
+                t = Tensors(
+                    draw().to(dtype),
+                    (draw() * 10.0 ** torch.randint(-4, 4, (n,), generator=generator)).to(dtype),
+                    [draw() for _ in range(3)],
+                    draw().square(),
+                    [draw().square() for _ in range(3)] if len(shape) == 1 else [],
+                )
                 made.append(step(backend, t, BlockShape(block), cut, mlp))
             for ours, twin in zip(*made):
                 scale = twin.abs().max().item() if twin.numel() else 0.0
@@ -73,8 +92,9 @@ def test_bfloat16_accumulators_are_rounded_alike_in_any_slice(compiled, shape, v
 
     def slice_of(start: int, stop: int) -> Tensors:
         p, g, *accumulators = (x[start:stop].clone() for x in values)
-        return Tensors(p, g, [x.bfloat16() for x in accumulators[:3]], accumulators[3].bfloat16(), [], base + start,
-                       (11, 22, 33, 44))
+        return Tensors(
+            p, g, [x.bfloat16() for x in accumulators[:3]], accumulators[3].bfloat16(), [], base + start, (11, 22, 33, 44)
+        )
 
     for block in view.blocks(shape):
         made = []
@@ -89,7 +109,7 @@ def test_bfloat16_accumulators_are_rounded_alike_in_any_slice(compiled, shape, v
             assert torch.equal(ours, cut)
             # A fused multiply-add may move a value across a rounding threshold, once in ten thousand.
             assert (ours != twin).float().mean() <= 2e-3
-            torch.testing.assert_close(ours, twin, rtol=2 ** -7, atol=1e-30)
+            torch.testing.assert_close(ours, twin, rtol=2**-7, atol=1e-30)
 
 
 def test_the_kernels_cover_every_matrix_of_a_transformer():
@@ -141,7 +161,7 @@ def test_without_a_compiler_plain_torch_takes_over_and_says_so(monkeypatch, capl
 
 def test_a_compiler_that_fails_is_reported(monkeypatch, tmp_path):
     broken = tmp_path / "c++"
-    broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho nonsense in line 3 >&2; exit 1\n")
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho nonsense in line 3 >&2; exit 1\n')
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -1,4 +1,5 @@
 """Newton–Schulz in either form is the reference's, within its stated error."""
+
 import pytest
 import torch
 
@@ -22,8 +23,9 @@ def ours(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("decades", [0, 1, 3, 5])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (13, 7), (40, 40), (63, 200), (64, 128), (200, 65), (64, 300), (389, 401),
-                                   (384, 800)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 9), (13, 7), (40, 40), (63, 200), (64, 128), (200, 65), (64, 300), (389, 401), (384, 800)]
+)
 def test_error_against_float64(shape, decades):
     torch.manual_seed(0)
     x = matrix(*shape, decades)
@@ -52,7 +54,7 @@ def test_bfloat16_products_stay_near_float64_and_add_little_to_what_the_iteratio
 def test_the_gram_form_in_bfloat16_begins_again_after_three_iterations_because_it_fails_otherwise():
     torch.manual_seed(0)
     x = matrix(64, 256, 4)
-    x = (x / x.norm())
+    x = x / x.norm()
     exact = newton_schulz(x.double(), COEFFICIENTS["celo2"], torch.float64)
     through = _gram(x.bfloat16(), COEFFICIENTS["celo2"]).double()
     assert (through - exact).norm() > exact.norm()
@@ -85,8 +87,10 @@ def test_polar_express_comes_closer_to_the_polar_factor(shape):
     torch.manual_seed(0)
     x = matrix(*shape, 2)
     u, _, v = torch.linalg.svd(x.double(), full_matrices=False)
-    errors = {name: (newton_schulz(x, rows) - u @ v).square().mean().sqrt() / (u @ v).square().mean().sqrt()
-              for name, rows in COEFFICIENTS.items()}
+    errors = {
+        name: (newton_schulz(x, rows) - u @ v).square().mean().sqrt() / (u @ v).square().mean().sqrt()
+        for name, rows in COEFFICIENTS.items()
+    }
     assert errors["polar_express"] < 0.5 * errors["celo2"], errors
 
 
@@ -114,9 +118,19 @@ class Gpu:
         self.gcnArchName = arch
 
 
-@pytest.mark.parametrize("capability, arch, bf16", [
-    ((7, 5), None, False), ((8, 0), None, True), ((9, 0), None, True), ((10, 0), None, True),
-    ((9, 0), "gfx906", False), ((9, 0), "gfx90a:sramecc+:xnack-", True), ((9, 4), "gfx942", True), ((11, 0), "gfx1100", False)])
+@pytest.mark.parametrize(
+    "capability, arch, bf16",
+    [
+        ((7, 5), None, False),
+        ((8, 0), None, True),
+        ((9, 0), None, True),
+        ((10, 0), None, True),
+        ((9, 0), "gfx906", False),
+        ((9, 0), "gfx90a:sramecc+:xnack-", True),
+        ((9, 4), "gfx942", True),
+        ((11, 0), "gfx1100", False),
+    ],
+)
 def test_auto_takes_bfloat16_where_a_gpu_has_it_in_matrix_units(monkeypatch, capability, arch, bf16):
     Gpu(monkeypatch, capability, arch)
     cuda = torch.device("cuda")

@@ -1,4 +1,5 @@
 """The elementwise Triton kernels and the symmetric product do what their plain-torch twins do."""
+
 import os
 
 import pytest
@@ -18,8 +19,9 @@ from celo2_pretrain.kernels.newton_schulz import COEFFICIENTS, newton_schulz
 from celo2_pretrain.kernels.symmetric_product import symmetric_product, symmetric_product_twin
 from celo2_pretrain.optimizer.backends.triton import DTYPES, Triton
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1",
-                                reason="run by test_triton_parity.py, in a process with TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton_parity.py, in a process with TRITON_INTERPRET=1"
+)
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # The interpreter cuts off where a GPU rounds to bfloat16: one unit in the last place, of 8 bits.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -83,8 +85,7 @@ def test_the_optimizers_adamw_needs_no_copy_of_low_precision_parameters(dtype, m
                 p.grad = draw(p.numel(), dtype)
             optimizer.step()
         stepped.append(params)
-        assert all(optimizer.state[p]["step"] == 3 and optimizer.state[p]["exp_avg"].dtype == torch.float32
-                   for p in params)
+        assert all(optimizer.state[p]["step"] == 3 and optimizer.state[p]["exp_avg"].dtype == torch.float32 for p in params)
     for ours, twin in zip(*stepped):
         torch.testing.assert_close(ours, twin, rtol=3 * TOLERANCE[dtype], atol=3 * TOLERANCE[dtype])
 
@@ -95,12 +96,14 @@ def test_the_symmetric_product_is_its_twin_and_symmetric(shape, dtype):
     torch.manual_seed(2)
     x = torch.randn(shape).to(dtype)
     ours = symmetric_product(x)
-    torch.testing.assert_close(ours, symmetric_product_twin(x.float()).to(dtype), rtol=TOLERANCE[dtype],
-                               atol=30 * TOLERANCE[dtype])
+    torch.testing.assert_close(
+        ours, symmetric_product_twin(x.float()).to(dtype), rtol=TOLERANCE[dtype], atol=30 * TOLERANCE[dtype]
+    )
     assert torch.equal(ours, ours.mT)
     lopsided = symmetric_product(x.mT)  # any strides
-    torch.testing.assert_close(lopsided, symmetric_product_twin(x.mT.float()).to(dtype), rtol=TOLERANCE[dtype],
-                               atol=30 * TOLERANCE[dtype])
+    torch.testing.assert_close(
+        lopsided, symmetric_product_twin(x.mT.float()).to(dtype), rtol=TOLERANCE[dtype], atol=30 * TOLERANCE[dtype]
+    )
 
 
 @pytest.mark.parametrize("n", [1, 17, 64, 100])
@@ -156,8 +159,9 @@ def test_elements_beyond_2_31_are_found():
     where = torch.zeros(flat.BLOCK, dtype=torch.int64)
     find_last[(1,)](chunks[-1:].contiguous(), where, flat.BLOCK)
     assert where[-1].item() == (3 << 30) - 1
-    box = tiles.TileBox(part=0, matrix=0, offset=1 << 32, row=50000, rows=20, col=0, cols=8, stride=100000, height=60000,
-                    width=8)
+    box = tiles.TileBox(
+        part=0, matrix=0, offset=1 << 32, row=50000, rows=20, col=0, cols=8, stride=100000, height=60000, width=8
+    )
     made = tiles.make_tiles([box], tiles.Size(16, 16), torch.device("cpu"))
     last = made.tiles[-1:].contiguous()
     find_corner[(1,)](last, made.boxes, where, 16, 16)

@@ -2,6 +2,7 @@
 
 Triton is told that there is an H100, and only compiles what would be launched there, so no value is right.
 """
+
 import builtins
 import gc
 import logging
@@ -26,8 +27,7 @@ from celo2_pretrain.optimizer.matrices.views import MatrixView, pieces
 from celo2_pretrain.optimizer.sharding.plan import Part
 from celo2_pretrain.optimizer.sharding.shape import BlockShape
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1",
-                                reason="the interpreter replaces the compiler")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -49,8 +49,9 @@ def launched(monkeypatch) -> dict[str, list]:
         found.setdefault(self.fn.__name__, []).append(kernel)
         return kernel
 
-    gpu = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0,
-                          get_current_target=lambda: GPUTarget("cuda", 90, 32))
+    gpu = SimpleNamespace(
+        get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: GPUTarget("cuda", 90, 32)
+    )
     before = driver._active
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(triton_backend, "interpreted", lambda: True)  # so that CPU tensors are let through

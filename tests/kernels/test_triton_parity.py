@@ -4,6 +4,7 @@ Triton decides at import whether it interprets kernels, so the tests proper run 
 TRITON_INTERPRET=1 is set, with those of test_triton_flat.py: outside of it, this file has a single test, which starts
 that process.
 """
+
 import os
 import subprocess
 import sys
@@ -18,13 +19,27 @@ INTERPRETED = ["kernels/test_triton_parity.py", "kernels/test_triton_flat.py", "
 pytest.importorskip("triton", reason="Triton is not installed")
 
 if os.environ.get("TRITON_INTERPRET") != "1":
+
     @pytest.mark.slow
     def test_the_interpreted_kernels_pass_their_tests():
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         environment.pop("PYTEST_ADDOPTS", None)
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--everything",
-                               *(TESTS / name for name in INTERPRETED)],
-                              env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-x",
+                "-p",
+                "no:cacheprovider",
+                "--everything",
+                *(TESTS / name for name in INTERPRETED),
+            ],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         assert " passed" in done.stdout and "failed" not in done.stdout
 else:
@@ -45,16 +60,30 @@ else:
     from support.golden import TOLERANCE, Case
 
     CASES = [
-        ((1, 1), MatrixView()), ((1, 9), MatrixView()), ((9, 1), MatrixView()), ((7, 13), MatrixView()),
-        ((16, 16), MatrixView()), ((16, 16), MatrixView(transpose=True)), ((23, 11), MatrixView(transpose=True)),
-        ((5, 100), MatrixView()), ((40, 17), MatrixView(transpose=True)), ((12, 36), MatrixView(split=(12, 12, 12))),
-        ((36, 12), MatrixView(transpose=True, split=(12, 12, 12))), ((11, 23), MatrixView(split=(16, 4, 3))),
-        ((24, 10), MatrixView(transpose=True, head_dim=4)), ((3, 9, 7), MatrixView(batch=1)), ((13,), MatrixView()),
-        ((4, 5, 3, 3), MatrixView()), ((2, 2, 6, 5), MatrixView()),
+        ((1, 1), MatrixView()),
+        ((1, 9), MatrixView()),
+        ((9, 1), MatrixView()),
+        ((7, 13), MatrixView()),
+        ((16, 16), MatrixView()),
+        ((16, 16), MatrixView(transpose=True)),
+        ((23, 11), MatrixView(transpose=True)),
+        ((5, 100), MatrixView()),
+        ((40, 17), MatrixView(transpose=True)),
+        ((12, 36), MatrixView(split=(12, 12, 12))),
+        ((36, 12), MatrixView(transpose=True, split=(12, 12, 12))),
+        ((11, 23), MatrixView(split=(16, 4, 3))),
+        ((24, 10), MatrixView(transpose=True, head_dim=4)),
+        ((3, 9, 7), MatrixView(batch=1)),
+        ((13,), MatrixView()),
+        ((4, 5, 3, 3), MatrixView()),
+        ((2, 2, 6, 5), MatrixView()),
         ((18, 10), MatrixView(transpose=True, split=(3, 3, 3), repeats=2)),
-        ((20, 9), MatrixView(transpose=True, split=(6, 2, 2), repeats=2)), ((9, 20), MatrixView(split=(6, 2, 2), repeats=2)),
-        ((2, 5, 14), MatrixView(split=(1, 1), repeats=7, batch=1)), ((5, 12), MatrixView(split=(1, 2), repeats=4)),
-        ((6, 5, 3, 3), MatrixView(transpose=True, flatten=True)), ((6, 5, 3, 3), MatrixView(flatten=True)),
+        ((20, 9), MatrixView(transpose=True, split=(6, 2, 2), repeats=2)),
+        ((9, 20), MatrixView(split=(6, 2, 2), repeats=2)),
+        ((2, 5, 14), MatrixView(split=(1, 1), repeats=7, batch=1)),
+        ((5, 12), MatrixView(split=(1, 2), repeats=4)),
+        ((6, 5, 3, 3), MatrixView(transpose=True, flatten=True)),
+        ((6, 5, 3, 3), MatrixView(flatten=True)),
     ]
     SIZE = Size(rows=16, cols=16)
     NONE, VECTOR = MatrixView(), (13,)
@@ -79,22 +108,28 @@ else:
             return (x * scale).to(dtype)[odd:]
 
         scale = 10.0 ** torch.randint(-4, 4, (n + odd,), generator=generator)
-        return Tensors(some(dtypes[0]), some(dtypes[1], scale), [some(states) for _ in range(3)],
-                       some(states, square=True), [some(square=True) for _ in range(3)] if len(shape) == 1 else [],
-                       start, (1, 2**31, 2**32 - 1, 12345))
+        return Tensors(
+            some(dtypes[0]),
+            some(dtypes[1], scale),
+            [some(states) for _ in range(3)],
+            some(states, square=True),
+            [some(square=True) for _ in range(3)] if len(shape) == 1 else [],
+            start,
+            (1, 2**31, 2**32 - 1, 12345),
+        )
 
     def passes(backend: TorchBackend, parts: list[Part], tensors: list[Tensors], mlp: MLP) -> list[torch.Tensor]:
         """All three passes over a plan's parts; returns everything that they make."""
         totals = [(torch.zeros(part.shape.row), torch.zeros(part.shape.col)) for part in parts]
         backend.accumulate(parts, tensors, totals)
         generator = torch.Generator().manual_seed(1)
-        vectors = [tuple(torch.rand(3, *size, generator=generator) for size in (part.shape.row, part.shape.col))
-                   for part in parts]
+        vectors = [
+            tuple(torch.rand(3, *size, generator=generator) for size in (part.shape.row, part.shape.col)) for part in parts
+        ]
         factors = [backend.factor(part.shape, *both) for part, both in zip(parts, vectors)]
         squares = [torch.zeros(len(part.shape.elementwise), *part.shape.lead) for part in parts]
         backend.norms(parts, tensors, factors, squares)
-        layers = [backend.first_layer(x + 1e-3, *both, part.shape, mlp)
-                  for part, both, x in zip(parts, vectors, squares)]
+        layers = [backend.first_layer(x + 1e-3, *both, part.shape, mlp) for part, both, x in zip(parts, vectors, squares)]
         out = [torch.zeros(t.rms.shape) for t in tensors]
         backend.direction(parts, tensors, factors, layers, mlp, out)
         sums = [torch.full(part.shape.lead, 0.5) for part in parts]
@@ -134,34 +169,60 @@ else:
         compare([((7, 13), NONE)], [(5, 80)], (p_dtype, g_dtype))
 
     def test_accumulators_in_bfloat16_are_rounded_like_their_twins():
-        compare([((12, 20), NONE), ((14, 9), MatrixView(transpose=True))], [(0, 240), (11, 120)],
-                (torch.float32, torch.float32), states=torch.bfloat16)
+        compare(
+            [((12, 20), NONE), ((14, 9), MatrixView(transpose=True))],
+            [(0, 240), (11, 120)],
+            (torch.float32, torch.float32),
+            states=torch.bfloat16,
+        )
 
     def test_packed_accumulators_are_updated_and_read_like_their_twins():
-        cases = [((12, 20), NONE), ((14, 9), MatrixView(transpose=True)), ((11, 23), MatrixView(split=(16, 4, 3))),
-                 ((3, 9, 7), MatrixView(batch=1)), ((4, 5, 3, 3), NONE),
-                 ((18, 10), MatrixView(transpose=True, split=(3, 3, 3), repeats=2)),
-                 ((2, 5, 14), MatrixView(split=(1, 1), repeats=7, batch=1)), ((4, 5, 2, 3), MatrixView(flatten=True))]
+        cases = [
+            ((12, 20), NONE),
+            ((14, 9), MatrixView(transpose=True)),
+            ((11, 23), MatrixView(split=(16, 4, 3))),
+            ((3, 9, 7), MatrixView(batch=1)),
+            ((4, 5, 3, 3), NONE),
+            ((18, 10), MatrixView(transpose=True, split=(3, 3, 3), repeats=2)),
+            ((2, 5, 14), MatrixView(split=(1, 1), repeats=7, batch=1)),
+            ((4, 5, 2, 3), MatrixView(flatten=True)),
+        ]
         made, mlp = [], random_mlp()
         for backend in (Triton(SIZE), TorchBackend()):
             generator, parts, tensors, vectors = torch.Generator().manual_seed(0), [], [], []
             for number, (shape, view) in enumerate(cases):
                 total = torch.Size(shape).numel()
                 start, stop = (0, total) if number != 1 else (11, 120)
-                p, g, words = (torch.randn(total, generator=generator), torch.randn(total, generator=generator),
-                               torch.randint(-1 << 31, 1 << 31, (total,), generator=generator).to(torch.int32))
-                t = Tensors(*(x[start:stop].clone() for x in (p, g)), [], words[start:stop].clone(), [], start,
-                            (1, 2**31, 2**32 - 1, 12345, 40000))
+                p, g, words = (
+                    torch.randn(total, generator=generator),
+                    torch.randn(total, generator=generator),
+                    torch.randint(-1 << 31, 1 << 31, (total,), generator=generator).to(torch.int32),
+                )
+                t = Tensors(
+                    *(x[start:stop].clone() for x in (p, g)),
+                    [],
+                    words[start:stop].clone(),
+                    [],
+                    start,
+                    (1, 2**31, 2**32 - 1, 12345, 40000),
+                )
                 for block in view.blocks(shape):
                     parts.append(Part(number, BlockShape(block), pieces(block, start, stop, most=50), 0, 0))
                     tensors.append(t)
-                    vectors.append([[torch.randn(3, *size, generator=generator).exp()
-                                     for size in (parts[-1].shape.row, parts[-1].shape.col)] for _ in range(2)])
+                    vectors.append(
+                        [
+                            [
+                                torch.randn(3, *size, generator=generator).exp()
+                                for size in (parts[-1].shape.row, parts[-1].shape.col)
+                            ]
+                            for _ in range(2)
+                        ]
+                    )
             old, new = (backend.scales(parts, [both[k] for both in vectors]) for k in range(2))
             backend.repack(parts, tensors, old, new)
             scaled = [replace(t, scale=scale) for t, scale in zip(tensors, new)]
             words = torch.cat([t.rms for t in tensors])
-            made.append([words.clone(), *passes(backend, parts, scaled, mlp)[:-len(parts)]])
+            made.append([words.clone(), *passes(backend, parts, scaled, mlp)[: -len(parts)]])
             assert torch.equal(torch.cat([t.rms for t in tensors]), words)  # the passes only read them
         ours, twin = made
         assert (ours[0] != twin[0]).float().mean() <= 3e-3  # a fused multiply-add may cross a rounding threshold
@@ -173,30 +234,45 @@ else:
         shape = BlockShape(NONE.blocks((2, 4))[0])
         t = draw((2, 4), 0, 8, 0, (torch.float32, torch.float32), states=torch.bfloat16)
         t.momentum[2][5] = value
-        Triton(SIZE).accumulate([Part(0, shape, pieces(shape.block, 0, 8), 0, 0)], [t],
-                                [(torch.zeros(shape.row), torch.zeros(shape.col))])
+        Triton(SIZE).accumulate(
+            [Part(0, shape, pieces(shape.block, 0, 8), 0, 0)], [t], [(torch.zeros(shape.row), torch.zeros(shape.col))]
+        )
         assert torch.isfinite(t.momentum[2]).tolist() == [k != 5 for k in range(8)]
         torch.testing.assert_close(t.momentum[2][5].float(), torch.tensor(value), equal_nan=True)
 
     @pytest.mark.parametrize("odd", [0, 1, 3])
     def test_many_tensors_share_a_launch_wherever_they_lie(odd):
-        cases = [((7, 13), NONE), ((36, 12), MatrixView(transpose=True, split=(12, 12, 12))), (VECTOR, NONE),
-                 ((9, 1), NONE), ((8, 16), NONE), ((3, 9, 7), MatrixView(batch=1)),
-                 ((12, 8), MatrixView(transpose=True)), ((24, 8), MatrixView(transpose=True, split=(4, 4, 4), repeats=2)),
-                 ((2, 5, 14), MatrixView(split=(1, 1), repeats=7, batch=1))]
+        cases = [
+            ((7, 13), NONE),
+            ((36, 12), MatrixView(transpose=True, split=(12, 12, 12))),
+            (VECTOR, NONE),
+            ((9, 1), NONE),
+            ((8, 16), NONE),
+            ((3, 9, 7), MatrixView(batch=1)),
+            ((12, 8), MatrixView(transpose=True)),
+            ((24, 8), MatrixView(transpose=True, split=(4, 4, 4), repeats=2)),
+            ((2, 5, 14), MatrixView(split=(1, 1), repeats=7, batch=1)),
+        ]
         cuts = [(0, 91), (100, 432), (0, 13), (4, 4), (16, 128), (20, 180), (0, 96), (8, 180), (3, 140)]
         compare(cases, cuts, (torch.float32, torch.float32), odd)
         compare(cases, cuts, (torch.float32, torch.float32), odd, Size(rows=4, cols=32))
 
-    @pytest.mark.parametrize("name,tensors", [("celo2_random", (0, 1, 2)), ("celo2_base_extreme", (0, 1, 2)),
-                                              ("celo2_official", (3, 4, 5))])
+    @pytest.mark.parametrize(
+        "name,tensors", [("celo2_random", (0, 1, 2)), ("celo2_base_extreme", (0, 1, 2)), ("celo2_official", (3, 4, 5))]
+    )
     def test_the_optimizer_on_triton_repeats_the_golden_trajectories(golden, name, tensors, monkeypatch):
         monkeypatch.setenv("CELO2_BACKEND", "triton")
         monkeypatch.setattr(backend_for(torch.device("cpu")), "size", Size(16, 32))
         case = Case(golden, name)
         params = [torch.nn.Parameter(case.tensor(f"t{i}/p0")) for i in tensors]
-        optimizer = Celo2([{"params": params, "rule": "celo2"}], lr=case.lr, weights=case.theta,
-                          weight_decay=case.weight_decay, adamw_weight_decay=None, orthogonalize=case.orthogonalize)
+        optimizer = Celo2(
+            [{"params": params, "rule": "celo2"}],
+            lr=case.lr,
+            weights=case.theta,
+            weight_decay=case.weight_decay,
+            adamw_weight_decay=None,
+            orthogonalize=case.orthogonalize,
+        )
         for k in range(1, min(case.steps, 4) + 1):
             for i, p in zip(tensors, params):
                 p.grad = case.tensor(f"t{i}/g{k}")

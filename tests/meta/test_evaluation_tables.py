@@ -1,4 +1,5 @@
 """The figures that the README and the weights' card show are those of the committed results."""
+
 import re
 import shutil
 
@@ -12,10 +13,19 @@ from support.paths import ROOT
 
 FOLDER = ROOT / "benchmarks/results/evaluation"
 OPTIMIZERS = ("celo2", "celo2[published]", "adamw", "muon", "soap")  # the tables' columns
-TASKS = {"byte LM": "lm-byte-small", "byte LM, larger": "lm-byte-large", "sentencepiece LM": "lm-piece-small",
-         "sentencepiece LM, larger": "lm-piece-large", "GRU, bytes": "gru-byte", "ViT": "vit-photos", "conv net": "conv-photos",
-         "auto-encoder": "autoencoder-photos", "PPO, CartPole (− return)": "ppo-cartpole",
-         "PPO, Acrobot (− return)": "ppo-acrobot", "PPO, Atari Krull (− score)": "ppo-atari"}
+TASKS = {
+    "byte LM": "lm-byte-small",
+    "byte LM, larger": "lm-byte-large",
+    "sentencepiece LM": "lm-piece-small",
+    "sentencepiece LM, larger": "lm-piece-large",
+    "GRU, bytes": "gru-byte",
+    "ViT": "vit-photos",
+    "conv net": "conv-photos",
+    "auto-encoder": "autoencoder-photos",
+    "PPO, CartPole (− return)": "ppo-cartpole",
+    "PPO, Acrobot (− return)": "ppo-acrobot",
+    "PPO, Atari Krull (− score)": "ppo-atari",
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +52,6 @@ def test_a_table_shows_tasks_as_they_were_measured(path, rows):
             entry, text = found[TASKS[name], optimizer], cell.strip("*").replace("−", "-")
             for value, figure in zip((entry.best, entry.deviation), text.split(" ± "), strict=True):
                 digits = len(re.sub(r"^[^.]*\.?", "", figure))
-                assert abs(float(figure) - value) <= 0.5001 * 10 ** -digits, (name, optimizer, value)
+                assert abs(float(figure) - value) <= 0.5001 * 10**-digits, (name, optimizer, value)
             assert cell.startswith("**") == (entry.best == least), (name, optimizer)
     assert len(shown) == len(set(shown)) and (set(shown) == set(TASKS.values()) or (path == "README.md" and shown))

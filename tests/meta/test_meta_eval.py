@@ -1,4 +1,5 @@
 """The evaluation suite keeps its promises: fair, repeatable runs, a queue that resumes, figures that are right."""
+
 import argparse
 import json
 import math
@@ -55,8 +56,10 @@ def build_slow(seed: int) -> Problem:
     return problem
 
 
-TOYS = {name: Task(name, "", build, 20, "", seconds=1.0) for name, build in (
-    ("toy", build_toy), ("broken", build_broken), ("deadly", build_deadly), ("slow", build_slow))}
+TOYS = {
+    name: Task(name, "", build, 20, "", seconds=1.0)
+    for name, build in (("toy", build_toy), ("broken", build_broken), ("deadly", build_deadly), ("slow", build_slow))
+}
 
 
 def toy_jobs(*names: str, lrs=(1e-2,), seeds=(0,)) -> list[Job]:
@@ -139,8 +142,18 @@ def test_a_task_whose_package_is_missing_is_named_and_skipped(capsys, monkeypatc
 
 
 def arguments(**given) -> argparse.Namespace:
-    return argparse.Namespace(**{"tasks": None, "optimizers": None, "quick": False, "lrs": None, "seeds": None,
-                                 "theta": [], "theta_base": [], **given})
+    return argparse.Namespace(
+        **{
+            "tasks": None,
+            "optimizers": None,
+            "quick": False,
+            "lrs": None,
+            "seeds": None,
+            "theta": [],
+            "theta_base": [],
+            **given,
+        }
+    )
 
 
 # ---- the queue ----------------------------------------------------------------------------------------------------
@@ -157,8 +170,9 @@ def test_a_failing_job_and_a_dying_process_stop_no_others(tmp_path):
     said = []
     rows = runner.run_all(toy_jobs("broken", "deadly", "toy", seeds=(0, 1)), tmp_path, 1, said.append, TOYS)
     status = {(row["task"], row["seed"]): row["status"] for row in rows}
-    assert status == {(name, seed): "ok" if name == "toy" else "failed"
-                      for name in ("broken", "deadly", "toy") for seed in (0, 1)}
+    assert status == {
+        (name, seed): "ok" if name == "toy" else "failed" for name in ("broken", "deadly", "toy") for seed in (0, 1)
+    }
     assert any("no such data" in line for line in said) and any("code 3" in line for line in said)
 
 
@@ -171,8 +185,12 @@ def test_a_second_call_runs_only_what_is_missing_or_failed(tmp_path):
     rows = runner.run_all(toy_jobs("toy", "broken", lrs=(1e-2, 1e-3)), tmp_path, 2, said.append, TOYS)
     assert said[0] == "1 of 4 jobs were done before"
     assert len(said) == 4 and not any("toy adamw lr 0.01" in line for line in said)
-    assert sorted((row["task"], row["lr"]) for row in rows) == [("broken", 1e-3), ("broken", 1e-2), ("toy", 1e-3),
-                                                               ("toy", 1e-2)]
+    assert sorted((row["task"], row["lr"]) for row in rows) == [
+        ("broken", 1e-3),
+        ("broken", 1e-2),
+        ("toy", 1e-3),
+        ("toy", 1e-2),
+    ]
 
 
 def test_results_of_another_length_are_not_mixed():
@@ -183,15 +201,22 @@ def test_results_of_another_length_are_not_mixed():
 
 @pytest.mark.multiprocess
 def test_control_c_ends_the_workers_and_keeps_what_was_done(tmp_path):
-    code = ("import signal, sys; sys.path[:0] = ['tests', 'tests/meta']; import test_meta_eval as t; from pathlib import Path\n"
-            "if __name__ == '__main__':\n"
-            "    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
-            "    try: t.runner.run_all(t.toy_jobs('toy', 'slow', 'toy', seeds=(0,)), Path(sys.argv[1]), 1, "
-            "t.runner.print_line, t.TOYS)\n"
-            "    except KeyboardInterrupt: sys.exit(130)\n")
+    code = (
+        "import signal, sys; sys.path[:0] = ['tests', 'tests/meta']; import test_meta_eval as t; from pathlib import Path\n"
+        "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
+        "    try: t.runner.run_all(t.toy_jobs('toy', 'slow', 'toy', seeds=(0,)), Path(sys.argv[1]), 1, "
+        "t.runner.print_line, t.TOYS)\n"
+        "    except KeyboardInterrupt: sys.exit(130)\n"
+    )
     (tmp_path / "script.py").write_text(code)
-    process = subprocess.Popen([sys.executable, str(tmp_path / "script.py"), str(tmp_path / "out")], cwd=ROOT,
-                               stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "out")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert "toy adamw" in process.stdout.readline()
     process.send_signal(2)
     output, _ = process.communicate(timeout=300)
@@ -211,21 +236,36 @@ def test_the_time_left_follows_what_jobs_took():
 
 
 def row(optimizer: str, lr: float, seed: int, loss: float | None, curve=(), task="toy", steps=100) -> dict:
-    return {"task": task, "optimizer": optimizer, "lr": lr, "seed": seed, "steps": steps, "theta": "", "loss": loss,
-            "status": "diverged" if loss is None else "ok", "curve": list(curve), "seconds": 1.0}
+    return {
+        "task": task,
+        "optimizer": optimizer,
+        "lr": lr,
+        "seed": seed,
+        "steps": steps,
+        "theta": "",
+        "loss": loss,
+        "status": "diverged" if loss is None else "ok",
+        "curve": list(curve),
+        "seconds": 1.0,
+    }
 
 
 def test_the_best_rate_has_the_least_mean_and_no_diverged_seed():
-    entry = analysis.entries([row("a", 1e-3, 0, 2.0), row("a", 1e-3, 1, 3.0), row("a", 1e-2, 0, 1.0),
-                              row("a", 1e-2, 1, None)])["toy", "a"]
+    entry = analysis.entries(
+        [row("a", 1e-3, 0, 2.0), row("a", 1e-3, 1, 3.0), row("a", 1e-2, 0, 1.0), row("a", 1e-2, 1, None)]
+    )["toy", "a"]
     assert (entry.best_lr, entry.best) == (1e-3, 2.5)
     assert entry.deviation == pytest.approx(0.5 * math.sqrt(2))
 
 
 def test_speed_up_is_the_baselines_steps_over_those_to_its_final_loss():
-    found = analysis.entries([row("adamw", 1, 0, 2.0, [(50, 3.0), (100, 2.0)]),
-                              row("fast", 1, 0, 1.0, [(20, 3.0), (60, 1.0), (100, 1.0)]),
-                              row("slow", 1, 0, 2.5, [(100, 2.5)])])
+    found = analysis.entries(
+        [
+            row("adamw", 1, 0, 2.0, [(50, 3.0), (100, 2.0)]),
+            row("fast", 1, 0, 1.0, [(20, 3.0), (60, 1.0), (100, 1.0)]),
+            row("slow", 1, 0, 2.5, [(100, 2.5)]),
+        ]
+    )
     baseline = found["toy", "adamw"]
     assert analysis.speed_up(found["toy", "fast"], baseline) == pytest.approx(100 / 40)  # 2.0 halfway from 20 to 60
     assert analysis.speed_up(found["toy", "slow"], baseline) is None
@@ -233,30 +273,39 @@ def test_speed_up_is_the_baselines_steps_over_those_to_its_final_loss():
 
 
 def test_curves_of_other_spacing_are_averaged_only_at_steps_that_all_have():
-    found = analysis.entries([row("adamw", 1, 0, 2.0, [(100, 2.0)]), row("adamw", 1, 1, 2.0, [(100, 2.0)]),
-                              row("fast", 1, 0, 1.0, [(20, 5.0), (40, 4.0), (80, 2.0), (100, 1.0)]),
-                              row("fast", 1, 1, 1.0, [(40, 4.0), (60, 3.0), (80, 2.0), (100, 1.0)])])
+    found = analysis.entries(
+        [
+            row("adamw", 1, 0, 2.0, [(100, 2.0)]),
+            row("adamw", 1, 1, 2.0, [(100, 2.0)]),
+            row("fast", 1, 0, 1.0, [(20, 5.0), (40, 4.0), (80, 2.0), (100, 1.0)]),
+            row("fast", 1, 1, 1.0, [(40, 4.0), (60, 3.0), (80, 2.0), (100, 1.0)]),
+        ]
+    )
     fast = found["toy", "fast"]
     assert fast.points() == [(40, [4.0, 4.0]), (80, [2.0, 2.0]), (100, [1.0, 1.0])]
     assert fast.curve() == [(40, 4.0), (80, 2.0), (100, 1.0)]
     assert analysis.speed_up(fast, found["toy", "adamw"]) == pytest.approx(100 / 80)
 
 
-@pytest.mark.parametrize("losses, span, expected", [
-    ({1e-3: 1.04, 1e-2: 1.0, 1e-1: 1.08}, None, (0.5 + 0.25, False)),  # 2 % of 1.0, interpolated on both sides
-    ({1e-3: 1.01, 1e-2: 1.0, 1e-1: 2.0}, None, (1 + 0.02, True)),  # still good at the lower end of the grid
-    ({1e-3: 1.04, 1e-2: 1.0, 1e-1: math.inf}, None, (0.5, False)),  # nothing is granted towards a diverged rate
-    ({1e-3: -490.0, 1e-2: -500.0, 1e-1: -450.0}, 500.0, (1 + 0.2, True)),  # of a range of returns
-    ({1e-3: math.inf}, None, (0.0, False)),
-])
+@pytest.mark.parametrize(
+    "losses, span, expected",
+    [
+        ({1e-3: 1.04, 1e-2: 1.0, 1e-1: 1.08}, None, (0.5 + 0.25, False)),  # 2 % of 1.0, interpolated on both sides
+        ({1e-3: 1.01, 1e-2: 1.0, 1e-1: 2.0}, None, (1 + 0.02, True)),  # still good at the lower end of the grid
+        ({1e-3: 1.04, 1e-2: 1.0, 1e-1: math.inf}, None, (0.5, False)),  # nothing is granted towards a diverged rate
+        ({1e-3: -490.0, 1e-2: -500.0, 1e-1: -450.0}, 500.0, (1 + 0.2, True)),  # of a range of returns
+        ({1e-3: math.inf}, None, (0.0, False)),
+    ],
+)
 def test_width_is_in_decades_around_the_best_rate(losses, span, expected):
     decades, open_ended = analysis.width(losses, span)
     assert (decades, open_ended) == (pytest.approx(expected[0]), expected[1])
 
 
 def test_beats_counts_the_tasks_that_both_have():
-    found = analysis.entries([row("a", 1, 0, 1.0, task=t) for t in "xyz"] + [
-        row("b", 1, 0, loss, task=t) for t, loss in (("x", 2.0), ("y", 0.5))])
+    found = analysis.entries(
+        [row("a", 1, 0, 1.0, task=t) for t in "xyz"] + [row("b", 1, 0, loss, task=t) for t, loss in (("x", 2.0), ("y", 0.5))]
+    )
     assert (analysis.beats(found, "a", "b"), analysis.beats(found, "b", "a")) == ((1, 2), (1, 2))
 
 
@@ -279,16 +328,19 @@ def test_the_report_holds_the_figures_and_the_plots(tmp_path):
 # ---- the command --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--tasks", "lm"], "there is no lm; there are lm-byte-small"),
-    (["--optimizers", "sgd"], "there is no sgd; there are celo2"),
-    (["--lrs", "fast"], "give numbers with commas"),
-    (["--seeds", "-1"], "must not be negative"),
-    (["--jobs", "0"], "--jobs 0: must be at least 1"),
-    (["--steps-scale", "0"], "must be above 0"),
-    (["--theta", "x=nowhere.pt"], "nowhere.pt"),
-    (["--report", "nowhere"], "has no results"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--tasks", "lm"], "there is no lm; there are lm-byte-small"),
+        (["--optimizers", "sgd"], "there is no sgd; there are celo2"),
+        (["--lrs", "fast"], "give numbers with commas"),
+        (["--seeds", "-1"], "must not be negative"),
+        (["--jobs", "0"], "--jobs 0: must be at least 1"),
+        (["--steps-scale", "0"], "must be above 0"),
+        (["--theta", "x=nowhere.pt"], "nowhere.pt"),
+        (["--report", "nowhere"], "has no results"),
+    ],
+)
 def test_bad_options_give_one_line_and_leave_nothing(options, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = [option if option != "-1" else "0,-1" for option in options]
@@ -301,8 +353,23 @@ def test_bad_options_give_one_line_and_leave_nothing(options, message, tmp_path,
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_the_command_runs_resumes_and_reports(tmp_path, capsys):
-    options = ["meta-eval", "--out", str(tmp_path), "--tasks", "lm-byte-small", "--optimizers", "celo2,adamw",
-               "--lrs", "1", "--seeds", "0", "--steps-scale", "0.02", "--jobs", "1"]
+    options = [
+        "meta-eval",
+        "--out",
+        str(tmp_path),
+        "--tasks",
+        "lm-byte-small",
+        "--optimizers",
+        "celo2,adamw",
+        "--lrs",
+        "1",
+        "--seeds",
+        "0",
+        "--steps-scale",
+        "0.02",
+        "--jobs",
+        "1",
+    ]
     assert cli.main(options) == 0
     assert "[2/2] lm-byte-small adamw lr 0.003 seed 0" in capsys.readouterr().out
     assert cli.main(options) == 0

@@ -1,4 +1,5 @@
 """Meta-training: the rule is the specification's, the outer gradients are right, and a resumed run is the same run."""
+
 from __future__ import annotations
 
 import json
@@ -21,8 +22,20 @@ from celo2_pretrain.weights.files import save_weights
 from support.paths import ROOT
 from support.processes import environment
 
-EVOLVE = ["families=quadratic", "problems=3", "estimator=evolution", "init=constructed", "sigma=0.15", "truncation=12",
-          "length_min=12", "length_max=12", "population=6", "lr_min=1e-2", "lr_max=5e-2", "save_every=3"]
+EVOLVE = [
+    "families=quadratic",
+    "problems=3",
+    "estimator=evolution",
+    "init=constructed",
+    "sigma=0.15",
+    "truncation=12",
+    "length_min=12",
+    "length_max=12",
+    "population=6",
+    "lr_min=1e-2",
+    "lr_max=5e-2",
+    "save_every=3",
+]
 SMALL = ["families=quadratic", "problems=3", "truncation=4", "length_min=4", "length_max=20", "save_every=3"]
 
 
@@ -44,8 +57,9 @@ def test_a_meta_trained_step_is_the_specifications(shape, orthogonalize):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
-@pytest.mark.parametrize("name", ["quadratic", "transformer", "text", "mlp/digits", "conv/photos", "residual/orientation",
-                                  "mlp/digits_on_photos"])
+@pytest.mark.parametrize(
+    "name", ["quadratic", "transformer", "text", "mlp/digits", "conv/photos", "residual/orientation", "mlp/digits_on_photos"]
+)
 def test_a_task_is_learned_by_the_bundled_rule(name):
     if "/" in name:
         pytest.importorskip("sklearn", reason="the bundled images need scikit-learn")
@@ -73,15 +87,15 @@ def test_problems_side_by_side_are_the_problems_one_by_one():
     harness = inner.Harness(schedule="cosine", weight_decay=0.1, clip=0.5)
     together = inner.start(task, harness, fixed, generator)
     advance = inner.make_advance(task, harness, shared_theta=False)
-    alone = [torch.utils._pytree.tree_map(lambda x: x[k:k + 1], together) for k in range(n)]
+    alone = [torch.utils._pytree.tree_map(lambda x: x[k : k + 1], together) for k in range(n)]
     for _ in range(5):
         batch = task.draw(generator, n)
         together, losses = advance(thetas, together, batch)
         for k in range(n):
-            alone[k], loss = advance(thetas[k:k + 1], alone[k], tuple(x[k:k + 1] for x in batch))
-            torch.testing.assert_close(loss, losses[k:k + 1])
+            alone[k], loss = advance(thetas[k : k + 1], alone[k], tuple(x[k : k + 1] for x in batch))
+            torch.testing.assert_close(loss, losses[k : k + 1])
     for k in range(n):
-        torch.testing.assert_close(alone[k].params["w"], together.params["w"][k:k + 1], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(alone[k].params["w"], together.params["w"][k : k + 1], rtol=1e-4, atol=1e-6)
 
 
 # A dynamical system whose loss is quadratic in theta: the antithetic difference is exact, only the noise is random.
@@ -90,8 +104,11 @@ TRUNCATIONS, STEPS, DIM = 3, 2, 5
 
 def _system():
     generator = torch.Generator().manual_seed(2)
-    return (0.9 * torch.linalg.qr(torch.randn(DIM, DIM, generator=generator))[0], torch.randn(DIM, DIM, generator=generator),
-            torch.randn(DIM, generator=generator))
+    return (
+        0.9 * torch.linalg.qr(torch.randn(DIM, DIM, generator=generator))[0],
+        torch.randn(DIM, DIM, generator=generator),
+        torch.randn(DIM, generator=generator),
+    )
 
 
 def _unroll(state):
@@ -154,7 +171,7 @@ def test_pes_of_many_pairs_is_the_mean_of_the_pairs():
         unroll = _unroll(state)
         for t in range(TRUNCATIONS):
             plus, minus = unroll(torch.stack([theta + fresh[t][k], theta - fresh[t][k]]))
-            expected = expected + sum(fresh[:t + 1])[k] * (plus - minus) / (2 * 0.01 ** 2) / n
+            expected = expected + sum(fresh[: t + 1])[k] * (plus - minus) / (2 * 0.01**2) / n
     torch.testing.assert_close(total, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -163,7 +180,7 @@ def test_back_propagation_gives_the_exact_gradient_of_a_truncation():
     state = [torch.ones(4, DIM)]
     estimate = estimators.analytic(theta, _unroll(state))
     direct = theta.clone().requires_grad_()
-    expected, = torch.autograd.grad(_unroll([torch.ones(4, DIM)])(direct).mean(), direct)
+    (expected,) = torch.autograd.grad(_unroll([torch.ones(4, DIM)])(direct).mean(), direct)
     torch.testing.assert_close(estimate.gradient, expected)
 
 
@@ -210,7 +227,9 @@ def test_a_resumed_meta_training_is_the_uninterrupted_one(tmp_path, estimator):
 
 
 def test_live_units_change_nothing_at_first_and_can_learn():
-    plain, live = (train.initial_theta(config.load_config(None, ["init=constructed", f"live_units={noise}"])) for noise in (0, 0.1))
+    plain, live = (
+        train.initial_theta(config.load_config(None, ["init=constructed", f"live_units={noise}"])) for noise in (0, 0.1)
+    )
     x = torch.randn(30, 6, 5)
     torch.testing.assert_close(reference.direction(x, rule.unflatten(plain)), reference.direction(x, rule.unflatten(live)))
     for theta, moving in ((plain, 2), (live, 8)):
@@ -219,17 +238,20 @@ def test_live_units_change_nothing_at_first_and_can_learn():
         assert int((rule.unflatten(theta.grad).w2[:, 0] != 0).sum()) == moving
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["outer_lr"], "not of the form key=value"),
-    (["outer_rate=1"], "unknown key 'outer_rate'; did you mean"),
-    (["estimator=es"], "must be one of pes, analytic, evolution"),
-    (["length_min=300", "length_max=200"], "exchange them"),
-    (["truncation=5000"], "above length_max"),
-    (["families="], "families is empty"),
-    (["sigma=0"], "sigma=0"),
-    (["outer_lr=[1,"], "not valid YAML"),
-    (["seed=" + "9" * 5000], "too large"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["outer_lr"], "not of the form key=value"),
+        (["outer_rate=1"], "unknown key 'outer_rate'; did you mean"),
+        (["estimator=es"], "must be one of pes, analytic, evolution"),
+        (["length_min=300", "length_max=200"], "exchange them"),
+        (["truncation=5000"], "above length_max"),
+        (["families="], "families is empty"),
+        (["sigma=0"], "sigma=0"),
+        (["outer_lr=[1,"], "not valid YAML"),
+        (["seed=" + "9" * 5000], "too large"),
+    ],
+)
 def test_a_wrong_configuration_is_told_at_the_door(arguments, message):
     with pytest.raises(UserError, match=message):
         config.load_config(None, arguments)
@@ -239,7 +261,9 @@ def test_a_wrong_configuration_is_told_at_the_door(arguments, message):
 def test_a_rule_of_another_width_is_trained_and_deployed(tmp_path):
     """As docs/meta_training.md says: edit DIMS, meta-train, and step with the plain-torch passes."""
     root = ROOT
-    shutil.copytree(root / "celo2_pretrain", tmp_path / "celo2_pretrain", ignore=shutil.ignore_patterns("__pycache__", "kernels"))
+    shutil.copytree(
+        root / "celo2_pretrain", tmp_path / "celo2_pretrain", ignore=shutil.ignore_patterns("__pycache__", "kernels")
+    )
     shutil.copytree(root / "kernels", tmp_path / "celo2_pretrain/kernels", ignore=shutil.ignore_patterns("__pycache__"))
     path = tmp_path / "celo2_pretrain/weights/mlp.py"
     source = path.read_text()
@@ -257,11 +281,18 @@ def test_a_rule_of_another_width_is_trained_and_deployed(tmp_path):
         "optimizer.step()\n"
         "step, _ = reference.step(before, p.grad, reference.init_state(before), optimizer.mlp)\n"
         "torch.testing.assert_close(p.detach(), before - 1e-2 * step, rtol=1e-5, atol=1e-6)\n"
-        "print([tuple(w.shape) for w in optimizer.mlp])\n")
+        "print([tuple(w.shape) for w in optimizer.mlp])\n"
+    )
 
     def deploy(backend: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "deploy.py"], cwd=tmp_path, capture_output=True, text=True, timeout=1500,
-                              env=environment(PYTHONPATH=str(tmp_path), CELO2_BACKEND=backend))
+        return subprocess.run(
+            [sys.executable, "deploy.py"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=1500,
+            env=environment(PYTHONPATH=str(tmp_path), CELO2_BACKEND=backend),
+        )
 
     done = deploy("auto")
     assert done.returncode == 0, done.stderr
@@ -273,8 +304,18 @@ def test_a_rule_of_another_width_is_trained_and_deployed(tmp_path):
 def test_the_defaults_are_the_papers_recipe():
     paper = config.load_config(None, [])
     assert (paper.estimator, paper.truncation, paper.sigma, paper.length_min, paper.length_max) == ("pes", 50, 0.01, 100, 2000)
-    assert (len(paper.family_names), paper.problems, {name.partition("/")[0] for name in paper.family_names}) == (4, 8, {"mlp"})
-    assert (paper.lr_min, paper.lr_max, paper.schedule, paper.scale_min, paper.scale_max) == (1e-3, 1e-3, "constant", 1e-3, 1e3)
+    assert (len(paper.family_names), paper.problems, {name.partition("/")[0] for name in paper.family_names}) == (
+        4,
+        8,
+        {"mlp"},
+    )
+    assert (paper.lr_min, paper.lr_max, paper.schedule, paper.scale_min, paper.scale_max) == (
+        1e-3,
+        1e-3,
+        "constant",
+        1e-3,
+        1e3,
+    )
     assert (paper.outer_lr, paper.outer_clip, paper.init, paper.orthogonalize) == (5e-5, 1.0, "random", True)
 
 
@@ -298,8 +339,10 @@ def test_the_papers_images_come_through_datasets(name, size, image, label, monke
     datasets, pillow = pytest.importorskip("datasets"), pytest.importorskip("PIL.Image")
     mode = "RGB" if name == "cifar10" else "L"
     pictures = [pillow.new(mode, (size, size), (shade,) * 3 if mode == "RGB" else shade) for shade in (0, 255, 255)]
-    rows = datasets.Dataset.from_dict({image: pictures, label: [3, 9, 0]}, features=datasets.Features(
-        {image: datasets.Image(), label: datasets.Value("int64")}))
+    rows = datasets.Dataset.from_dict(
+        {image: pictures, label: [3, 9, 0]},
+        features=datasets.Features({image: datasets.Image(), label: datasets.Value("int64")}),
+    )
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: asked.append((arguments, options)) or rows)
     images.load.cache_clear()
@@ -357,7 +400,10 @@ def test_a_folder_in_use_is_not_overwritten(tmp_path):
 def test_the_best_theta_is_selected_on_a_language_model(tmp_path):
     pytest.importorskip("sklearn", reason="select shares the evaluation's tasks")
     train.run(config.load_config(None, [*SMALL, "outer_steps=3", "init=random", f"out={tmp_path}"]))
-    assert main(["meta-select", str(tmp_path), "--also", "default", "--steps", "12", "--seeds", "3", "--jobs", "1"]) in (0, None)
+    assert main(["meta-select", str(tmp_path), "--also", "default", "--steps", "12", "--seeds", "3", "--jobs", "1"]) in (
+        0,
+        None,
+    )
     scores = (tmp_path / "selection.csv").read_text().splitlines()
     assert len(scores) == 1 + 2 * 2 * 3  # header; two thetas, two rates, three seeds
     assert main(["meta-select", str(tmp_path / "nowhere")]) == 2
@@ -367,16 +413,19 @@ def test_the_best_theta_is_selected_on_a_language_model(tmp_path):
 
 
 def test_an_unroll_of_one_truncation_is_one_truncation_long():
-    training = train.MetaTraining(config.load_config(None, ["families=quadratic", "truncation=100", "length_min=100",
-                                                            "length_max=100", "problems=8"]))
+    training = train.MetaTraining(
+        config.load_config(None, ["families=quadratic", "truncation=100", "length_min=100", "length_max=100", "problems=8"])
+    )
     assert (training.families[0].inner.fixed.length == 100).all()
 
 
 def test_every_candidate_trains_the_same_problems():
     """Twice the same theta, twice the same losses; and those of a population are those of each candidate alone."""
     setup = config.load_config(None, EVOLVE)
-    thetas = torch.stack([rule.flatten(load_weights(name)) for name in ("constructed", "constructed-base", "constructed")]
-                         + [rule.random_theta(torch.Generator().manual_seed(k)) for k in range(3)])
+    thetas = torch.stack(
+        [rule.flatten(load_weights(name)) for name in ("constructed", "constructed-base", "constructed")]
+        + [rule.random_theta(torch.Generator().manual_seed(k)) for k in range(3)]
+    )
     whole = evolution.Family("quadratic", setup, 5).evaluate(thetas)
     torch.testing.assert_close(whole[0], whole[2], rtol=1e-6, atol=0)
     assert not torch.allclose(whole[0], whole[1], rtol=1e-4)
@@ -435,18 +484,23 @@ def test_a_resumed_evolution_is_the_uninterrupted_one(tmp_path):
     assert main(["meta-train", "--resume", str(tmp_path / "parts"), "outer_steps=7"]) in (0, None)
     for a, b in zip(load_weights(whole), load_weights(tmp_path / "parts" / whole.name)):
         assert torch.equal(a, b)
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / train.METRICS).read_text().splitlines()]
-              for name in ("whole", "parts")]
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / train.METRICS).read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == 7
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["init=default"], "begins with a constructed rule .constructed, constructed-base, or what an evolution has made"),
-    (["init=random"], "init=random: evolution begins with a constructed rule"),
-    (["init=nowhere.safetensors"], "init=nowhere.safetensors: no weights file"),
-    (["length_max=40"], "length_min=12, length_max=40, truncation=12: evolution judges whole trainings"),
-    (["population=3"], "population=3"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["init=default"], "begins with a constructed rule .constructed, constructed-base, or what an evolution has made"),
+        (["init=random"], "init=random: evolution begins with a constructed rule"),
+        (["init=nowhere.safetensors"], "init=nowhere.safetensors: no weights file"),
+        (["length_max=40"], "length_min=12, length_max=40, truncation=12: evolution judges whole trainings"),
+        (["population=3"], "population=3"),
+    ],
+)
 def test_evolution_is_refused_where_it_has_no_meaning(arguments, message):
     with pytest.raises(UserError, match=message):
         evolution.Evolution(config.load_config(None, [*EVOLVE, *arguments]))

@@ -26,8 +26,9 @@ def test_models_have_the_size_their_config_is_named_for(name, millions):
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("name, millions", [
-    ("gpt2_124m", 125), ("gpt3_350m", 350), ("gpt3_760m", 760), ("gpt3_xl_1.3b", 1300), ("gpt3_6.7b", 6700)])
+@pytest.mark.parametrize(
+    "name, millions", [("gpt2_124m", 125), ("gpt3_350m", 350), ("gpt3_760m", 760), ("gpt3_xl_1.3b", 1300), ("gpt3_6.7b", 6700)]
+)
 def test_models_have_the_size_that_the_gpt3_paper_says(name, millions):
     """Table 2.1 of arXiv 2005.14165, whose figures are rounded."""
     config = load_config(str(CONFIGS / f"{name}.yaml"))
@@ -65,7 +66,9 @@ def test_attentions_and_checkpointing_compute_the_same(family):
 
 def test_attention_that_is_not_installed_or_has_no_such_precision_is_refused():
     if not is_flash_attn_2_available():
-        with pytest.raises(UserError, match="model.attention=flash_attention_2 needs an NVIDIA GPU and the flash-attn package"):
+        with pytest.raises(
+            UserError, match="model.attention=flash_attention_2 needs an NVIDIA GPU and the flash-attn package"
+        ):
             build_model(Model(attention="flash_attention_2", **TINY), 300, 0)
     with pytest.raises(UserError, match="has no float32: set train.precision=bf16"):
         load_config(None, ["model.attention=flash_attention_2"])
@@ -107,11 +110,14 @@ def test_training_starts_from_an_existing_models_weights_and_shape(existing, tmp
     assert load_config(str(tmp_path / "config.yaml")) == config
 
 
-@pytest.mark.parametrize("overrides, vocabulary, message", [
-    (["model.layers=2"], 300, "model.layers=2 can't be given with model.from"),
-    (["model.context=32"], 300, "has positions for 16 tokens, model.context=32"),
-    (["model.context=16"], 400, "has a vocabulary of 300, the data one of 400"),
-])
+@pytest.mark.parametrize(
+    "overrides, vocabulary, message",
+    [
+        (["model.layers=2"], 300, "model.layers=2 can't be given with model.from"),
+        (["model.context=32"], 300, "has positions for 16 tokens, model.context=32"),
+        (["model.context=16"], 400, "has a vocabulary of 300, the data one of 400"),
+    ],
+)
 def test_an_existing_model_that_does_not_fit_is_refused(existing, overrides, vocabulary, message):
     with pytest.raises(UserError) as error:
         build_model(load_config(None, [f"model.from={existing}", *overrides]).model, vocabulary, 0)
@@ -129,9 +135,25 @@ def test_the_driver_trains_compiled_with_z_loss_from_an_existing_model(tmp_path)
     build_model(Model(family="llama", tied=False, **TINY), 512, 0).save_pretrained(existing)
     assert main(["prepare", "--stdlib", "--max-mb", "0.2", "--vocab-size", "512", "--out", data]) == 0
     run = f"run_dir={tmp_path / 'run'}"
-    assert main(["train", run, f"data.path={data}", f"model.from={existing}", "model.context=16", "model.compile=true",
-                 "train.z_loss=1e-4", "train.max_steps=2", "train.micro_batch_size=2", "train.global_batch_size=4",
-                 "eval.sequences=4", "optimizer.lr=1e-3"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                run,
+                f"data.path={data}",
+                f"model.from={existing}",
+                "model.context=16",
+                "model.compile=true",
+                "train.z_loss=1e-4",
+                "train.max_steps=2",
+                "train.micro_batch_size=2",
+                "train.global_batch_size=4",
+                "eval.sequences=4",
+                "optimizer.lr=1e-3",
+            ]
+        )
+        == 0
+    )
     assert main(["train", "--resume", str(tmp_path / "run"), "train.max_steps=3"]) == 0
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "exported")]) == 0
 

@@ -1,4 +1,5 @@
 """What a run's model is worth, and that exporting changes nothing of it: both model families, both kinds of tokenizer."""
+
 import json
 import math
 import re
@@ -29,8 +30,12 @@ def byte_level_tokenizer(folder: Path) -> str:
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator([Path(json.__file__).read_text()], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
     return str(folder)
@@ -42,11 +47,34 @@ def trained(request, data, tmp_path_factory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "llama":
         data = str(folder / "tokens")
-        assert main(["prepare", "--stdlib", "--max-mb", "0.1", "--tokenizer", byte_level_tokenizer(folder / "tokenizer"),
-                     "--out", data]) == 0
-    result = drive(f"model.family={request.param}", "model.layers=2", "model.width=32", "model.heads=2", "model.context=32",
-                   f"data.path={data}", f"run_dir={folder / 'run'}", "train.max_steps=2", "train.micro_batch_size=4",
-                   "train.global_batch_size=4", "eval.sequences=10")
+        assert (
+            main(
+                [
+                    "prepare",
+                    "--stdlib",
+                    "--max-mb",
+                    "0.1",
+                    "--tokenizer",
+                    byte_level_tokenizer(folder / "tokenizer"),
+                    "--out",
+                    data,
+                ]
+            )
+            == 0
+        )
+    result = drive(
+        f"model.family={request.param}",
+        "model.layers=2",
+        "model.width=32",
+        "model.heads=2",
+        "model.context=32",
+        f"data.path={data}",
+        f"run_dir={folder / 'run'}",
+        "train.max_steps=2",
+        "train.micro_batch_size=4",
+        "train.global_batch_size=4",
+        "eval.sequences=10",
+    )
     assert result.returncode == 0, result.stderr
     return str(folder / "run"), data
 
@@ -137,13 +165,34 @@ def test_tasks_are_scored_by_the_harness_on_the_exported_model(trained, tmp_path
 
         calls.append(arguments)
         model = AutoModelForCausalLM.from_pretrained(arguments["model_args"]["pretrained"])
-        return {"results": {"mine": {"acc,none": 0.25}}, "versions": {"mine": 1}, "config": {"width": model.config.hidden_size}}
+        return {
+            "results": {"mine": {"acc,none": 0.25}},
+            "versions": {"mine": 1},
+            "config": {"width": model.config.hidden_size},
+        }
 
     stand_in(monkeypatch, simple_evaluate)
-    assert main(["eval", run, "--sequences", "4", "--tasks", "hellaswag,mine", "--task-folder", str(tmp_path), "--limit", "3",
-                 "--json", str(tmp_path / "all.json")]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                run,
+                "--sequences",
+                "4",
+                "--tasks",
+                "hellaswag,mine",
+                "--task-folder",
+                str(tmp_path),
+                "--limit",
+                "3",
+                "--json",
+                str(tmp_path / "all.json"),
+            ]
+        )
+        == 0
+    )
     assert "0.25" in capsys.readouterr().out
-    call, = calls
+    (call,) = calls
     assert (call["model"], call["tasks"], call["limit"]) == ("hf", ["hellaswag", "mine"], 3)
     assert not Path(call["model_args"]["pretrained"]).exists()
     assert json.loads((tmp_path / "all.json").read_text())["tasks"]["results"] == {"mine": {"acc,none": 0.25}}
@@ -156,18 +205,20 @@ def test_what_the_harness_cannot_fetch_is_told_in_a_line(trained, monkeypatch, c
 
     stand_in(monkeypatch, simple_evaluate)
     assert main(["eval", trained[0], "--sequences", "4", "--tasks", "hellaswag"]) == 2
-    assert capsys.readouterr().err == (
-        "celo2-pretrain: error: --tasks hellaswag: ConnectionError: Couldn't reach the Hub\n")
+    assert capsys.readouterr().err == ("celo2-pretrain: error: --tasks hellaswag: ConnectionError: Couldn't reach the Hub\n")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--sequences", "0"], "--sequences 0: must be at least 1"),
-    (["--tasks", "a,,b"], "--tasks 'a,,b': give names separated by commas"),
-    (["--limit", "3"], "--limit 3 is for benchmark tasks: give --tasks, too"),
-    (["--json", "/no/such/folder/x.json"], "there is no folder '/no/such/folder'"),
-    (["--tasks", "helaswag"], "--tasks helaswag: the lm-evaluation-harness has no such task"),
-    (["--tasks", "x", "--task-folder", "/no/such"], "--task-folder '/no/such' is not a folder"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--sequences", "0"], "--sequences 0: must be at least 1"),
+        (["--tasks", "a,,b"], "--tasks 'a,,b': give names separated by commas"),
+        (["--limit", "3"], "--limit 3 is for benchmark tasks: give --tasks, too"),
+        (["--json", "/no/such/folder/x.json"], "there is no folder '/no/such/folder'"),
+        (["--tasks", "helaswag"], "--tasks helaswag: the lm-evaluation-harness has no such task"),
+        (["--tasks", "x", "--task-folder", "/no/such"], "--task-folder '/no/such' is not a folder"),
+    ],
+)
 def test_wrong_arguments_of_eval_are_refused_in_one_line(arguments, message, monkeypatch, capsys):
     stand_in(monkeypatch, None)
     assert main(["eval", "/no/such/run", *arguments]) == 2

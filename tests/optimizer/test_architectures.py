@@ -1,4 +1,5 @@
 """Which rule every tensor of an architecture gets and which matrices it is, for those that people train."""
+
 import pytest
 import torch
 

@@ -1,4 +1,5 @@
 """`Celo2` keeps the promises of a torch optimizer."""
+
 import copy
 import io
 import logging
@@ -72,8 +73,9 @@ def test_the_adamw_rule_is_torch_adamw(dtype):
             q.data.copy_(p.data.float())
         a.step(), b.step()
         for p, q in zip(ours.parameters(), theirs.parameters()):
-            torch.testing.assert_close(p.detach(), q.detach().to(dtype), rtol=1e-6 if dtype == torch.float32 else 1e-2,
-                                       atol=1e-7)
+            torch.testing.assert_close(
+                p.detach(), q.detach().to(dtype), rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-7
+            )
         a.zero_grad()
 
 
@@ -147,7 +149,7 @@ def test_a_restored_run_keeps_its_theta(caplog):
 def test_schedulers_and_closures():
     net = model()
     optimizer = Celo2(net.parameters(), lr=1e-2)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 ** k)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5**k)
 
     def closure():
         optimizer.zero_grad()
@@ -240,12 +242,19 @@ def test_a_bad_gradient_changes_nothing(bad, caplog):
         assert all(torch.equal(state[i][k], after[i][k]) for i in state for k in state[i])
 
 
-@pytest.mark.parametrize("arguments,word", [
-    (dict(lr=-1.0), "lr must be"), (dict(lr=float("nan")), "lr must be"), (dict(weight_decay=-0.1), "weight_decay"),
-    (dict(adamw_betas=(0.9, 1.0)), "adamw_betas"), (dict(state_dtype="fp4"), "state_dtype"), (dict(nonfinite="hope"), "nonfinite"),
-    (dict(bucket_size=0), "bucket_size"),
-    (dict(weights="no/such/file.safetensors"), "no/such/file"),
-])
+@pytest.mark.parametrize(
+    "arguments,word",
+    [
+        (dict(lr=-1.0), "lr must be"),
+        (dict(lr=float("nan")), "lr must be"),
+        (dict(weight_decay=-0.1), "weight_decay"),
+        (dict(adamw_betas=(0.9, 1.0)), "adamw_betas"),
+        (dict(state_dtype="fp4"), "state_dtype"),
+        (dict(nonfinite="hope"), "nonfinite"),
+        (dict(bucket_size=0), "bucket_size"),
+        (dict(weights="no/such/file.safetensors"), "no/such/file"),
+    ],
+)
 def test_bad_arguments_are_refused_with_their_value(arguments, word):
     with pytest.raises((ValueError, FileNotFoundError), match=word):
         Celo2(model().parameters(), **arguments)
@@ -293,7 +302,11 @@ def test_a_pickle_that_names_modules_of_earlier_versions_is_read():
     optimizer = Celo2(param_groups(net), lr=1e-2)
     train(net, optimizer, range(2))
     text = pickle.dumps((net, optimizer), protocol=0)  # names modules in plain text
-    for now, before in ((b"matrices.param_groups", b"rules"), (b"matrices.views", b"views"), (b"sharding.layouts", b"layouts")):
+    for now, before in (
+        (b"matrices.param_groups", b"rules"),
+        (b"matrices.views", b"views"),
+        (b"sharding.layouts", b"layouts"),
+    ):
         assert now in text
         text = text.replace(b"celo2_pretrain.optimizer." + now, b"celo2_pretrain.optimizer." + before)
     pair = pickle.loads(text)
@@ -304,6 +317,7 @@ def test_a_pickle_that_names_modules_of_earlier_versions_is_read():
 
 def test_matrices_spread_over_the_cores_take_the_same_step():
     """With several threads each core orthogonalises matrices of its own; the caller's thread count is left as it was."""
+
     def weights(threads: int) -> list[torch.Tensor]:
         torch.manual_seed(0)
         matrices = [nn.Parameter(torch.randn(5 + k, 9)) for k in range(7)]
@@ -333,7 +347,7 @@ def test_a_fast_adamw_is_told_once_with_what_to_set(caplog):
         train(net, Celo2(net.parameters(), lr=lr, **options), range(1))  # 20 x 1e-3 is the paper's; Celo2-base has no AdamW
     assert not warnings()
     train(net, Celo2(net.parameters(), lr=3e-3), range(2))
-    message, = warnings()
+    (message,) = warnings()
     assert "0.003 x 20 = 0.06" in message and "set adamw_lr_multiplier to 6.67 or less" in message
     caplog.clear()
     optimizer = Celo2(net.parameters(), lr=1e-4)
@@ -360,11 +374,14 @@ def test_a_step_without_any_gradient_is_told_once(caplog):
 
 def test_matrices_in_batches_are_orthogonalised_as_one_by_one(monkeypatch):
     """What a GPU does, on the CPU: shapes that share a batch lie both ways round, and some are stacked."""
+
     def steps() -> list[torch.Tensor]:
         generator, params = torch.Generator().manual_seed(0), []
         for k, shape in enumerate([(7, 13), (13, 7), (13, 13), (3, 5, 9), (7, 13), (9, 5), (1, 4), (2, 3, 9, 5)]):
             params.append(nn.Parameter(torch.randn(shape, generator=generator)))
-            setattr(params[-1], TAG, Tag(f"p{k}", "hidden", "celo2", MatrixView(transpose=k == 4, batch=max(0, len(shape) - 2))))
+            setattr(
+                params[-1], TAG, Tag(f"p{k}", "hidden", "celo2", MatrixView(transpose=k == 4, batch=max(0, len(shape) - 2)))
+            )
         optimizer = Celo2([{"params": params, "rule": "celo2"}], lr=0.1)
         for _ in range(3):
             for p in params:

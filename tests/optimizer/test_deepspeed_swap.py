@@ -1,4 +1,5 @@
 """A DeepSpeed config that names Celo2 trains as a plain process does, however many ranks and whatever ZeRO stage."""
+
 import json
 from pathlib import Path
 
@@ -35,8 +36,9 @@ def test_the_swapped_run_is_the_unsharded_run(world, tmp_path):
         for rank in range(world):
             for name, p in torch.load(tmp_path / f"{run}-rank{rank}.pt", weights_only=True).items():
                 # Gradients are summed in another order, which AdamW's first steps amplify where they are tiny.
-                torch.testing.assert_close(p, expected[name], rtol=1e-3, atol=2e-4,
-                                           msg=lambda m: f"{run} rank {rank} {name}: {m}")
+                torch.testing.assert_close(
+                    p, expected[name], rtol=1e-3, atol=2e-4, msg=lambda m: f"{run} rank {rank} {name}: {m}"
+                )
 
 
 def test_a_wrapper_that_hides_the_tensors_is_refused_by_name():
@@ -50,8 +52,9 @@ def test_a_wrapper_that_hides_the_tensors_is_refused_by_name():
         optimizer.step()
 
 
-@pytest.mark.parametrize("mark,word", [("tensor_model_parallel", "tensor parallelism"), ("_is_flat_param", "FSDP1"),
-                                       ("ds_id", "ZeRO-3")])
+@pytest.mark.parametrize(
+    "mark,word", [("tensor_model_parallel", "tensor parallelism"), ("_is_flat_param", "FSDP1"), ("ds_id", "ZeRO-3")]
+)
 def test_what_is_not_supported_is_refused_by_name(mark, word):
     p = torch.nn.Parameter(torch.randn(4, 5))
     optimizer = Celo2([p])

@@ -3,6 +3,7 @@
 By default every pair of settings on 2 ranks, and a share of the rest that the commit chooses (`support/share.py`).
 docs/equivalence.md says what is compared; `python -m tests.equivalence` runs everything and prints the table.
 """
+
 from collections import Counter
 
 import pytest
@@ -25,8 +26,11 @@ from equivalence.launch import Result, World
 from support.paths import ROOT
 from support.share import share_of_this_commit
 
-EVERYTHING = [(world, "", cell) for world, part in ((1, few_cells), (2, valid_cells), (3, half_of_the_cells), (4, few_cells))
-              for cell in part()] + [(2, "reference", cell) for cell in few_cells()]
+EVERYTHING = [
+    (world, "", cell)
+    for world, part in ((1, few_cells), (2, valid_cells), (3, half_of_the_cells), (4, few_cells))
+    for cell in part()
+] + [(2, "reference", cell) for cell in few_cells()]
 DEFAULT = [(2, "", cell) for cell in pairwise_cells()] + share_of_this_commit(EVERYTHING, 16)
 
 
@@ -53,9 +57,13 @@ def world(alive, ranks, backend) -> World:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("ranks, backend, cell", [
-    pytest.param(*case, id=f"{case[0]}-{case[1]}-{case[2].name}", marks=() if case in DEFAULT else pytest.mark.slow)
-    for case in EVERYTHING])
+@pytest.mark.parametrize(
+    "ranks, backend, cell",
+    [
+        pytest.param(*case, id=f"{case[0]}-{case[1]}-{case[2].name}", marks=() if case in DEFAULT else pytest.mark.slow)
+        for case in EVERYTHING
+    ],
+)
 def test_sharded_step_is_the_unsharded_step(world, cell):
     assert world.run(cell).failures() == []
 
@@ -112,7 +120,9 @@ def test_filter_takes_words_of_the_names_and_refuses_others():
 def test_matrix_has_every_stage_and_precision():
     valid = {(cell.stage, cell.precision) for cell in valid_cells()}
     assert {(stage, precision) for stage in STAGES for precision in PRECISIONS} - valid == {
-        ("zero0", "bf16+fp32acc"), ("zero0", "fp16")}
+        ("zero0", "bf16+fp32acc"),
+        ("zero0", "fp16"),
+    }
 
 
 def test_a_result_without_numbers_or_with_nan_is_a_failure():

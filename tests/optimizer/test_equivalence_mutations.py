@@ -1,4 +1,5 @@
 """Does the equivalence matrix notice a broken optimizer? Each mutation must turn the cells red that it concerns."""
+
 import time
 
 import pytest

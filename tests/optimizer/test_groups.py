@@ -1,4 +1,5 @@
 """Param groups: nothing in them is ignored in silence, the user is told how they were split, decay acts where it should."""
+
 import copy
 import logging
 
@@ -39,18 +40,46 @@ def test_what_another_optimizer_would_act_on_is_refused_by_name(key):
     assert torch.equal(p, before)
 
 
-@pytest.mark.parametrize("key,meant", [("weight_decy", "weight_decay"), ("weightdecay", "weight_decay"), ("wd", "weight_decay"),
-                                       ("learning_rate", "lr"), ("adamw_lr_mult", "adamw_lr_multiplier"),
-                                       ("adamw_beta", "adamw_betas"), ("orthogonalise", "orthogonalize"),
-                                       ("newton_shulz", "newton_schulz"), ("newton_schulz_steps", "newton_schulz"),
-                                       ("state_dtypes", "state_dtype"), ("rules", "rule")])
+@pytest.mark.parametrize(
+    "key,meant",
+    [
+        ("weight_decy", "weight_decay"),
+        ("weightdecay", "weight_decay"),
+        ("wd", "weight_decay"),
+        ("learning_rate", "lr"),
+        ("adamw_lr_mult", "adamw_lr_multiplier"),
+        ("adamw_beta", "adamw_betas"),
+        ("orthogonalise", "orthogonalize"),
+        ("newton_shulz", "newton_schulz"),
+        ("newton_schulz_steps", "newton_schulz"),
+        ("state_dtypes", "state_dtype"),
+        ("rules", "rule"),
+    ],
+)
 def test_a_near_miss_of_an_option_is_refused_with_what_was_meant(key, meant):
     with pytest.raises(ValueError, match=f"did you mean '{meant}"):
         Celo2([{"params": [matrix()], key: 0.5}])
 
 
-@pytest.mark.parametrize("key", ["moe", "name", "initial_lr", "lr_scale", "lr_mult", "max_lr", "min_lr", "layer", "tag", "base_lr",
-                                 "swa_lr", "weight_decay_mult", "wd_scale", 7])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "moe",
+        "name",
+        "initial_lr",
+        "lr_scale",
+        "lr_mult",
+        "max_lr",
+        "min_lr",
+        "layer",
+        "tag",
+        "base_lr",
+        "swa_lr",
+        "weight_decay_mult",
+        "wd_scale",
+        7,
+    ],
+)
 def test_what_others_keep_in_a_group_passes_untouched(key):
     p = matrix()
     optimizer = Celo2([{"params": [p], key: 0.5}])
@@ -100,10 +129,20 @@ def test_every_option_of_a_group_is_one_of_the_constructor():
 
 def test_user_groups_say_what_each_group_became():
     net = network()
-    optimizer = Celo2([{"params": list(net[1].parameters()), "lr": 0.1}, {"params": [net[3].weight], "lr": 0.2},
-                       {"params": [], "lr": 0.3}, {"params": list(net[2].parameters()), "lr": 0.4}])
+    optimizer = Celo2(
+        [
+            {"params": list(net[1].parameters()), "lr": 0.1},
+            {"params": [net[3].weight], "lr": 0.2},
+            {"params": [], "lr": 0.3},
+            {"params": list(net[2].parameters()), "lr": 0.4},
+        ]
+    )
     assert [[(g["rule"], g["lr"], len(g["params"])) for g in groups] for groups in optimizer.user_groups] == [
-        [("celo2", 0.1, 1), ("adamw", 0.1, 1)], [("celo2", 0.2, 1)], [("adamw", 0.3, 0)], [("adamw", 0.4, 2)]]
+        [("celo2", 0.1, 1), ("adamw", 0.1, 1)],
+        [("celo2", 0.2, 1)],
+        [("adamw", 0.3, 0)],
+        [("adamw", 0.4, 2)],
+    ]
     assert [g for groups in optimizer.user_groups for g in groups] == optimizer.param_groups
     optimizer.add_param_group({"params": list(net[0].parameters())})
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -205,8 +244,10 @@ def told(caplog, make) -> tuple[list[str], list[str]]:
     with caplog.at_level(logging.INFO, "celo2_pretrain"):
         make()
     records = [r for r in caplog.records if r.name == "celo2_pretrain.optimizer.groups"]
-    return ([r.getMessage() for r in records if r.levelno >= logging.WARNING],
-            [r.getMessage() for r in records if r.levelno < logging.WARNING])
+    return (
+        [r.getMessage() for r in records if r.levelno >= logging.WARNING],
+        [r.getMessage() for r in records if r.levelno < logging.WARNING],
+    )
 
 
 def test_untagged_matrices_are_told_once(caplog):
@@ -216,7 +257,9 @@ def test_untagged_matrices_are_told_once(caplog):
     tag_model(net)
     warnings, (summary,) = told(caplog, lambda: Celo2(net.parameters()))
     matrices = sum(tag_of(p).rule == "celo2" for p in net.parameters())
-    assert not warnings and summary == f"Celo2: {matrices} matri{'x' if matrices == 1 else 'ces'}, AdamW: {7 - matrices} tensors"
+    assert (
+        not warnings and summary == f"Celo2: {matrices} matri{'x' if matrices == 1 else 'ces'}, AdamW: {7 - matrices} tensors"
+    )
     net[0].weight = nn.Parameter(torch.randn(20, 6))  # as resize_token_embeddings does
     (warning,), _ = told(caplog, lambda: Celo2(net.named_parameters()))
     assert "1 matrix is not tagged" in warning and "'0.weight' (20, 6)" in warning
@@ -224,8 +267,12 @@ def test_untagged_matrices_are_told_once(caplog):
 
 def test_a_rule_that_a_group_names_needs_no_tag(caplog):
     net = network()
-    warnings, _ = told(caplog, lambda: Celo2([{"params": [net[1].weight], "rule": "celo2"},
-                                              {"params": [net[0].weight, net[1].bias], "rule": "adamw"}]))
+    warnings, _ = told(
+        caplog,
+        lambda: Celo2(
+            [{"params": [net[1].weight], "rule": "celo2"}, {"params": [net[0].weight, net[1].bias], "rule": "adamw"}]
+        ),
+    )
     assert not warnings
 
 
@@ -286,23 +333,40 @@ def test_weight_decay_acts_on_hidden_matrices_and_adamw_weight_decay_on_the_rest
     if tagged:
         tag_model(net)
     for decay, other in ((0.5, 0.0), (0.0, 0.25), (0.5, 0.25), (0.5, None)):
-        found = decays(net, lambda none: Celo2(
-            net.parameters(), lr=0.1, adamw_lr_multiplier=1.0, orthogonalize=not base, weight_decay=0.0 if none else decay,
-            adamw_weight_decay=0.0 if none else other))
+        found = decays(
+            net,
+            lambda none: Celo2(
+                net.parameters(),
+                lr=0.1,
+                adamw_lr_multiplier=1.0,
+                orthogonalize=not base,
+                weight_decay=0.0 if none else decay,
+                adamw_weight_decay=0.0 if none else other,
+            ),
+        )
         rest = decay if other is None else other
-        assert found == {"0.weight": rest if tagged else decay, "1.weight": decay, "1.bias": rest, "2.weight": rest,
-                         "2.bias": rest}, (decay, other)
+        assert found == {
+            "0.weight": rest if tagged else decay,
+            "1.weight": decay,
+            "1.bias": rest,
+            "2.weight": rest,
+            "2.bias": rest,
+        }, (decay, other)
 
 
 def test_a_group_that_names_adamw_and_its_decay_means_it():
     net = decay_network()
     hidden, rest = [net[1].weight], [p for p in net.parameters() if p is not net[1].weight]
-    make = lambda none: Celo2([
-        {"params": hidden, "rule": "celo2"}, {"params": rest, "rule": "adamw", "weight_decay": 0.0 if none else 0.25}],
-        lr=0.1, adamw_lr_multiplier=1.0, weight_decay=0.0 if none else 0.5)
+    make = lambda none: Celo2(
+        [{"params": hidden, "rule": "celo2"}, {"params": rest, "rule": "adamw", "weight_decay": 0.0 if none else 0.25}],
+        lr=0.1,
+        adamw_lr_multiplier=1.0,
+        weight_decay=0.0 if none else 0.5,
+    )
     assert decays(net, make) == {"0.weight": 0.25, "1.weight": 0.5, "1.bias": 0.25, "2.weight": 0.25, "2.bias": 0.25}
-    make = lambda none: Celo2([{"params": net.parameters(), "weight_decay": 0.0 if none else 0.25}],
-                              lr=0.1, adamw_lr_multiplier=1.0)
+    make = lambda none: Celo2(
+        [{"params": net.parameters(), "weight_decay": 0.0 if none else 0.25}], lr=0.1, adamw_lr_multiplier=1.0
+    )
     assert decays(net, make) == {"0.weight": 0.25, "1.weight": 0.25, "1.bias": 0.0, "2.weight": 0.0, "2.bias": 0.0}
 
 
@@ -328,8 +392,17 @@ def test_the_multiplier_of_none_is_the_rules_own():
         assert {g["adamw_lr_multiplier"] for g in optimizer.param_groups} == {20.0}
 
 
-@pytest.mark.parametrize("options", [{"adamw_weight_decay": -1.0}, {"adamw_weight_decay": float("nan")}, {"weight_decay": None},
-                                     {"adamw_weight_decay": False}, {"orthogonalize": 0.5}, {"lr": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"adamw_weight_decay": -1.0},
+        {"adamw_weight_decay": float("nan")},
+        {"weight_decay": None},
+        {"adamw_weight_decay": False},
+        {"orthogonalize": 0.5},
+        {"lr": True},
+    ],
+)
 def test_a_bad_value_is_refused_by_its_name(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Celo2([matrix()], **options)

@@ -1,4 +1,5 @@
 """Layouts that a plain process can show: what is recognised, and what is refused."""
+
 import gc
 import weakref
 
@@ -29,6 +30,7 @@ def _unsharded(scale: float) -> nn.Module:
 def _swapped(rank: int, port: int, world: int, folder: str) -> None:
     """What accelerate does with FSDP2: shard the model after the optimizer was made, and swap its parameters."""
     from torch.distributed.fsdp import fully_shard
+
     join(rank, port, world)
     net = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5))
     optimizer = Celo2(net.named_parameters(), lr=1e-2)
@@ -59,6 +61,7 @@ def test_fsdp2_parameters_swapped_in_after_construction_take_the_unsharded_step(
 
 def _nan_on_one_rank(rank: int, port: int, world: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
+
     join(rank, port, world)
     net = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5))
     fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (world,)))
@@ -175,6 +178,7 @@ class _Block(nn.Module):
 def _fsdp1(rank: int, port: int, world: int, folder: str) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
     join(rank, port, world)
     messages = {}
     for use_orig_params in (False, True):
@@ -183,8 +187,13 @@ def _fsdp1(rank: int, port: int, world: int, folder: str) -> None:
                 net = nn.Sequential(nn.Embedding(13, 12), _Block(), _Block(), nn.Linear(12, 13))
                 try:
                     optimizer = Celo2(param_groups(net)) if made_before else None
-                    net = FullyShardedDataParallel(net, use_orig_params=use_orig_params, sharding_strategy=strategy,
-                                                   auto_wrap_policy=ModuleWrapPolicy({_Block}), device_id=torch.device("cpu"))
+                    net = FullyShardedDataParallel(
+                        net,
+                        use_orig_params=use_orig_params,
+                        sharding_strategy=strategy,
+                        auto_wrap_policy=ModuleWrapPolicy({_Block}),
+                        device_id=torch.device("cpu"),
+                    )
                     optimizer = optimizer or Celo2(param_groups(net))
                     net(torch.arange(12)).sum().backward()
                     optimizer.step()
@@ -226,6 +235,7 @@ class _Unused(nn.Module):
 
 def _swapped_unused(rank: int, port: int, world: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
+
     join(rank, port, world)
     net = _Unused()
     optimizer = Celo2(param_groups(net), lr=1e-2)
@@ -269,6 +279,7 @@ def test_swapped_parameters_may_lack_a_gradient_and_the_unsharded_model_is_freed
 
 def _partial(rank: int, port: int, world: int, folder: str) -> None:
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
     join(rank, port, world)
     mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
     messages = []

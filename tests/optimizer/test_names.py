@@ -1,4 +1,5 @@
 """A saved state loads whatever wrapped the model, when it was saved and when it is loaded."""
+
 import json
 
 import pytest
@@ -25,8 +26,12 @@ class Net(nn.Module):
         self.lm_head = wrap(nn.Linear(6, 11))
 
 
-NAMES = {"embedding.weight", "lm_head.weight", "lm_head.bias",
-         *(f"blocks.{block}.{rest}" for block in "01" for rest in ("0.weight", "0.bias", "1.weight", "1.bias"))}
+NAMES = {
+    "embedding.weight",
+    "lm_head.weight",
+    "lm_head.bias",
+    *(f"blocks.{block}.{rest}" for block in "01" for rest in ("0.weight", "0.bias", "1.weight", "1.bias")),
+}
 WRAPPERS = {
     "plain": Net,
     "compile": lambda: torch.compile(Net()),
@@ -131,11 +136,19 @@ def test_patterns_match_the_plain_and_the_wrapped_name(pattern):
     assert tag_of(model.blocks[0][0].weight).rule == "adamw"
 
 
-@pytest.mark.parametrize("name, plain", [
-    ("h.0.weight", "h.0.weight"), ("_orig_mod.module.h.0.weight", "h.0.weight"), ("module._orig_mod.h.0.weight", "h.0.weight"),
-    ("module.module.weight", "weight"), ("encoder.module.weight", "encoder.module.weight"), ("module", "module"),
-    ("h._fsdp_wrapped_module._checkpoint_wrapped_module.weight", "h.weight"), ("my_orig_mod.weight", "my_orig_mod.weight"),
-])
+@pytest.mark.parametrize(
+    "name, plain",
+    [
+        ("h.0.weight", "h.0.weight"),
+        ("_orig_mod.module.h.0.weight", "h.0.weight"),
+        ("module._orig_mod.h.0.weight", "h.0.weight"),
+        ("module.module.weight", "weight"),
+        ("encoder.module.weight", "encoder.module.weight"),
+        ("module", "module"),
+        ("h._fsdp_wrapped_module._checkpoint_wrapped_module.weight", "h.weight"),
+        ("my_orig_mod.weight", "my_orig_mod.weight"),
+    ],
+)
 def test_only_what_wrappers_add_is_dropped(name, plain):
     assert canonical(name) == plain
 

@@ -1,4 +1,5 @@
 """Packed accumulators (`state_dtype="fp8"`): four small floats in a word, right on average, alike in any sharding."""
+
 import copy
 
 import pytest
@@ -36,7 +37,7 @@ KEYS = (11, 22, 33, 44, turn_of(5))
 
 def ulp(x, form, scale):
     """The distance of neighbours at x."""
-    unit = scale if form.signed else scale ** 2
+    unit = scale if form.signed else scale**2
     exponent = torch.floor(torch.log2((x / unit).abs().clamp_min(1e-30))).clamp(form.least, form.top)
     return 2.0 ** (exponent - form.mantissa_bits) * unit
 
@@ -45,20 +46,20 @@ def samples(form, scale, n=100_000):
     """Of either sign, uniform in the logarithm, from far below the field's range to its end."""
     generator = torch.Generator().manual_seed(0)
     low, high = form.least - 12.0, form.top + 1.0
-    x = 2.0 ** (low + (high - low) * torch.rand(n, generator=generator)) * (scale if form.signed else scale ** 2)
-    x = x.clamp_max(form.largest * (scale if form.signed else scale ** 2))
+    x = 2.0 ** (low + (high - low) * torch.rand(n, generator=generator)) * (scale if form.signed else scale**2)
+    x = x.clamp_max(form.largest * (scale if form.signed else scale**2))
     return x * (torch.randint(0, 2, (n,), generator=generator) * 2 - 1) if form.signed else x
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0 ** -40, 2.0 ** 9])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-40, 2.0**9])
 @pytest.mark.parametrize("form", FIELDS, ids=NAMES)
 def test_the_nearest_number_is_within_half_an_ulp_and_is_kept_by_every_draw(form, scale):
     x, unit = samples(form, scale), torch.tensor(scale)
     rounded = decode(encode(x, unit, form, 1 << 15), unit, form)
     most = 0.5 if form.signed else 1.0  # v > 0 never becomes 0
     assert ((rounded - x).abs() <= (most + 1e-4) * ulp(x, form, scale)).all()
-    normal = x.abs() >= 2.0 ** form.least * (scale if form.signed else scale ** 2)
-    assert ((rounded - x).abs() <= 2.0 ** -form.mantissa_bits / 2 * x.abs())[normal].all()
+    normal = x.abs() >= 2.0**form.least * (scale if form.signed else scale**2)
+    assert ((rounded - x).abs() <= 2.0**-form.mantissa_bits / 2 * x.abs())[normal].all()
     for draw in (0, 1 << 15, 0xFFFF):
         assert torch.equal(decode(encode(rounded, unit, form, draw), unit, form), rounded)
 
@@ -114,8 +115,11 @@ def test_powers_of_two_lie_near_the_square_root():
     assert powers(torch.tensor([0.0, float("inf"), float("nan"), 1e-40])).isfinite().all()
 
 
-@pytest.mark.parametrize("form,decay,most", [(MOMENTA[0], 0.9, 0.04), (MOMENTA[1], 0.99, 0.14),
-                                             (MOMENTA[2], 0.999, 0.18), (RMS, 0.95, 0.19)], ids=NAMES)
+@pytest.mark.parametrize(
+    "form,decay,most",
+    [(MOMENTA[0], 0.9, 0.04), (MOMENTA[1], 0.99, 0.14), (MOMENTA[2], 0.999, 0.18), (RMS, 0.95, 0.19)],
+    ids=NAMES,
+)
 def test_the_error_of_an_average_does_not_pile_up(form, decay, most):
     """Root mean square, relative, over the second half of 2000 steps of pure noise. A byte for m2: more than half."""
     generator, n = torch.Generator().manual_seed(0), 4000
@@ -132,12 +136,23 @@ def test_the_error_of_an_average_does_not_pile_up(form, decay, most):
     assert (error / size) ** 0.5 < most
 
 
-CASES = [((1, 1), MatrixView()), ((1, 9), MatrixView()), ((7, 13), MatrixView()), ((16, 16), MatrixView()),
-         ((37, 31), MatrixView(transpose=True)), ((5, 100), MatrixView()), ((11, 23), MatrixView(split=(16, 4, 3))),
-         ((24, 10), MatrixView(transpose=True, head_dim=4)), ((3, 17, 19), MatrixView(batch=1)),
-         ((6, 5, 3, 3), MatrixView()), ((18, 10), MatrixView(transpose=True, split=(3, 3, 3), repeats=2)),
-         ((9, 40), MatrixView(split=(6, 2, 2), repeats=4)), ((2, 5, 14), MatrixView(split=(1, 1), repeats=7, batch=1)),
-         ((6, 5, 3, 3), MatrixView(transpose=True, flatten=True)), ((6, 5, 3, 3), MatrixView(flatten=True))]
+CASES = [
+    ((1, 1), MatrixView()),
+    ((1, 9), MatrixView()),
+    ((7, 13), MatrixView()),
+    ((16, 16), MatrixView()),
+    ((37, 31), MatrixView(transpose=True)),
+    ((5, 100), MatrixView()),
+    ((11, 23), MatrixView(split=(16, 4, 3))),
+    ((24, 10), MatrixView(transpose=True, head_dim=4)),
+    ((3, 17, 19), MatrixView(batch=1)),
+    ((6, 5, 3, 3), MatrixView()),
+    ((18, 10), MatrixView(transpose=True, split=(3, 3, 3), repeats=2)),
+    ((9, 40), MatrixView(split=(6, 2, 2), repeats=4)),
+    ((2, 5, 14), MatrixView(split=(1, 1), repeats=7, batch=1)),
+    ((6, 5, 3, 3), MatrixView(transpose=True, flatten=True)),
+    ((6, 5, 3, 3), MatrixView(flatten=True)),
+]
 
 
 @pytest.mark.parametrize("shape,view", CASES)

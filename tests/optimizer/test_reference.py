@@ -1,4 +1,5 @@
 """The reference update is the authors' update: every parameter and accumulator of the golden trajectories."""
+
 import pytest
 import torch
 
@@ -50,11 +51,18 @@ def test_a_feature_that_the_weights_ignore_still_counts(golden):
 @pytest.mark.parametrize("orthogonalize", [True, False])
 def test_one_to_five_dims_and_the_optimizer_agrees_with_the_reference(shape, orthogonalize):
     torch.manual_seed(sum(shape))
-    theta = {key: torch.randn(size) / 3 for key, size in
-             zip(reference.MLP._fields, [(30, 8), (8,), (8, 8), (8,), (8, 3), (3,)])}
+    theta = {
+        key: torch.randn(size) / 3 for key, size in zip(reference.MLP._fields, [(30, 8), (8,), (8, 8), (8,), (8, 3), (3,)])
+    }
     p = torch.nn.Parameter(torch.randn(shape))
-    optimizer = Celo2([{"params": [p], "rule": "celo2"}], lr=1e-2, weights=theta, weight_decay=0.1,
-                      adamw_weight_decay=None, orthogonalize=orthogonalize)
+    optimizer = Celo2(
+        [{"params": [p], "rule": "celo2"}],
+        lr=1e-2,
+        weights=theta,
+        weight_decay=0.1,
+        adamw_weight_decay=None,
+        orthogonalize=orthogonalize,
+    )
     state, mlp = reference.init_state(p.detach()), reference.MLP(**theta)
     for _ in range(4):
         p.grad = torch.randn(shape)

@@ -1,4 +1,5 @@
 """DeepSpeed accepts a Celo2 whenever either is imported, and importing celo2_pretrain stays cheap."""
+
 import importlib
 import subprocess
 import sys
@@ -48,6 +49,7 @@ def supported() -> list[type]:
 
 def test_a_celo2_made_after_deepspeed_is_imported_is_accepted(package):
     import deepspeed  # noqa: F401
+
     make()
     assert Celo2 in supported()
 
@@ -56,6 +58,7 @@ def test_a_celo2_made_before_deepspeed_is_imported_is_accepted(package):
     make()
     assert "deepspeed" not in sys.modules
     import deepspeed  # noqa: F401
+
     assert Celo2 in supported()
 
 
@@ -64,6 +67,7 @@ def test_each_class_is_enrolled_once_and_a_subclass_too(package):
         pass
 
     import deepspeed  # noqa: F401
+
     for _ in range(3):
         make()
         Mine([torch.nn.Parameter(torch.ones(2, 3))])
@@ -82,7 +86,8 @@ def test_a_celo2_made_while_another_thread_imports_deepspeed_is_accepted(package
     """The import has begun, but the list isn't there yet when the optimizer is made."""
     (package / "utils.py").write_text(
         "import threading, torch\nfrom test_register import began, go_on\nbegan.set()\nassert go_on.wait(30)\n"
-        "ZERO_SUPPORTED_OPTIMIZERS = [torch.optim.Adam]\n")
+        "ZERO_SUPPORTED_OPTIMIZERS = [torch.optim.Adam]\n"
+    )
     make()
     finder = next(finder for finder in sys.meta_path if type(finder).__module__ == "celo2_pretrain.optimizer.enroll")
     sys.meta_path.remove(finder)  # as before the first Celo2 of a process
@@ -115,8 +120,13 @@ def test_without_deepspeed_nothing_happens(monkeypatch):
 
 def test_importing_celo2_pretrain_imports_no_torch_and_using_celo2_no_deepspeed():
     assert python("import sys, celo2_pretrain; print('torch' in sys.modules)") == "False"
-    assert python("import sys\nfrom celo2_pretrain import Celo2, param_groups, register\n"
-                  "print([name for name in ('deepspeed', 'transformers') if name in sys.modules])") == "[]"
+    assert (
+        python(
+            "import sys\nfrom celo2_pretrain import Celo2, param_groups, register\n"
+            "print([name for name in ('deepspeed', 'transformers') if name in sys.modules])"
+        )
+        == "[]"
+    )
 
 
 def test_public_names_are_listed_and_each_can_be_imported():

@@ -1,4 +1,5 @@
 """Ranks that drift apart are found, and named alike on every rank."""
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -49,6 +50,7 @@ def test_drift_is_found_at_the_next_check_by_all_ranks(tmp_path):
 
 def _hybrid(rank: int, port: int, world: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
+
     join(rank, port, world)
     net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Linear(8, 4))
     fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))

@@ -1,4 +1,5 @@
 """Stochastic rounding: one of the two neighbours, right on average, and the same for the same element and key."""
+
 import torch
 
 from celo2_pretrain.kernels.rounding import key_of, random_bits, stochastic_round
@@ -31,6 +32,6 @@ def test_a_small_change_is_not_lost():
     for step in range(500):
         nearest = (nearest.float() * 0.999 + 0.001).to(torch.bfloat16)
         mean = stochastic_round(mean.float() * 0.999 + 0.001, torch.arange(4096), key_of(step))
-    exact = 1 - 0.1 * 0.999 ** 500
+    exact = 1 - 0.1 * 0.999**500
     assert abs(nearest.float().mean() - exact) > 0.03
     assert abs(mean.float().mean() - exact) < 0.002

@@ -1,4 +1,5 @@
 """Which tensor gets which rule, read as which matrices, for the models people have."""
+
 import pytest
 import torch
 from torch import nn
@@ -12,14 +13,23 @@ from architectures.modules import bare, tree
 
 
 def gpt2(tied: bool = True) -> nn.Module:
-    return AutoModelForCausalLM.from_config(GPT2Config(
-        vocab_size=50, n_positions=16, n_embd=12, n_layer=2, n_head=3, tie_word_embeddings=tied))
+    return AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=50, n_positions=16, n_embd=12, n_layer=2, n_head=3, tie_word_embeddings=tied)
+    )
 
 
 def llama(tied: bool = False) -> nn.Module:
-    return AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=tied))
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+        )
+    )
 
 
 def tags(model: nn.Module) -> dict[str, tuple]:
@@ -69,8 +79,9 @@ def test_per_head_views():
 
 
 def test_interleaved_qkv_is_three_matrices_and_with_per_head_one_for_each_head():
-    model = AutoModelForCausalLM.from_config(GPTNeoXConfig(
-        vocab_size=50, hidden_size=12, num_hidden_layers=1, num_attention_heads=3, intermediate_size=24))
+    model = AutoModelForCausalLM.from_config(
+        GPTNeoXConfig(vocab_size=50, hidden_size=12, num_hidden_layers=1, num_attention_heads=3, intermediate_size=24)
+    )
     param_groups(model)
     name = "gpt_neox.layers.0.attention.query_key_value.weight"
     assert tags(model)[name][2] == MatrixView(transpose=True, split=(4, 4, 4), repeats=3)
@@ -81,8 +92,11 @@ def test_interleaved_qkv_is_three_matrices_and_with_per_head_one_for_each_head()
 
 def test_per_head_holds_for_every_fused_projection_with_heads():
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
-    for config in (FalconConfig(**sizes, new_decoder_architecture=True, num_kv_heads=2), FalconConfig(**sizes),
-                   Phi3Config(**sizes, num_key_value_heads=2, intermediate_size=24, pad_token_id=0)):
+    for config in (
+        FalconConfig(**sizes, new_decoder_architecture=True, num_kv_heads=2),
+        FalconConfig(**sizes),
+        Phi3Config(**sizes, num_key_value_heads=2, intermediate_size=24, pad_token_id=0),
+    ):
         model = AutoModelForCausalLM.from_config(config)
         param_groups(model, per_head=True)
         views = {name.split(".")[-2]: view for name, (_, _, view) in tags(model).items()}
@@ -119,19 +133,36 @@ def test_experts_of_an_unknown_class_lie_as_their_sizes_say():
     assert views["square"] == MatrixView(batch=1) and table(model).count("which axes are in and out is unknown") == 1
 
 
-@pytest.mark.parametrize("config", [
-    MixtralConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
-                  num_key_value_heads=2, num_local_experts=3),
-    Phi3Config(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
-               num_key_value_heads=2, pad_token_id=0),
-    GPT2Config(vocab_size=50, n_positions=16, n_embd=12, n_layer=1, n_head=3)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        MixtralConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=3,
+        ),
+        Phi3Config(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+        ),
+        GPT2Config(vocab_size=50, n_positions=16, n_embd=12, n_layer=1, n_head=3),
+    ],
+)
 def test_wrapped_and_partitioned_models_are_read_as_the_model_itself(config):
     """Under ZeRO-3 a parameter is empty between uses, and its shape is `ds_shape`."""
     model = AutoModelForCausalLM.from_config(config)
     param_groups(model)
     plain = list(tags(model).values())
-    for wrapped in (tree("DistributedDataParallel", module=model), torch.compile(model),
-                    tree("Trainee", student=model)):
+    for wrapped in (tree("DistributedDataParallel", module=model), torch.compile(model), tree("Trainee", student=model)):
         param_groups(wrapped)
         assert list(tags(wrapped).values()) == plain
     for param in model.parameters():
@@ -152,17 +183,35 @@ def test_the_last_linear_of_a_model_is_its_head_but_not_that_of_a_part():
     model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3), nn.Softmax(-1))
     param_groups(model)
     assert [kind for kind, _, _ in tags(model).values()][::2] == ["hidden", "hidden", "head"]
-    for part in (nn.Linear(12, 8), tree("MLP", up=nn.Linear(8, 32), down=nn.Linear(32, 8)),
-                 nn.ModuleList([nn.Linear(12, 8)]), nn.TransformerEncoderLayer(8, 2, 16)):
+    for part in (
+        nn.Linear(12, 8),
+        tree("MLP", up=nn.Linear(8, 32), down=nn.Linear(32, 8)),
+        nn.ModuleList([nn.Linear(12, 8)]),
+        nn.TransformerEncoderLayer(8, 2, 16),
+    ):
         param_groups(part)
         assert {kind for kind, _, _ in tags(part).values()} == {"hidden", "vector"}
 
 
-@pytest.mark.parametrize("name, kind", [
-    ("pos_embed", "embedding"), ("positional_embedding", "embedding"), ("type_embeddings", "embedding"),
-    ("query_tokens", "embedding"), ("rel_pos_h", "embedding"), ("relative_position_bias_table", "embedding"),
-    ("expert_bias", "vector"), ("layer_scale", "vector"), ("A_log", "vector"), ("sinks", "vector"),
-    ("composition", "hidden"), ("token_proj", "hidden"), ("upscale_weight", "hidden"), ("w1", "hidden")])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("pos_embed", "embedding"),
+        ("positional_embedding", "embedding"),
+        ("type_embeddings", "embedding"),
+        ("query_tokens", "embedding"),
+        ("rel_pos_h", "embedding"),
+        ("relative_position_bias_table", "embedding"),
+        ("expert_bias", "vector"),
+        ("layer_scale", "vector"),
+        ("A_log", "vector"),
+        ("sinks", "vector"),
+        ("composition", "hidden"),
+        ("token_proj", "hidden"),
+        ("upscale_weight", "hidden"),
+        ("w1", "hidden"),
+    ],
+)
 def test_bare_parameters_are_what_their_names_say(name, kind):
     model = tree("Model", **{name: bare(6, 4)})
     param_groups(model)
@@ -220,8 +269,14 @@ def test_the_optimizer_follows_the_tags_of_a_registered_model():
 
 def test_the_transposed_view_matters_for_a_square_linear():
     """A tie in the factored axes: read as it lies, a square nn.Linear would take another step."""
-    theta = {"w0": torch.randn(30, 8), "b0": torch.zeros(8), "w1": torch.randn(8, 8), "b1": torch.zeros(8),
-             "w2": torch.randn(8, 3), "b2": torch.zeros(3)}
+    theta = {
+        "w0": torch.randn(30, 8),
+        "b0": torch.zeros(8),
+        "w1": torch.randn(8, 8),
+        "b1": torch.zeros(8),
+        "w2": torch.randn(8, 3),
+        "b2": torch.zeros(3),
+    }
     plain, tagged = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
     tagged.load_state_dict(plain.state_dict())
     grad = torch.randn(6, 6) * torch.logspace(-2, 2, 6)
@@ -255,8 +310,11 @@ def test_layers_in_a_sequential_are_no_heads_however_large_an_embedding_of_posit
     net.blocks, net.out = nn.Sequential(_Layer(), _Layer()), nn.Linear(16, 100)
     tag_model(net)
     assert {name: tag_of(p).kind for name, p in net.named_parameters() if p.ndim == 2} == {
-        "tokens.weight": "embedding", "wpe.weight": "embedding", "out.weight": "head",
-        **{f"blocks.{k}.{name}.weight": "hidden" for k in (0, 1) for name in ("fc", "proj", "head")}}
+        "tokens.weight": "embedding",
+        "wpe.weight": "embedding",
+        "out.weight": "head",
+        **{f"blocks.{k}.{name}.weight": "hidden" for k in (0, 1) for name in ("fc", "proj", "head")},
+    }
 
 
 def test_a_head_has_as_many_outputs_as_the_vocabulary_whatever_its_inputs():

@@ -1,4 +1,5 @@
 """No pass or kernel is called with tensors of other sizes than it takes: a ValueError names them, before anything changes."""
+
 import copy
 
 import pytest
@@ -51,13 +52,24 @@ def refused_without_a_change(optimizer: Celo2, work, match: str) -> str:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)
-@pytest.mark.parametrize("theirs,ours", [((8, 16), (16, 8)), ((64, 64), (512, 512)), ((8, 8), (8, 16)), ((4, 6), (24,)),
-                                         ((24,), (4, 6)), ((5,), (500,)), ((2, 3, 4), (6, 4))])
+@pytest.mark.parametrize(
+    "theirs,ours",
+    [
+        ((8, 16), (16, 8)),
+        ((64, 64), (512, 512)),
+        ((8, 8), (8, 16)),
+        ((4, 6), (24,)),
+        ((24,), (4, 6)),
+        ((5,), (500,)),
+        ((2, 3, 4), (6, 4)),
+    ],
+)
 def test_a_state_of_another_shape_is_refused_when_it_is_loaded(rule, state_dtype, theirs, ours):
     _, saved = stepped(theirs, rule, state_dtype)
     for fresh in (True, False):
-        optimizer = optimizer_of(nn.Parameter(torch.randn(ours)), rule, state_dtype) if fresh else stepped(
-            ours, rule, state_dtype)[1]
+        optimizer = (
+            optimizer_of(nn.Parameter(torch.randn(ours)), rule, state_dtype) if fresh else stepped(ours, rule, state_dtype)[1]
+        )
         message = refused_without_a_change(optimizer, lambda: optimizer.load_state_dict(saved.state_dict()), "blocks.0.weight")
         if len(theirs) == len(ours):
             assert str(theirs) in message and str(ours) in message, message
@@ -74,16 +86,19 @@ def test_each_state_is_compared(key):
     refused_without_a_change(optimizer, lambda: optimizer.load_state_dict(state), "blocks.0.weight")
 
 
-@pytest.mark.parametrize("change,match", [
-    (lambda s: s["state"][0].update(rms=s["state"][0]["rms"].double()), "dtype"),
-    (lambda s: s["state"][0].update(rms=s["state"][0]["rms"].bfloat16()), "dtype"),
-    (lambda s: s["state"][0].update(rms="lost"), "'rms'"),
-    (lambda s: s["param_groups"][0].update(lr=float("nan")), "lr must be"),
-    (lambda s: s["param_groups"][0].update(rule="adamw"), "'adamw'"),
-    (lambda s: s["state"][0].update(v_row=s["state"][0]["v_row"].bfloat16()), "'v_row'.* must be float32"),
-    (lambda s: s["theta"].update(w0=torch.zeros(2)), "w0"),
-    (lambda s: s["state"].update({7: {}}), "7"),
-])
+@pytest.mark.parametrize(
+    "change,match",
+    [
+        (lambda s: s["state"][0].update(rms=s["state"][0]["rms"].double()), "dtype"),
+        (lambda s: s["state"][0].update(rms=s["state"][0]["rms"].bfloat16()), "dtype"),
+        (lambda s: s["state"][0].update(rms="lost"), "'rms'"),
+        (lambda s: s["param_groups"][0].update(lr=float("nan")), "lr must be"),
+        (lambda s: s["param_groups"][0].update(rule="adamw"), "'adamw'"),
+        (lambda s: s["state"][0].update(v_row=s["state"][0]["v_row"].bfloat16()), "'v_row'.* must be float32"),
+        (lambda s: s["theta"].update(w0=torch.zeros(2)), "w0"),
+        (lambda s: s["state"].update({7: {}}), "7"),
+    ],
+)
 def test_a_damaged_state_is_refused_when_it_is_loaded(change, match):
     _, optimizer = stepped((6, 4), "celo2")
     state = copy.deepcopy(optimizer.state_dict())
@@ -152,7 +167,9 @@ def test_a_state_of_an_earlier_version_that_read_other_matrices_is_refused():
     state = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(state)
     del state["param_groups"][0]["adamw_weight_decay"]
-    refused_without_a_change(optimizer, lambda: optimizer.load_state_dict(state), "earlier version, which read 'qkv'.*save_state")
+    refused_without_a_change(
+        optimizer, lambda: optimizer.load_state_dict(state), "earlier version, which read 'qkv'.*save_state"
+    )
 
 
 def test_one_bad_tensor_stops_the_whole_step():

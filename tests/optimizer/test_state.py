@@ -1,4 +1,5 @@
 """A saved optimizer state goes on in any world: any ZeRO stage, precision, offload, FSDP2, number of ranks."""
+
 import json
 import os
 import shutil
@@ -54,11 +55,30 @@ def continued(tmp_path_factory):
     """Trained 3 steps on 4 ranks at ZeRO-2, saved, and gone on with for 3 steps in every other world."""
     folder = tmp_path_factory.mktemp("states")
     common = dict(first=3, steps=3, seed=5, lr=0.3, load=str(folder / "zero2"), extra=EXTRA)  # another start and lr
-    launch(4, [dict(kind="ds", stage=2, first=0, steps=3, save=str(folder / "zero2"), more=3, extra=EXTRA,
-                    out=str(folder / "uninterrupted.pt"))])
+    launch(
+        4,
+        [
+            dict(
+                kind="ds",
+                stage=2,
+                first=0,
+                steps=3,
+                save=str(folder / "zero2"),
+                more=3,
+                extra=EXTRA,
+                out=str(folder / "uninterrupted.pt"),
+            )
+        ],
+    )
     for world in sorted({world for world, _ in CONTINUED.values()}):
-        launch(world, [{**common, **job, "out": str(folder / f"{name}.pt"), "save": str(folder / f"{name} state")}
-                       for name, (ranks, job) in CONTINUED.items() if ranks == world])
+        launch(
+            world,
+            [
+                {**common, **job, "out": str(folder / f"{name}.pt"), "save": str(folder / f"{name} state")}
+                for name, (ranks, job) in CONTINUED.items()
+                if ranks == world
+            ],
+        )
     return folder
 
 
@@ -80,8 +100,7 @@ def test_each_world_saves_what_the_others_save(continued, name):
     for tensor, entry in one.tensors.items():
         keys = element_keys(entry["rule"], entry["vector"])
         pairs = [(key, one.whole(tensor, key), other.whole(tensor, key)) for key in keys]
-        pairs += [(key, one.shared(f"{tensor}|{key}"), other.shared(f"{tensor}|{key}"))
-                  for key in ("v_row", "v_col", "step")]
+        pairs += [(key, one.shared(f"{tensor}|{key}"), other.shared(f"{tensor}|{key}")) for key in ("v_row", "v_col", "step")]
         for key, a, b in pairs:
             assert (a is None) == (b is None), (tensor, key)
             if a is not None:
@@ -104,22 +123,37 @@ def test_no_rank_writes_more_than_its_share(continued, name, ranks):
 def test_states_of_low_precision_runs_go_on_at_another_stage(tmp_path):
     """bf16 with ZeRO and without, fp16 (where DeepSpeed 0.19 forgets to scale the loss without ZeRO): the float32
     masters travel, the model is rounded from them."""
-    kinds = {"zero1": dict(kind="ds", stage=1, precision="bf16"), "zero3": dict(kind="ds", stage=3, precision="bf16"),
-             "bf16 optimizer": dict(kind="ds", stage=1, precision="bf16-fp32acc"),
-             "unfused": dict(kind="ds", stage=0, precision="bf16"),
-             "fp16 zero2": dict(kind="ds", stage=2, precision="fp16"),
-             "fp16 zero3": dict(kind="ds", stage=3, precision="fp16")}
-    pairs = (("zero1", "bf16 optimizer"), ("bf16 optimizer", "zero3"), ("zero3", "unfused"), ("unfused", "zero1"),
-             ("fp16 zero2", "fp16 zero3"), ("fp16 zero3", "fp16 zero2"))
+    kinds = {
+        "zero1": dict(kind="ds", stage=1, precision="bf16"),
+        "zero3": dict(kind="ds", stage=3, precision="bf16"),
+        "bf16 optimizer": dict(kind="ds", stage=1, precision="bf16-fp32acc"),
+        "unfused": dict(kind="ds", stage=0, precision="bf16"),
+        "fp16 zero2": dict(kind="ds", stage=2, precision="fp16"),
+        "fp16 zero3": dict(kind="ds", stage=3, precision="fp16"),
+    }
+    pairs = (
+        ("zero1", "bf16 optimizer"),
+        ("bf16 optimizer", "zero3"),
+        ("zero3", "unfused"),
+        ("unfused", "zero1"),
+        ("fp16 zero2", "fp16 zero3"),
+        ("fp16 zero3", "fp16 zero2"),
+    )
     jobs = []
     for name, job in kinds.items():
-        jobs.append({**job, "first": 0, "steps": 3, "save": str(tmp_path / f"{name} state"),
-                     "out": str(tmp_path / f"{name} at save.pt")})
+        jobs.append(
+            {
+                **job,
+                "first": 0,
+                "steps": 3,
+                "save": str(tmp_path / f"{name} state"),
+                "out": str(tmp_path / f"{name} at save.pt"),
+            }
+        )
         jobs.append({**job, "first": 0, "steps": 5, "out": str(tmp_path / f"{name}.pt")})
     for source, target in pairs:
         common = {**kinds[target], "seed": 5, "lr": 0.3, "scale_power": 4, "load": str(tmp_path / f"{source} state")}
-        jobs.append({**common, "save": str(tmp_path / f"{source} loaded"),
-                     "out": str(tmp_path / f"{source} loaded.pt")})
+        jobs.append({**common, "save": str(tmp_path / f"{source} loaded"), "out": str(tmp_path / f"{source} loaded.pt")})
         jobs.append({**common, "first": 3, "steps": 2, "out": str(tmp_path / f"{source} continued.pt")})
     launch(2, jobs)
     for source, target in pairs:
@@ -138,20 +172,51 @@ def test_states_of_low_precision_runs_go_on_at_another_stage(tmp_path):
 def test_deepspeeds_own_checkpoint_resumes_bit_for_bit(tmp_path):
     jobs = []
     for stage, precision, offload in (
-            (0, "fp32", False), (1, "fp32", False), (2, "fp32", False), (3, "fp32", False),
-            (0, "bf16", False), (1, "bf16-fp32acc", False), (2, "bf16", True), (3, "bf16", True)):
+        (0, "fp32", False),
+        (1, "fp32", False),
+        (2, "fp32", False),
+        (3, "fp32", False),
+        (0, "bf16", False),
+        (1, "bf16-fp32acc", False),
+        (2, "bf16", True),
+        (3, "bf16", True),
+    ):
         name = f"stage {stage} {precision} {offload}"
-        jobs.append(dict(kind="ds", stage=stage, precision=precision, offload=offload, first=0, steps=2, more=2,
-                         ds_save=str(tmp_path / name), ds_load=str(tmp_path / name), out=str(tmp_path / f"{name}.pt")))
+        jobs.append(
+            dict(
+                kind="ds",
+                stage=stage,
+                precision=precision,
+                offload=offload,
+                first=0,
+                steps=2,
+                more=2,
+                ds_save=str(tmp_path / name),
+                ds_load=str(tmp_path / name),
+                out=str(tmp_path / f"{name}.pt"),
+            )
+        )
     launch(2, jobs)
     different = {job["out"]: d for job in jobs if (d := difference(job["out"] + ".uninterrupted", job["out"]))}
     assert not different
     # DeepSpeed's universal checkpoint knows AdamW's states only; it says no rather than dropping Celo2's.
     for name in ("stage 2 fp32 False", "stage 3 fp32 False"):
         converted = subprocess.run(
-            [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "1",
-             "--input_folder", str(tmp_path / name / "here"), "--output_folder", str(tmp_path / "universal")],
-            capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+            [
+                sys.executable,
+                "-m",
+                "deepspeed.checkpoint.ds_to_universal",
+                "--num_extract_workers",
+                "1",
+                "--input_folder",
+                str(tmp_path / name / "here"),
+                "--output_folder",
+                str(tmp_path / "universal"),
+            ],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        )
         assert converted.returncode != 0 and "Error" in converted.stderr
         assert not (tmp_path / "universal").exists()
 
@@ -168,8 +233,10 @@ def test_every_rank_gets_the_same_error_and_none_hangs(tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1  # one bit
     file.write_bytes(data)
-    jobs = [dict(kind="fsdp", load=str(tmp_path / "damaged"), error=str(tmp_path / "load")),
-            dict(kind="fsdp", save=str(tmp_path / "good"), error=str(tmp_path / "save"))]
+    jobs = [
+        dict(kind="fsdp", load=str(tmp_path / "damaged"), error=str(tmp_path / "load")),
+        dict(kind="fsdp", save=str(tmp_path / "good"), error=str(tmp_path / "save")),
+    ]
     launch(2, jobs)
     for name, words in (("load", "is damaged"), ("save", "already exists")):
         texts = [(tmp_path / f"{name}.{rank}").read_text() for rank in (0, 1)]
@@ -232,11 +299,23 @@ def test_any_range_is_read_across_files(tmp_path):
     """A tensor larger than a file is cut; ranges that span the cuts come back whole."""
     values = torch.randn(1000)
     state_files.begin(tmp_path / "state")
-    files = state_files.write_ranges(tmp_path / "state.incomplete", "rank_0", [("w", 0, 600), ("w", 600, 1000)],
-                                     lambda name, a, b: {"param": values[a:b].clone()}, most=32 * 70)
+    files = state_files.write_ranges(
+        tmp_path / "state.incomplete",
+        "rank_0",
+        [("w", 0, 600), ("w", 600, 1000)],
+        lambda name, a, b: {"param": values[a:b].clone()},
+        most=32 * 70,
+    )
     assert len(files) > 5
-    state_files.finish(tmp_path / "state", {"tensors": {"w": state_files.tensor_entry((40, 25), "celo2", MatrixView())},
-                                            "groups": [], "files": files, "extra": None})
+    state_files.finish(
+        tmp_path / "state",
+        {
+            "tensors": {"w": state_files.tensor_entry((40, 25), "celo2", MatrixView())},
+            "groups": [],
+            "files": files,
+            "extra": None,
+        },
+    )
     reader = StateReader(tmp_path / "state")
     for start, stop in ((0, 1000), (69, 71), (70, 140), (555, 999), (3, 3)):
         assert torch.equal(reader.read("w", "param", start, stop), values[start:stop])
@@ -259,20 +338,24 @@ def drop(index, name):
         entry["ranges"].pop(name, None)
 
 
-@pytest.mark.parametrize("words, change", {
-    "has no parameter 'square.weight'": lambda f, i: (i["tensors"].pop("square.weight"), drop(i, "square.weight")),
-    "which the optimizer does not train": lambda f, i: (
-        i["tensors"].update(more={"shape": [0], "rule": "adamw", "vector": False, "view": {}})),
-    "with shape [7, 13]": lambda f, i: i["tensors"]["up.weight"].update(shape=[7, 13]),
-    "v_row of 'up.weight' has shape": lambda f, i: i["tensors"]["up.weight"]["view"].update(split=[6, 7]),
-    "with rule 'adamw', the optimizer with 'celo2'": lambda f, i: i["tensors"]["up.weight"].update(rule="adamw"),
-    "format version 99": lambda f, i: i.update(version=99),
-    "is not of the format": lambda f, i: i.update(format="other"),
-    "lacks 'shared.safetensors'": lambda f, i: (f / "shared.safetensors").unlink(),
-    "does not hold 'up.weight' exactly once": lambda f, i: drop(i, "up.weight"),
-    "is damaged": lambda f, i: (f / "shared.safetensors").write_bytes(b"other"),
-    "different options": lambda f, i: i["groups"].append({"options": {"lr": 7.0}, "names": ["up.weight"]}),
-}.items())
+@pytest.mark.parametrize(
+    "words, change",
+    {
+        "has no parameter 'square.weight'": lambda f, i: (i["tensors"].pop("square.weight"), drop(i, "square.weight")),
+        "which the optimizer does not train": lambda f, i: i["tensors"].update(
+            more={"shape": [0], "rule": "adamw", "vector": False, "view": {}}
+        ),
+        "with shape [7, 13]": lambda f, i: i["tensors"]["up.weight"].update(shape=[7, 13]),
+        "v_row of 'up.weight' has shape": lambda f, i: i["tensors"]["up.weight"]["view"].update(split=[6, 7]),
+        "with rule 'adamw', the optimizer with 'celo2'": lambda f, i: i["tensors"]["up.weight"].update(rule="adamw"),
+        "format version 99": lambda f, i: i.update(version=99),
+        "is not of the format": lambda f, i: i.update(format="other"),
+        "lacks 'shared.safetensors'": lambda f, i: (f / "shared.safetensors").unlink(),
+        "does not hold 'up.weight' exactly once": lambda f, i: drop(i, "up.weight"),
+        "is damaged": lambda f, i: (f / "shared.safetensors").write_bytes(b"other"),
+        "different options": lambda f, i: i["groups"].append({"options": {"lr": 7.0}, "names": ["up.weight"]}),
+    }.items(),
+)
 def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(saved, tmp_path, words, change):
     model = build(seed=8)
     before = [p.clone() for p in model.parameters()]

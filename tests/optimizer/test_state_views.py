@@ -1,4 +1,5 @@
 """A saved state says which matrices each tensor consists of; states of earlier versions, with fewer keys, still load."""
+
 import json
 from dataclasses import asdict
 
@@ -17,8 +18,9 @@ from support.view_cases import CASES
 QKV = MatrixView(transpose=True, split=(2, 2, 2), repeats=2)
 
 
-def optimizer(view: MatrixView, shape: tuple[int, ...] = (12, 5), seed: int = 0, **options
-              ) -> tuple[torch.nn.Parameter, Celo2]:
+def optimizer(
+    view: MatrixView, shape: tuple[int, ...] = (12, 5), seed: int = 0, **options
+) -> tuple[torch.nn.Parameter, Celo2]:
     torch.manual_seed(seed)
     p = torch.nn.Parameter(torch.randn(shape))
     setattr(p, TAG, Tag("w", "hidden", "celo2", view))
@@ -50,8 +52,14 @@ def test_a_view_that_an_earlier_version_knew_is_written_as_it_wrote_it():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
-@pytest.mark.parametrize("shape, view", [((12, 5), QKV), ((2, 5, 6), MatrixView(split=(1, 1), repeats=3, batch=1)),
-                                         ((6, 3, 2, 2), MatrixView(transpose=True, flatten=True))])
+@pytest.mark.parametrize(
+    "shape, view",
+    [
+        ((12, 5), QKV),
+        ((2, 5, 6), MatrixView(split=(1, 1), repeats=3, batch=1)),
+        ((6, 3, 2, 2), MatrixView(transpose=True, flatten=True)),
+    ],
+)
 def test_training_goes_on_bit_for_bit_through_a_state_with_the_view(shape, view, dtype, tmp_path):
     p, first = optimizer(view, shape, state_dtype=dtype)
     train(p, first, range(3))
@@ -73,8 +81,10 @@ def test_a_state_with_all_keys_or_only_the_first_four_is_one_of_the_same_view(tm
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
-@pytest.mark.parametrize("theirs, ours", [(MatrixView(transpose=True, head_dim=2), QKV), (MatrixView(), QKV),
-                                          (QKV, MatrixView(transpose=True, split=(4, 4, 4)))])
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [(MatrixView(transpose=True, head_dim=2), QKV), (MatrixView(), QKV), (QKV, MatrixView(transpose=True, split=(4, 4, 4)))],
+)
 def test_a_run_goes_on_bit_for_bit_with_the_matrices_that_it_was_saved_with(theirs, ours, dtype, tmp_path, caplog):
     """Earlier versions read some tensors otherwise (GPT-NeoX's Q, K, V per head, convolutions as they lie)."""
     p, first = optimizer(theirs, state_dtype=dtype)
@@ -92,12 +102,19 @@ def test_a_run_goes_on_bit_for_bit_with_the_matrices_that_it_was_saved_with(thei
     assert json.loads((tmp_path / "again" / "index.json").read_text())["tensors"]["w"]["view"] == view_entry(theirs)
 
 
-@pytest.mark.parametrize("view, words", [
-    ({"transpose": "yes"}, "transpose of a view can't be 'yes'"), ({"transpose": 1}, "transpose of a view can't be 1"),
-    ({"split": 3}, "split of a view can't be 3"), ({"split": [2, None]}, "split of a view can't be"),
-    ({"repeats": 2.0}, "repeats of a view can't be 2.0"), ({"head_dim": True}, "head_dim of a view can't be True"),
-    ({"stride": 2}, "a view has no 'stride'"), ([], "has no view that is a dict"),
-])
+@pytest.mark.parametrize(
+    "view, words",
+    [
+        ({"transpose": "yes"}, "transpose of a view can't be 'yes'"),
+        ({"transpose": 1}, "transpose of a view can't be 1"),
+        ({"split": 3}, "split of a view can't be 3"),
+        ({"split": [2, None]}, "split of a view can't be"),
+        ({"repeats": 2.0}, "repeats of a view can't be 2.0"),
+        ({"head_dim": True}, "head_dim of a view can't be True"),
+        ({"stride": 2}, "a view has no 'stride'"),
+        ([], "has no view that is a dict"),
+    ],
+)
 def test_a_damaged_view_is_a_state_error_that_names_the_tensor(view, words, tmp_path):
     p, first = optimizer(QKV)
     train(p, first, range(1))

@@ -1,4 +1,5 @@
 """A tensor is stepped as its contiguous copy is, however it and its gradient lie in memory, and nothing beside it changes."""
+
 import os
 
 import pytest
@@ -12,15 +13,18 @@ from celo2_pretrain.optimizer.matrices.views import MatrixView
 FILL = 7.0  # what stands in the gaps
 # Triton decides at import whether it interprets kernels: test_triton_parity.py runs this file in a process where it does.
 BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["compile", "reference"]
-RULES = {"adamw": {"rule": "adamw", "weight_decay": 0.1}, "celo2": {"rule": "celo2", "weight_decay": 0.1},
-         "celo2_base": {"rule": "celo2", "orthogonalize": False, "weight_decay": 0.1}}
+RULES = {
+    "adamw": {"rule": "adamw", "weight_decay": 0.1},
+    "celo2": {"rule": "celo2", "weight_decay": 0.1},
+    "celo2_base": {"rule": "celo2", "orthogonalize": False, "weight_decay": 0.1},
+}
 INTERPRETED = BACKENDS == ["triton"]  # and slow
 SHAPES = [(6, 10)] if INTERPRETED else [(6, 10), (1, 7), (5, 1), (13, 5), (3, 5, 4), (11,), (1,)]
 
 
 def gaps_behind(x: Tensor) -> Tensor:
     """The first columns of a wider tensor."""
-    return torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), FILL, dtype=x.dtype)[..., :x.shape[-1]]
+    return torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), FILL, dtype=x.dtype)[..., : x.shape[-1]]
 
 
 def every_other(x: Tensor) -> Tensor:
@@ -73,9 +77,15 @@ def test_any_layout_takes_the_step_of_the_contiguous_copy(rule, backend, dtype, 
     p, gradients = torch.randn(shape).to(dtype), [torch.randn(shape).to(dtype) for _ in range(2)]
     for state_dtype in ("fp32",) if INTERPRETED else ("fp32", "bf16", "fp8"):
         expected = stepped(p.clone(), gradients, rule, state_dtype, None)
-        pairs = [(every_other, transposed), (a_column, later)] if INTERPRETED else [
-            *((layout, layout) for layout in LAYOUTS), *((layout, None) for layout in LAYOUTS),
-            *((None, layout) for layout in LAYOUTS)]
+        pairs = (
+            [(every_other, transposed), (a_column, later)]
+            if INTERPRETED
+            else [
+                *((layout, layout) for layout in LAYOUTS),
+                *((layout, None) for layout in LAYOUTS),
+                *((None, layout) for layout in LAYOUTS),
+            ]
+        )
         for mine, theirs in pairs:
             param = lay(mine, p) if mine else p.clone()
             ours = stepped(param, [lay(theirs, g) if theirs else g.clone() for g in gradients], rule, state_dtype, None)
@@ -94,8 +104,10 @@ def test_an_expanded_gradient_takes_the_step_of_its_copy(rule, backend, shape, m
     monkeypatch.setenv("CELO2_BACKEND", backend)
     p = torch.randn(shape)
     gradients = [torch.tensor(float(k)).expand(shape) for k in (1, 2)]
-    assert torch.equal(stepped(p.clone(), gradients, rule, "fp32", None),
-                       stepped(p.clone(), [g.contiguous() for g in gradients], rule, "fp32", None))
+    assert torch.equal(
+        stepped(p.clone(), gradients, rule, "fp32", None),
+        stepped(p.clone(), [g.contiguous() for g in gradients], rule, "fp32", None),
+    )
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -110,8 +122,12 @@ def test_a_gradient_that_is_negated_by_a_bit_takes_the_step_of_its_copy(rule, ba
 
 @pytest.mark.parametrize("rule", ["celo2", "celo2_base"])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("view", [MatrixView(transpose=True, split=(2, 4)), MatrixView(transpose=True),
-                                  MatrixView(transpose=True, head_dim=3)][:1 if INTERPRETED else 3])
+@pytest.mark.parametrize(
+    "view",
+    [MatrixView(transpose=True, split=(2, 4)), MatrixView(transpose=True), MatrixView(transpose=True, head_dim=3)][
+        : 1 if INTERPRETED else 3
+    ],
+)
 def test_a_matrix_view_reads_a_tensor_with_gaps_as_its_copy(rule, backend, view, monkeypatch):
     monkeypatch.setenv("CELO2_BACKEND", backend)
     p, gradients = torch.randn(6, 10), [torch.randn(6, 10) for _ in range(2)]

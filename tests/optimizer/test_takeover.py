@@ -1,4 +1,5 @@
 """Celo2 takes over a running AdamW run, from any DeepSpeed checkpoint, and AdamW takes it back."""
+
 import shutil
 from pathlib import Path
 
@@ -23,10 +24,12 @@ def same_states(a, b, rtol, but=()):
     one, other = StateReader(a), StateReader(b)
     assert one.tensors == other.tensors
     for name, entry in one.tensors.items():
-        pairs = [(key, one.whole(name, key), other.whole(name, key))
-                 for key in element_keys(entry["rule"], entry["vector"]) if key not in but]
-        pairs += [(key, one.shared(f"{name}|{key}"), other.shared(f"{name}|{key}"))
-                  for key in ("v_row", "v_col", "step")]
+        pairs = [
+            (key, one.whole(name, key), other.whole(name, key))
+            for key in element_keys(entry["rule"], entry["vector"])
+            if key not in but
+        ]
+        pairs += [(key, one.shared(f"{name}|{key}"), other.shared(f"{name}|{key}")) for key in ("v_row", "v_col", "step")]
         for key, x, y in pairs:
             assert (x is None) == (y is None), (name, key)
             if x is not None:
@@ -49,8 +52,7 @@ def feed(model, optimizer, gradients):
 def gradients(steps, constant=False, seed=0):
     torch.manual_seed(seed)
     model = build()
-    made = [{name: torch.randn_like(p) for name, p in model.named_parameters()}
-            for _ in range(1 if constant else steps)]
+    made = [{name: torch.randn_like(p) for name, p in model.named_parameters()} for _ in range(1 if constant else steps)]
     return made * steps if constant else made
 
 
@@ -66,8 +68,12 @@ def test_accumulators_are_what_celo2_would_have_made_of_a_constant_gradient(tmp_
     save_state(own, tmp_path / "own")
     from_adamw(tmp_path / "adamw", tmp_path / "seeded", celo2(build()))
     # Tensors that stay under AdamW keep its own moments, so only equal betas make them equal.
-    same_states(tmp_path / "own", tmp_path / "seeded", 1e-4,  # decays are float32 in the step
-                but=("param", *(("exp_avg", "exp_avg_sq") if betas != (0.9, 0.95) else ())))
+    same_states(
+        tmp_path / "own",
+        tmp_path / "seeded",
+        1e-4,  # decays are float32 in the step
+        but=("param", *(("exp_avg", "exp_avg_sq") if betas != (0.9, 0.95) else ())),
+    )
 
 
 def test_a_celo2_run_from_scratch_gives_adamw_the_moments_it_would_have_had(tmp_path):
@@ -112,8 +118,9 @@ def test_the_printed_rates_are_those_of_steps_of_the_same_size(tmp_path, capsys)
     assert describe(rates) in capsys.readouterr().out
     names = {name for name, entry in StateReader(tmp_path / "celo2").tensors.items() if entry["rule"] == "celo2"}
     states = [old.state[p] for name, p in a.named_parameters() if name in names]
-    step = torch.cat([(s["exp_avg"] / (1 - 0.9**30) / ((s["exp_avg_sq"] / (1 - 0.999**30)).sqrt() + 1e-8)).flatten()
-                      for s in states])
+    step = torch.cat(
+        [(s["exp_avg"] / (1 - 0.9**30) / ((s["exp_avg_sq"] / (1 - 0.999**30)).sqrt() + 1e-8)).flatten() for s in states]
+    )
     assert rates["update_rms"] == pytest.approx(float(step.square().mean().sqrt()), rel=1e-5)
     assert rates["lr"] * rates["adamw_lr_multiplier"] == pytest.approx(3e-3)  # the others go on at AdamW's own rate
     assert load_state(optimizer, tmp_path / "celo2") == {"learning_rates": rates}
@@ -149,9 +156,24 @@ def test_the_loss_goes_on_falling_after_the_switch(tmp_path):
 def checkpoints(tmp_path_factory):
     """AdamW runs of 3 steps on 2 ranks, saved by DeepSpeed and by save_state, and gone on with for 3 more steps."""
     folder = tmp_path_factory.mktemp("adamw")
-    launch(2, [dict(kind="ds", optimizer="adamw", stage=stage, precision=precision, first=0, steps=3, more=3,
-                    ds_save=str(folder / f"{stage} {precision}"), save=str(folder / f"{stage} {precision} ours"),
-                    out=str(folder / f"{stage} {precision}.pt")) for stage, precision in STAGES])
+    launch(
+        2,
+        [
+            dict(
+                kind="ds",
+                optimizer="adamw",
+                stage=stage,
+                precision=precision,
+                first=0,
+                steps=3,
+                more=3,
+                ds_save=str(folder / f"{stage} {precision}"),
+                save=str(folder / f"{stage} {precision} ours"),
+                out=str(folder / f"{stage} {precision}.pt"),
+            )
+            for stage, precision in STAGES
+        ],
+    )
     return folder
 
 
@@ -174,9 +196,21 @@ def test_there_and_back_goes_on_as_if_nothing_had_been(checkpoints, tmp_path):
     from_adamw(checkpoints / "2 fp32", tmp_path / "celo2", celo2(build()))
     to_adamw(tmp_path / "celo2", tmp_path / "back", betas=BETAS)
     common = dict(first=3, steps=3, seed=5)
-    launch(2, [dict(kind="ds", optimizer="adamw", stage=stage, load=str(tmp_path / "back"),
-                    out=str(tmp_path / f"{stage}.pt"), **common) for stage in (1, 3)] +
-              [dict(kind="ds", stage=3, load=str(tmp_path / "celo2"), out=str(tmp_path / "celo2 3.pt"), **common)])
+    launch(
+        2,
+        [
+            dict(
+                kind="ds",
+                optimizer="adamw",
+                stage=stage,
+                load=str(tmp_path / "back"),
+                out=str(tmp_path / f"{stage}.pt"),
+                **common,
+            )
+            for stage in (1, 3)
+        ]
+        + [dict(kind="ds", stage=3, load=str(tmp_path / "celo2"), out=str(tmp_path / "celo2 3.pt"), **common)],
+    )
     launch(1, [dict(kind="plain", load=str(tmp_path / "celo2"), out=str(tmp_path / "celo2 plain.pt"), **common)])
     for stage in (1, 3):
         assert difference(checkpoints / "2 fp32.pt", tmp_path / f"{stage}.pt") < ROUND_OFF
@@ -233,9 +267,15 @@ def test_deepspeeds_fused_16_bit_checkpoint_without_zero_is_read(tmp_path):
     flat = optimizer.param_groups[0]["params"][0].detach()
     (tmp_path / "run" / "here").mkdir(parents=True)
     (tmp_path / "run" / "latest").write_text("here")
-    torch.save({"module": model.bfloat16().state_dict(), "buffer_names": [], "dp_world_size": 1,
-                "optimizer": {"optimizer_state_dict": optimizer.state_dict(), "fp32_groups_flat": [flat]}},
-               tmp_path / "run" / "here" / "mp_rank_00_model_states.pt")
+    torch.save(
+        {
+            "module": model.bfloat16().state_dict(),
+            "buffer_names": [],
+            "dp_world_size": 1,
+            "optimizer": {"optimizer_state_dict": optimizer.state_dict(), "fp32_groups_flat": [flat]},
+        },
+        tmp_path / "run" / "here" / "mp_rank_00_model_states.pt",
+    )
     from_adamw(tmp_path / "run", tmp_path / "celo2", celo2(build(1)))
     reader = StateReader(tmp_path / "celo2")
     assert torch.equal(torch.cat([reader.whole(name, "param").flatten() for name, _ in params]), flat)

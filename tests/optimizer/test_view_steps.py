@@ -2,6 +2,7 @@
 
 The ranks are threads here, each with its slice; they exchange through lists what they would exchange by collectives.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -104,8 +105,9 @@ def values(case: Case) -> tuple[Tensor, list[Tensor]]:
     return draw(), [draw() * (1 + torch.arange(case.numel) % 7) for _ in range(STEPS)]
 
 
-def sharded(ranks: Ranks, case: Case, cuts: list[int], orthogonalize: bool, dtype: torch.dtype = torch.float32
-            ) -> tuple[Tensor, dict[str, Tensor]]:
+def sharded(
+    ranks: Ranks, case: Case, cuts: list[int], orthogonalize: bool, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The parameter (flat) after the steps of ranks that hold [cuts[0], cuts[1]), [cuts[1], cuts[2]), …; and the states."""
     p, gradients = values(case)
     ranges = torch.tensor(list(itertools.pairwise(cuts)))[:, None]
@@ -163,8 +165,9 @@ def rounded(state: State, g: Tensor, place: Tensor, step: int, dtype: torch.dtyp
         drawn = [draws(place, key_of("w", k), turn_of(step)) for k in range(4)]
         *momentum, rms = unpack(pack([*updated.momentum, rms], by_decay, drawn), by_decay)
     else:
-        *momentum, rms = (stochastic_round(x, place, key_of("w", step, k)).float()
-                          for k, x in enumerate((*updated.momentum, rms)))
+        *momentum, rms = (
+            stochastic_round(x, place, key_of("w", step, k)).float() for k, x in enumerate((*updated.momentum, rms))
+        )
     return updated._replace(momentum=torch.stack(momentum), rms=rms)
 
 
@@ -179,8 +182,9 @@ def few_shares(numel: int) -> list[list[int]]:
     return [[0, numel], [0, 1, numel // 3, numel], [0, 0, numel // 3 + 1, numel - 1, numel]]
 
 
-def worst_error(ranks: Ranks, case: Case, shares: list[list[int]], orthogonalize: bool, dtype: torch.dtype = torch.float32
-                ) -> float:
+def worst_error(
+    ranks: Ranks, case: Case, shares: list[list[int]], orthogonalize: bool, dtype: torch.dtype = torch.float32
+) -> float:
     """‖difference‖ / ‖update‖, the largest over the shares; v_row and v_col are compared on the way."""
     expected, v_row, v_col = separate(case, orthogonalize, dtype)
     update, worst = (expected - values(case)[0]).norm(), 0.0
@@ -211,7 +215,9 @@ def test_a_step_through_a_view_is_the_step_of_the_separate_matrices(case, backen
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend,orthogonalize", [("compile", False), ("reference", True)], ids=["compile-base", "reference-celo2"])
+@pytest.mark.parametrize(
+    "backend,orthogonalize", [("compile", False), ("reference", True)], ids=["compile-base", "reference-celo2"]
+)
 @each_case
 def test_a_step_is_that_of_the_separate_matrices_wherever_ranks_cut(case, backend, orthogonalize, ranks, monkeypatch):
     monkeypatch.setenv("CELO2_BACKEND", backend)
@@ -243,10 +249,14 @@ def test_packing_a_range_of_a_view_and_unpacking_it_loses_nothing():
         words = torch.randint(-1 << 31, 1 << 31, (case.numel,), generator=generator).to(WORD)
         held = Slice(Original(torch.empty(case.shape), "w", case.view), 0, case.numel, 0, words)
         shapes = [BlockShape(block) for block in case.view.blocks(case.shape)]
-        vectors = [torch.rand(3, sum(math.prod(size) for size in sizes), generator=generator)
-                   for sizes in zip(*((shape.row, shape.col) for shape in shapes))]
+        vectors = [
+            torch.rand(3, sum(math.prod(size) for size in sizes), generator=generator)
+            for sizes in zip(*((shape.row, shape.col) for shape in shapes))
+        ]
         canonical = pack_range(unpack_range(words, held, 0, *vectors), held, 0, *vectors)
         for cuts in few_shares(case.numel):
-            made = [pack_range(unpack_range(canonical[a:b], held, a, *vectors), held, a, *vectors)
-                    for a, b in itertools.pairwise(cuts)]
+            made = [
+                pack_range(unpack_range(canonical[a:b], held, a, *vectors), held, a, *vectors)
+                for a, b in itertools.pairwise(cuts)
+            ]
             assert torch.equal(torch.cat(made), canonical)

@@ -1,4 +1,5 @@
 """Weight decay acts on hidden matrices only, and a run of an earlier version keeps the decay that it was made with."""
+
 import json
 
 import pytest
@@ -53,12 +54,15 @@ def decays(make) -> dict[str, float]:
 WAYS = {
     "param_groups": lambda model, **options: Celo2(param_groups(model), lr=LR, adamw_lr_multiplier=1.0, **options),
     "in param_groups": lambda model, **options: Celo2(param_groups(model, **options), lr=LR, adamw_lr_multiplier=1.0),
-    "register": lambda model, **options: register(model) or Celo2(model.parameters(), lr=LR, adamw_lr_multiplier=1.0, **options),
+    "register": lambda model, **options: (
+        register(model) or Celo2(model.parameters(), lr=LR, adamw_lr_multiplier=1.0, **options)
+    ),
     "Celo2-base": lambda model, **options: register(model) or Celo2(model.parameters(), lr=LR, orthogonalize=False, **options),
     "driver, celo2": lambda model, **options: build_optimizer(model, Optimizer(lr=LR, adamw_lr_multiplier=1.0, **options)),
     "driver, celo2_base": lambda model, **options: build_optimizer(model, Optimizer(name="celo2_base", lr=LR, **options)),
     "driver, adamw": lambda model, **options: build_optimizer(
-        model, Optimizer(name="adamw", lr=LR, adamw_lr_multiplier=1.0, **options)),
+        model, Optimizer(name="adamw", lr=LR, adamw_lr_multiplier=1.0, **options)
+    ),
 }
 
 
@@ -76,7 +80,9 @@ def test_adamw_weight_decay_acts_on_all_others(way):
 
 def earlier(state_dict: dict) -> dict:
     """A state dict as an earlier version made it."""
-    groups = [{key: value for key, value in group.items() if key != "adamw_weight_decay"} for group in state_dict["param_groups"]]
+    groups = [
+        {key: value for key, value in group.items() if key != "adamw_weight_decay"} for group in state_dict["param_groups"]
+    ]
     return {**state_dict, "param_groups": groups}
 
 
@@ -110,6 +116,7 @@ def test_a_celo2_base_state_of_an_earlier_version_goes_on_decaying_all_tensors(t
 
 def test_a_celo2_checkpoint_of_an_earlier_driver_goes_on_decaying_the_hidden_matrix_only():
     """Its groups of AdamW's tensors had a weight_decay of their own, 0; this run's options count after a resume."""
+
     def make(model, decay):
         saved = earlier(build_optimizer(net(), Optimizer(lr=LR, weight_decay=decay)).state_dict())
         for group in saved["param_groups"]:

@@ -1,4 +1,5 @@
 """What `celo2-pretrain plan` predicts is what a running engine holds, and what it prints can be relied on."""
+
 import json
 import re
 
@@ -22,11 +23,21 @@ from support.paths import ROOT, SUPPORT
 from support.processes import on_ranks
 
 CONFIGS = ROOT / "configs"
-TINY = ["model.layers=2", "model.width=64", "model.heads=4", "model.context=32", "model.vocab_size=256",
-        "train.micro_batch_size=2", "train.global_batch_size=4"]
+TINY = [
+    "model.layers=2",
+    "model.width=64",
+    "model.heads=4",
+    "model.context=32",
+    "model.vocab_size=256",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=4",
+]
 ENGINES = {  # what each engine is, beside TINY
-    **{f"ZeRO-{stage} {precision}": [f"train.zero_stage={stage}", f"train.precision={precision}"]
-       for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")},
+    **{
+        f"ZeRO-{stage} {precision}": [f"train.zero_stage={stage}", f"train.precision={precision}"]
+        for stage in (0, 1, 2, 3)
+        for precision in ("fp32", "bf16")
+    },
     "accumulation": ["train.zero_stage=2", "train.precision=bf16", "train.global_batch_size=8"],
     "fp32 accumulation, ZeRO-1": ["train.zero_stage=1", "train.precision=bf16", "deepspeed.data_types.grad_accum_dtype=fp32"],
     "fp32 accumulation, ZeRO-2": ["train.zero_stage=2", "train.precision=bf16", "deepspeed.data_types.grad_accum_dtype=fp32"],
@@ -54,8 +65,11 @@ def test_weights_gradients_and_states_are_those_of_a_running_engine(ranks, tmp_p
     measured = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(ranks)]
     for name, overrides in cases.items():
         _, plan = plan_of(overrides, ranks)
-        most = {(moment, part): max(found[name][moment].get(part, 0) for found in measured)
-                for moment in ("backward", "step") for part in ("weights", "gradients", "master", "states", "buckets")}
+        most = {
+            (moment, part): max(found[name][moment].get(part, 0) for found in measured)
+            for moment in ("backward", "step")
+            for part in ("weights", "gradients", "master", "states", "buckets")
+        }
         gathered = plan.memory.gathered
         for what, planned, real in [
             ("weights", plan.memory.weights + gathered, most["backward", "weights"]),
@@ -70,13 +84,35 @@ def test_weights_gradients_and_states_are_those_of_a_running_engine(ranks, tmp_p
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family, attention, dtype", [
-    ("gpt2", "sdpa", torch.float32), ("gpt2", "eager", torch.bfloat16),
-    ("llama", "sdpa", torch.bfloat16), ("llama", "eager", torch.float32)])
+@pytest.mark.parametrize(
+    "family, attention, dtype",
+    [
+        ("gpt2", "sdpa", torch.float32),
+        ("gpt2", "eager", torch.bfloat16),
+        ("llama", "sdpa", torch.bfloat16),
+        ("llama", "eager", torch.float32),
+    ],
+)
 def test_saved_activations_are_what_autograd_saves(family, attention, dtype, checkpointing):
     layers, context, sequences = 5, 64, 8  # large beside the fixed memory that some CPUs' products in bfloat16 take
-    model = build_model(Model(family=family, layers=layers, width=64, heads=4, context=context, vocab_size=300,
-                              attention=attention, activation_checkpointing=checkpointing), 300, 0).to(dtype).train()
+    model = (
+        build_model(
+            Model(
+                family=family,
+                layers=layers,
+                width=64,
+                heads=4,
+                context=context,
+                vocab_size=300,
+                attention=attention,
+                activation_checkpointing=checkpointing,
+            ),
+            300,
+            0,
+        )
+        .to(dtype)
+        .train()
+    )
     windows = torch.randint(0, 300, (sequences, context + 1))
     kept = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), windows]}
     sizes, alive = {}, []
@@ -123,13 +159,14 @@ def test_activations_are_a_straight_line_in_depth_and_micro_batch():
     overrides = ["model.layers=7", "model.width=64", "model.heads=4", "model.context=32", "model.vocab_size=256"]
     seven = subject(load_config(None, [*overrides, "train.micro_batch_size=2"]))
     assert seven.acts_of(6).saved == pytest.approx(
-        subject(load_config(None, [*overrides, "train.micro_batch_size=6", "train.global_batch_size=36"])).acts.saved, rel=0.01)
+        subject(load_config(None, [*overrides, "train.micro_batch_size=6", "train.global_batch_size=36"])).acts.saved, rel=0.01
+    )
 
 
 def test_step_buffers_are_what_the_step_allocates():
     model = build_model(Model(layers=4, width=128, heads=4, context=32, vocab_size=256), 256, 0)
     optimizer = Celo2(param_groups(model), bucket_size=1 << 17)
-    learned, = [g for g in groups(optimizer, 1, 0) if g.rule == "celo2"]
+    (learned,) = [g for g in groups(optimizer, 1, 0) if g.rule == "celo2"]
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
@@ -143,7 +180,9 @@ def test_step_buffers_are_what_the_step_allocates():
 def test_flops_are_those_that_torch_counts(family):
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = build_model(Model(family=family, layers=3, width=64, heads=4, context=64, vocab_size=256, attention="eager"), 256, 0)
+    model = build_model(
+        Model(family=family, layers=3, width=64, heads=4, context=64, vocab_size=256, attention="eager"), 256, 0
+    )
     with FlopCounterMode(display=False) as counter:
         training_loss(model, torch.zeros(2, 65, dtype=torch.int64))[0].backward()
     assert flops_per_token(model, 64) == pytest.approx(counter.get_total_flops() / 128, rel=0.01)
@@ -206,15 +245,21 @@ def test_json_says_the_same_and_several_cases_are_compared(capsys):
     assert sum(line.startswith(("h100", "l4")) for line in lines) == 4 and max(map(len, lines)) <= 100
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--gpu", "h1000"], "--gpu h1000: unknown; the known ones are h100"),
-    (["--gpus", "eight"], "--gpus eight: must be whole numbers"), (["--gpus", "0"], "--gpus 0"),
-    (["--zero", "4"], "--zero 4"), (["--mfu", "40"], "--mfu 40: must lie above 0"),
-    (["--network-gbits", "0"], "--network-gbits"), (["model.heads=7"], "not a multiple of model.heads=7"),
-    (["--gpus", "3"], "no multiple of train.micro_batch_size=8 × 3 ranks"),
-    (["--gpus", "4", "deepspeed.zero_optimization.offload_optimizer.device=cpu"], "offload_optimizer"),
-    (["model.from=nowhere/at-all"], "model.from=nowhere/at-all"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--gpu", "h1000"], "--gpu h1000: unknown; the known ones are h100"),
+        (["--gpus", "eight"], "--gpus eight: must be whole numbers"),
+        (["--gpus", "0"], "--gpus 0"),
+        (["--zero", "4"], "--zero 4"),
+        (["--mfu", "40"], "--mfu 40: must lie above 0"),
+        (["--network-gbits", "0"], "--network-gbits"),
+        (["model.heads=7"], "not a multiple of model.heads=7"),
+        (["--gpus", "3"], "no multiple of train.micro_batch_size=8 × 3 ranks"),
+        (["--gpus", "4", "deepspeed.zero_optimization.offload_optimizer.device=cpu"], "offload_optimizer"),
+        (["model.from=nowhere/at-all"], "model.from=nowhere/at-all"),
+    ],
+)
 def test_wrong_options_are_refused_in_one_line(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["plan", *arguments]) == 2

@@ -1,9 +1,10 @@
 """Run a script, a module or code where only the core's distributions can be imported, as after `pip install celo2-pretrain`.
 
-    python core_only.py SCRIPT [ARGUMENT ...]
-    python core_only.py -c CODE
-    python core_only.py -m MODULE [ARGUMENT ...]
+python core_only.py SCRIPT [ARGUMENT ...]
+python core_only.py -c CODE
+python core_only.py -m MODULE [ARGUMENT ...]
 """
+
 import re
 import runpy
 import sys
@@ -36,8 +37,11 @@ class Without:
 
 def main() -> None:
     core = with_dependencies(CORE) | {"celo2-pretrain"}
-    hidden = {module for module, owners in packages_distributions().items()
-              if not any(re.sub(r"[-_.]+", "-", owner).lower() in core for owner in owners)}
+    hidden = {
+        module
+        for module, owners in packages_distributions().items()
+        if not any(re.sub(r"[-_.]+", "-", owner).lower() in core for owner in owners)
+    }
     sys.meta_path[:] = [Without(finder, hidden) if hasattr(finder, "find_spec") else finder for finder in sys.meta_path]
     sys.argv.pop(0)
     if sys.argv[0] == "-c":

@@ -1,7 +1,8 @@
 """Use the optimizer as a training loop of one's own does, with torch, numpy and safetensors only; prints the version.
 
-    python core_use.py FOLDER_FOR_A_STATE
+python core_use.py FOLDER_FOR_A_STATE
 """
+
 import sys
 
 import torch

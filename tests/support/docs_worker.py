@@ -3,6 +3,7 @@
 Arguments: the page. It works in the current folder, which must be empty. At the end the optimizer of every page that makes one
 has taken a step inside DeepSpeed.
 """
+
 import json
 import logging
 import os
@@ -31,7 +32,9 @@ def new_side(diff: str) -> str:
 
 def tiny_model(*_) -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    )
 
 
 class Downloads:
@@ -42,6 +45,7 @@ class Downloads:
 
 def engine_of(model, optimizer=None, config=DEEPSPEED):
     import deepspeed
+
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
@@ -53,6 +57,7 @@ def step(engine) -> None:
 
 def trains_with_celo2(engine) -> None:
     from celo2_pretrain import Celo2
+
     assert type(engine.optimizer.optimizer) is Celo2, type(engine.optimizer.optimizer)
     before = [param.detach().clone() for param in engine.module.parameters()]
     step(engine)
@@ -64,12 +69,14 @@ def readme(text: str) -> dict:
     [config] = [new_side(body) for language, body in blocks(text) if language == "diff" and '"optimizer"' in body]
     Path("ds_config.json").write_text(json.dumps(DEEPSPEED | json.loads("{" + config + "}")))
     import deepspeed
+
     return {"deepspeed": deepspeed, "AutoModelForCausalLM": Downloads}
 
 
 def checkpoints(text: str) -> dict:
     """A DeepSpeed engine with Celo2, one with AdamW, and what each has saved."""
     from celo2_pretrain import Celo2, param_groups, save_state
+
     adamw_engine = engine_of(tiny_model(), config=DEEPSPEED | {"optimizer": ADAMW})
     step(adamw_engine)
     adamw_engine.save_checkpoint("checkpoints")
@@ -84,6 +91,7 @@ def evaluation(text: str) -> dict:
     """An exported model."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
+
     tiny_model().save_pretrained("exported")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))).save_pretrained("exported")
     return {}
@@ -113,7 +121,13 @@ def run(text: str, names: dict) -> None:
 def main(page: Path) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     text = page.read_text(encoding="utf-8")
     names = {"__name__": "__main__", "model": tiny_model(), "config": dict(DEEPSPEED)}
     names |= BEFORE.get(page.name, lambda _: {})(text)

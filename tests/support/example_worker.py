@@ -2,6 +2,7 @@
 
 Arguments: the script, the JSON file to write. Launchers that add --local_rank may.
 """
+
 import json
 import os
 import runpy

@@ -1,4 +1,5 @@
 """`train`, in which one rank fails in a step: failing_worker.py RANK STEP HOW, then train's arguments."""
+
 import os
 import signal
 import sys

@@ -3,6 +3,7 @@
 The cases are drawn by hypothesis from a fixed seed: a run of the tests is the same everywhere. `FUZZ_TIMES=5 python -m pytest
 tests -k fuzz` looks at five times as many, at random, and with the constants of our sources among them.
 """
+
 import contextlib
 import json
 import os
@@ -30,8 +31,13 @@ if not TIMES:  # hypothesis also draws constants of the modules imported so far:
 def cases(count: int) -> settings:
     """Decorator: that many generated cases with `--everything`, else a fifth of them; with FUZZ_TIMES, that many times as
     many, which are others each time."""
-    return settings(max_examples=count * TIMES or count if EVERYTHING else max(count // BY_DEFAULT, 1), derandomize=not TIMES, database=None, deadline=None,
-                    suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=count * TIMES or count if EVERYTHING else max(count // BY_DEFAULT, 1),
+        derandomize=not TIMES,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 class Hangs(BaseException):
@@ -41,6 +47,7 @@ class Hangs(BaseException):
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
     """Raise Hangs in the code below when it takes too long, and fail when it takes too much memory."""
+
     def stop(number, frame):
         raise Hangs(f"took more than {CPU_SECONDS} s of computing or {SECONDS} s of waiting")
 
@@ -90,6 +97,7 @@ def snapshot(folder: Path, leave_out: tuple[str, ...] = ()) -> dict[str, tuple]:
 
 # --- spoiled bytes ----------------------------------------------------------------------------------------------------
 
+
 @st.composite
 def spoilers(draw) -> Callable[[bytes], bytes]:
     """A function that spoils bytes in one place, which it finds by a fraction of their length."""
@@ -105,9 +113,9 @@ def spoilers(draw) -> Callable[[bytes], bytes]:
         if kind == "cut":
             return data[:at]
         if kind == "flip" and data:
-            return data[:at] + bytes([data[at] ^ (1 << (length % 8))]) + data[at + 1:]
+            return data[:at] + bytes([data[at] ^ (1 << (length % 8))]) + data[at + 1 :]
         if kind == "overwrite":
-            return data[:at] + noise + data[at + len(noise):]
+            return data[:at] + noise + data[at + len(noise) :]
         if kind == "insert":
             return data[:at] + noise + data[at:]
         if kind == "drop":
@@ -118,22 +126,44 @@ def spoilers(draw) -> Callable[[bytes], bytes]:
             return data[:at] + bytes(len(data[at:end])) + data[end:]
         if kind == "swap":
             return data[at:] + data[:at]
-        return data[:at] + b"\xff\xff\xff\x7f" + data[at + 4:]
+        return data[:at] + b"\xff\xff\xff\x7f" + data[at + 4 :]
 
     return spoil
 
 
 # --- spoiled trees ----------------------------------------------------------------------------------------------------
 
-PATHS = ["../x", "../../x", "/etc/passwd", "/tmp", ".", "..", "", "a/b", "~", "con\0", "x" * 300, "outside", "-rf",
-         "a\nb"]
-ODD_TEXT = ["", " ", "nan", "null", "uint16", "float64", "object", "O", "V8", "U5", "i4,i4", "0", "-1", "1e9", "é",
-            "\u202e", "\ud800", "😀" * 50, "{}", "[]"]
-numbers = st.one_of(st.integers(-3, 3), st.integers(-2**70, 2**70), st.floats(),
-                    st.sampled_from([10**30, -10**30, 10**400, 2**31, 2**63]))
+PATHS = ["../x", "../../x", "/etc/passwd", "/tmp", ".", "..", "", "a/b", "~", "con\0", "x" * 300, "outside", "-rf", "a\nb"]
+ODD_TEXT = [
+    "",
+    " ",
+    "nan",
+    "null",
+    "uint16",
+    "float64",
+    "object",
+    "O",
+    "V8",
+    "U5",
+    "i4,i4",
+    "0",
+    "-1",
+    "1e9",
+    "é",
+    "\u202e",
+    "\ud800",
+    "😀" * 50,
+    "{}",
+    "[]",
+]
+numbers = st.one_of(
+    st.integers(-3, 3), st.integers(-(2**70), 2**70), st.floats(), st.sampled_from([10**30, -(10**30), 10**400, 2**31, 2**63])
+)
 values = st.recursive(
     st.one_of(st.none(), st.booleans(), numbers, st.text(max_size=20), st.sampled_from(ODD_TEXT), st.sampled_from(PATHS)),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=8)
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
 
 
 def places(tree, at: tuple = ()) -> list[tuple]:

@@ -1,4 +1,5 @@
 """The authors' trajectories (tests/golden/README.md), and the optimizer's steps compared with them."""
+
 import numpy as np
 import torch
 
@@ -32,8 +33,15 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, relative: float = 2e-6) -> N
 def repeat(case: Case, device: torch.device, relative: float = 2e-6) -> None:
     """Every parameter after each of the optimizer's steps there, and the accumulators at the end, are the trajectory's."""
     params = [torch.nn.Parameter(case.tensor(f"t{i}/p0").to(device)) for i in range(case.tensors)]
-    optimizer = Celo2([{"params": params, "rule": "celo2"}], lr=case.lr, weights=case.theta, newton_schulz_dtype="fp32",
-                      weight_decay=case.weight_decay, adamw_weight_decay=None, orthogonalize=case.orthogonalize)
+    optimizer = Celo2(
+        [{"params": params, "rule": "celo2"}],
+        lr=case.lr,
+        weights=case.theta,
+        newton_schulz_dtype="fp32",
+        weight_decay=case.weight_decay,
+        adamw_weight_decay=None,
+        orthogonalize=case.orthogonalize,
+    )
     for k in range(1, case.steps + 1):
         for i, p in enumerate(params):
             p.grad = case.tensor(f"t{i}/g{k}").to(device)

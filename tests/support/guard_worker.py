@@ -1,7 +1,8 @@
 """One rank: a gradient with one bad number, at each ZeRO stage and in each precision, must change nothing.
 
-    guard_worker.py RESULT   writes {case: {what: value}} as RESULT.rank, for test_guard.py to look at
+guard_worker.py RESULT   writes {case: {what: value}} as RESULT.rank, for test_guard.py to look at
 """
+
 import hashlib
 import json
 import os
@@ -20,8 +21,16 @@ from celo2_pretrain.model.loss import training_loss
 from celo2_pretrain.train.guard import Guard, guarded
 from celo2_pretrain.train.start.ranks import join_ranks
 
-TINY = ["model.layers=1", "model.width=16", "model.heads=2", "model.context=8", "model.vocab_size=32", "optimizer.lr=1e-3",
-        "train.micro_batch_size=1", "train.global_batch_size=2"]
+TINY = [
+    "model.layers=1",
+    "model.width=16",
+    "model.heads=2",
+    "model.context=8",
+    "model.vocab_size=32",
+    "optimizer.lr=1e-3",
+    "train.micro_batch_size=1",
+    "train.global_batch_size=2",
+]
 BAD = {"1e30": 1e30, "inf": float("inf"), "nan": float("nan")}
 STEPS, BAD_STEP = 4, 3
 
@@ -40,9 +49,17 @@ def digest(engine, optimizer) -> str:
 
 def run(optimizer_name: str, stage: int, precision: str, bad: str, on_nonfinite: str, clip: float) -> dict:
     world, rank = dist.get_world_size(), dist.get_rank()
-    config = load_config(None, [*TINY, f"optimizer.name={optimizer_name}", f"train.zero_stage={stage}",
-                                f"train.precision={precision}", f"train.on_nonfinite={on_nonfinite}",
-                                f"train.grad_clip={clip}"])
+    config = load_config(
+        None,
+        [
+            *TINY,
+            f"optimizer.name={optimizer_name}",
+            f"train.zero_stage={stage}",
+            f"train.precision={precision}",
+            f"train.on_nonfinite={on_nonfinite}",
+            f"train.grad_clip={clip}",
+        ],
+    )
     torch.manual_seed(0)
     model = build_model(config.model, 32, 0)
     optimizer = build_optimizer(model, config.optimizer)

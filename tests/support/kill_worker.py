@@ -3,6 +3,7 @@ nobody killed. The ranks are forks of this process, so that nothing is imported 
 
     kill_worker.py DATA FOLDER RANKS KILLS key=value …     prints a line for each kill, and fails where the ends differ
 """
+
 import ctypes
 import json
 import os
@@ -115,8 +116,10 @@ def attempt(config, log: Path, where: str, at: list[float]) -> list[dict[str, in
     """Train on as many ranks as `at` has elements; what `train_counted` returned on each, None when they were killed."""
     world = str(len(at))
     shared = {"WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = dict(fork_rank(config, log, where, call, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-                 for rank, call in enumerate(at))
+    ranks = dict(
+        fork_rank(config, log, where, call, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, call in enumerate(at)
+    )
     ended, until = {}, None
     while len(ended) < len(ranks):
         for child in ranks.keys() - ended.keys():
@@ -140,8 +143,11 @@ def attempt(config, log: Path, where: str, at: list[float]) -> list[dict[str, in
 
 
 def trajectory(run: str) -> list[tuple]:
-    return [(r["step"], r.get("loss"), r.get("grad_norm"), r.get("val_loss"))
-            for r in read_metrics(run) if "loss" in r or "val_loss" in r]
+    return [
+        (r["step"], r.get("loss"), r.get("grad_norm"), r.get("val_loss"))
+        for r in read_metrics(run)
+        if "loss" in r or "val_loss" in r
+    ]
 
 
 def main(data: str, folder: str, world: str, kills: str, *overrides: str) -> None:
@@ -152,15 +158,18 @@ def main(data: str, folder: str, world: str, kills: str, *overrides: str) -> Non
     announce_compilation()
     build_shm_op()  # a rank killed in it would leave torch's lock in the cache that all programs share: the next would wait
     Path(folder).mkdir(parents=True, exist_ok=True)
-    config = {name: load_config(None, [f"data.path={data}", f"run_dir={folder}/{name}", *overrides])
-              for name in ("whole", "killed")}
+    config = {
+        name: load_config(None, [f"data.path={data}", f"run_dir={folder}/{name}", *overrides]) for name in ("whole", "killed")
+    }
     steps, nobody = config["whole"].train.max_steps, [NEVER] * int(world)
     calls = attempt(config["whole"], Path(folder, "whole.log"), "start", nobody)
     assert calls
-    most = {"start": [1.35 * rank["start"] for rank in calls],  # reading a checkpoint comes to it
-            # Past the first step, which costs more calls, and up to two steps more.
-            "loop": [rank["first"] - rank["start"] + 1.5 * (rank["end"] - rank["first"]) / (steps - 1) for rank in calls],
-            "save": [rank["save"] for rank in calls]}
+    most = {
+        "start": [1.35 * rank["start"] for rank in calls],  # reading a checkpoint comes to it
+        # Past the first step, which costs more calls, and up to two steps more.
+        "loop": [rank["first"] - rank["start"] + 1.5 * (rank["end"] - rank["first"]) / (steps - 1) for rank in calls],
+        "save": [rank["save"] for rank in calls],
+    }
     log, choose = Path(folder, "killed.log"), random.Random(" ".join(overrides))
     for done in range(int(kills)):
         where, part = WHERE[done % len(WHERE)], choose.random()

@@ -4,6 +4,7 @@
 
 Without ZeRO on one rank each entry also has what the whole tensors say ("direct").
 """
+
 import json
 import os
 import sys
@@ -23,12 +24,19 @@ from celo2_pretrain.train.start.ranks import join_ranks
 STEPS, VOCABULARY = 2, 40
 
 
-def direct(model, rules: dict[str, str], before: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]) -> dict[str, float]:
+def direct(
+    model, rules: dict[str, str], before: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]
+) -> dict[str, float]:
     """Norms by rule from whole tensors."""
     now = {name: p.detach().clone() for name, p in model.named_parameters()}
     sums = {"grad": gradients, "weight": now, "update": {name: now[name] - before[name] for name in now}}
-    return {f"{kind}_norm/{rule}": float(torch.stack([x.double().norm() for name, x in tensors.items() if rules[name] == rule]).norm())
-            for kind, tensors in sums.items() for rule in ("celo2", "adamw")}
+    return {
+        f"{kind}_norm/{rule}": float(
+            torch.stack([x.double().norm() for name, x in tensors.items() if rules[name] == rule]).norm()
+        )
+        for kind, tensors in sums.items()
+        for rule in ("celo2", "adamw")
+    }
 
 
 def run(name: str, stage: int) -> list[dict]:
@@ -42,8 +50,13 @@ def run(name: str, stage: int) -> list[dict]:
     model = build_model(config.model, VOCABULARY, 0)
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = build_optimizer(model, config.optimizer)
-    rules = {name: group["rule"] for group in optimizer.param_groups for p in group["params"]
-             for name, q in model.named_parameters() if q is p}
+    rules = {
+        name: group["rule"]
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for name, q in model.named_parameters()
+        if q is p
+    }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, world))
     insight = Insight(engine, optimizer, config, parameters, 1.0, Peak(None, ""))
     windows = torch.randint(VOCABULARY, (STEPS, 4, 17), generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,5 @@
 """Where things lie: the repository, the tests, and what they share."""
+
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]

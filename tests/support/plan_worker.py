@@ -3,6 +3,7 @@
 A census goes through the tensors that the engine, its optimizer and the model keep, storage by storage, at two moments:
 after a backward pass ("backward"), and inside the optimizer's step ("step").
 """
+
 import json
 import os
 import sys
@@ -33,17 +34,22 @@ def census(engine, optimizer) -> dict[str, int]:
     wrapper = engine.optimizer
     model = list(engine.module.parameters())
     masters = [p for group in optimizer.param_groups for p in group["params"]]
-    masters += leaves(getattr(wrapper, "fp32_partitioned_groups_flat", [])) + leaves(
-        getattr(wrapper, "single_partition_of_fp32_groups", [])) + leaves(getattr(wrapper, "fp32_groups_flat_partition", []))
+    masters += (
+        leaves(getattr(wrapper, "fp32_partitioned_groups_flat", []))
+        + leaves(getattr(wrapper, "single_partition_of_fp32_groups", []))
+        + leaves(getattr(wrapper, "fp32_groups_flat_partition", []))
+    )
     buckets = [bucket.buffer for bucket in getattr(wrapper, "ipg_buckets", {}).values()]
     parts = {
-        "weights": [p.data for p in model] + [p.ds_tensor for p in model if hasattr(p, "ds_tensor")]
+        "weights": [p.data for p in model]
+        + [p.ds_tensor for p in model if hasattr(p, "ds_tensor")]
         + leaves(getattr(wrapper, "lp_param_buffer", None)),
         "states": [x for state in optimizer.state.values() for x in leaves(state)],
         "master": masters,
         "buckets": leaves(buckets),
-        "gradients": [p.grad for p in [*model, *masters] if p.grad is not None] + leaves(
-            getattr(wrapper, "averaged_gradients", {})) + leaves(getattr(wrapper, "grad_partitions_flat_buffer", None))
+        "gradients": [p.grad for p in [*model, *masters] if p.grad is not None]
+        + leaves(getattr(wrapper, "averaged_gradients", {}))
+        + leaves(getattr(wrapper, "grad_partitions_flat_buffer", None))
         + leaves(getattr(wrapper, "fp32_groups_gradients_flat", [])),
     }
     seen, out = set(), Counter()

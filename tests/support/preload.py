@@ -1,4 +1,5 @@
 """What the processes of tests have imported when they start: `warm.py` forks them from one that imports this module."""
+
 import logging
 import os
 

@@ -1,4 +1,5 @@
 """How tests start processes: the driver in one process or under a launcher, and a worker script on each rank of a world."""
+
 import os
 import subprocess
 import sys
@@ -33,14 +34,35 @@ def command(*arguments: str) -> list[str]:
 
 def deepspeed(*arguments: str, ranks: int, script: Path = ROOT / "launch/pretrain.py") -> list[str]:
     """`deepspeed launch/pretrain.py` (or another script) on so many ranks, with these arguments."""
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical", "--num_gpus",
-            str(ranks), "--master_port", str(free_port()), str(script), *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--no_local_rank",
+        "--log_level",
+        "critical",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        str(script),
+        *arguments,
+    ]
 
 
 def torchrun(*arguments: str, ranks: int, script: Path = ROOT / "launch/pretrain.py") -> list[str]:
     """The same under torchrun."""
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port()),
-            str(script), *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        str(script),
+        *arguments,
+    ]
 
 
 def drive(*arguments: str, ranks: int = 1, timeout: float = 600, **more: str) -> subprocess.CompletedProcess:
@@ -52,7 +74,12 @@ def on_ranks(world: int, worker: Path, *arguments: str, timeout: float = 600) ->
     """Run the script `worker` once for each rank of a world; what each printed. Fails with the output of one that failed."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, str(rank)) for rank in range(world)]
-        codes = wait([(warm.script, worker, *arguments)] * world, [(output, output) for output in outputs], timeout, WORLD_SIZE=str(world))
+        codes = wait(
+            [(warm.script, worker, *arguments)] * world,
+            [(output, output) for output in outputs],
+            timeout,
+            WORLD_SIZE=str(world),
+        )
         printed = [output.read_text() for output in outputs]
     failed = [(code, text[-4000:]) for code, text in zip(codes, printed) if code]
     assert not failed, failed
@@ -72,17 +99,36 @@ def finish(calls: list[tuple], timeout: float, start_in: Path | None = None, **m
         return subprocess.CompletedProcess(calls[0][1:], next(filter(None, codes), 0), output.read_text(), errors.read_text())
 
 
-def wait(calls: list[tuple], outputs: list[tuple[Path, Path]], timeout: float, start_in: Path | None = None,
-         **more: str) -> list[int]:
+def wait(
+    calls: list[tuple], outputs: list[tuple[Path, Path]], timeout: float, start_in: Path | None = None, **more: str
+) -> list[int]:
     """Start a process for each call, and wait for all; their exit codes. Fails where one doesn't end in time.
 
     One that fails leaves the others 30 seconds, in which they should notice; then they are killed, as by a launcher."""
     world, port, processes = len(calls), str(free_port()), []
     for rank, (call, *arguments) in enumerate(calls):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_SIZE": str(world),
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 or more.get("WORLD_SIZE") else {}
-        processes.append(warm.fork(call, *arguments, environment=environment(**place | more), output=outputs[rank][0],
-                                   errors=outputs[rank][1], folder=start_in))
+        place = (
+            {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "LOCAL_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            if world > 1 or more.get("WORLD_SIZE")
+            else {}
+        )
+        processes.append(
+            warm.fork(
+                call,
+                *arguments,
+                environment=environment(**place | more),
+                output=outputs[rank][0],
+                errors=outputs[rank][1],
+                folder=start_in,
+            )
+        )
     until = time.monotonic() + timeout
     try:
         while None in (codes := [process.exitcode for process in processes]) and time.monotonic() < until:
@@ -101,7 +147,9 @@ def wait(calls: list[tuple], outputs: list[tuple[Path, Path]], timeout: float, s
 def spawn(run: Callable[..., None], world: int, folder: Path) -> None:
     """`run(rank, port, world, folder)` in so many processes; it calls `join` first and `leave` last."""
     port, outputs = free_port(), [Path(folder, f"output-{rank}") for rank in range(world)]
-    codes = wait([(run, rank, port, world, str(folder)) for rank in range(world)], [(output, output) for output in outputs], 600)
+    codes = wait(
+        [(run, rank, port, world, str(folder)) for rank in range(world)], [(output, output) for output in outputs], 600
+    )
     assert not any(codes), [output.read_text()[-4000:] for output in outputs]
 
 

@@ -1,5 +1,6 @@
 """`train`, whose rank 1 is killed in the third step, and from then on before it does anything: restarting_worker.py BROKEN,
 then train's arguments. BROKEN is the file that says so."""
+
 import os
 import signal
 import sys

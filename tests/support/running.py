@@ -1,4 +1,5 @@
 """A driver that a test talks to while it runs."""
+
 import os
 import signal
 import subprocess
@@ -31,8 +32,14 @@ class Driver:
             self.pid, self._wait = process.pid, lambda: process.join() or process.exitcode
         else:
             with open(pipe, "w") as file:
-                child = subprocess.Popen(line, env=more, stdout=file, stderr=subprocess.STDOUT, preexec_fn=warm.default_signals,
-                                         start_new_session=True)
+                child = subprocess.Popen(
+                    line,
+                    env=more,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    preexec_fn=warm.default_signals,
+                    start_new_session=True,
+                )
             self.pid, self._wait = child.pid, child.wait
         self.lines = open(pipe)  # waits for the writer
         os.close(reading)

@@ -3,6 +3,7 @@
 SCRIPT holds a line of Python for each start; beside it this process leaves what it was given, a line for each start. The
 lines may use what is defined here, `folder` (of SCRIPT) and `run_dir`.
 """
+
 import json
 import os
 import signal

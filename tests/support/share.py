@@ -1,4 +1,5 @@
 """Which share of a long list of cases the tests run by default: another one in each commit, so that in time all are run."""
+
 from __future__ import annotations
 
 import hashlib
@@ -15,7 +16,7 @@ def share_of_this_commit(cases: Sequence[T], shares: int, number: int | None = N
     """One of so many equal shares of neighbouring cases; `number` chooses it instead of the commit."""
     if number is None:
         number = int(hashlib.sha256(commit().encode()).hexdigest(), 16) % shares
-    return list(cases[len(cases) * number // shares:len(cases) * (number + 1) // shares])
+    return list(cases[len(cases) * number // shares : len(cases) * (number + 1) // shares])
 
 
 def commit() -> str:

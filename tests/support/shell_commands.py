@@ -1,4 +1,5 @@
 """The shell commands of a Markdown page, and whether the programs they name would take them: nothing is run."""
+
 import contextlib
 import io
 import re
@@ -29,8 +30,11 @@ def commands(text: str) -> list[str]:
             found += [line[2:] for line in joined if line.startswith("$ ")]
     prose = re.sub(r"\\\n\s*", "", "\n".join(plain))
     found += re.findall(rf"^    ({PROGRAMS}.*)$", prose, re.M)
-    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)
-             if re.match(PROGRAMS, span) and "|" not in span and "\n\n" not in span]
+    spans = [
+        " ".join(span.split())
+        for span in re.findall(r"`([^`]+)`", prose)
+        if re.match(PROGRAMS, span) and "|" not in span and "\n\n" not in span
+    ]
     # The bare name of a command is right where there is such a command.
     found += [f"{span} --help" if re.fullmatch(r"celo2-pretrain \S+", span) else span for span in spans]
     return [command for command in found if command.strip() and not command.lstrip().startswith("#")]
@@ -88,6 +92,7 @@ def configuration(args) -> str | None:
         return str(error)
     if args.command == "plan":
         from celo2_pretrain.common.devices import device
+
         for name in args.gpu.split(","):
             device(name, 1)
     if getattr(args, "launch", None):
@@ -118,6 +123,7 @@ def script(path: str, arguments: list[str]) -> str | None:
 
 def launcher(parse):
     """A launcher's own parser, then the script it starts."""
+
     def check(arguments: list[str]) -> str | None:
         output = io.StringIO()
         try:
@@ -126,6 +132,7 @@ def launcher(parse):
         except SystemExit:
             return output.getvalue().splitlines()[-1]
         return script(started, rest)
+
     return check
 
 
@@ -152,8 +159,11 @@ def python(arguments: list[str]) -> str | None:
         main = module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
         sources = "".join(p.read_text() for p in (module.glob("*.py") if module.is_dir() else [main]) if p.exists())
         missing = [a for a in arguments[2:] if a.startswith("--") and a.partition("=")[0] not in sources]
-        return f"python -m {arguments[1]}: no such module" if not main.exists() else (
-            f"python -m {arguments[1]} has no option {missing[0]}" if missing else None)
+        return (
+            f"python -m {arguments[1]}: no such module"
+            if not main.exists()
+            else (f"python -m {arguments[1]} has no option {missing[0]}" if missing else None)
+        )
     return None if arguments[0] == "-c" else script(arguments[0], arguments[1:])
 
 
@@ -181,10 +191,38 @@ def started_by_a_scheduler(arguments: list[str]) -> str | None:
 
 
 PROGRAM_CHECKS = {
-    "celo2-pretrain": driver, "deepspeed": launcher(_deepspeed), "torchrun": launcher(_torchrun), "python": python,
-    "pip": pip, "git": git, **dict.fromkeys(("sbatch", "srun", "bash", "source", "salloc"), started_by_a_scheduler),
+    "celo2-pretrain": driver,
+    "deepspeed": launcher(_deepspeed),
+    "torchrun": launcher(_torchrun),
+    "python": python,
+    "pip": pip,
+    "git": git,
+    **dict.fromkeys(("sbatch", "srun", "bash", "source", "salloc"), started_by_a_scheduler),
     # Of the operating system, or of a library of its own: nothing of ours to be wrong.
-    **dict.fromkeys(("cd", "export", "cat", "echo", "ls", "touch", "kill", "mkdir", "tensorboard", "wandb", "tail", "squeue",
-                     "scancel", "scontrol", "rm", "cp", "accelerate", "ssh", "rsync", "nvidia-smi", "unset"),
-                    lambda arguments: None),
+    **dict.fromkeys(
+        (
+            "cd",
+            "export",
+            "cat",
+            "echo",
+            "ls",
+            "touch",
+            "kill",
+            "mkdir",
+            "tensorboard",
+            "wandb",
+            "tail",
+            "squeue",
+            "scancel",
+            "scontrol",
+            "rm",
+            "cp",
+            "accelerate",
+            "ssh",
+            "rsync",
+            "nvidia-smi",
+            "unset",
+        ),
+        lambda arguments: None,
+    ),
 }

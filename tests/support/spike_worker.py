@@ -1,4 +1,5 @@
 """`train`, where the batch that begins at window SPIKE has a loss 5 nats too high: spike_worker.py SPIKE, then arguments."""
+
 import os
 import sys
 

@@ -1,4 +1,5 @@
 """All that a checkpoint holds, as hashes by name: to compare two of them bit for bit."""
+
 import hashlib
 from pathlib import Path
 
@@ -14,7 +15,9 @@ def digests(checkpoint: Path) -> dict[str, str]:
 
     def walk(name: str, value) -> None:
         if isinstance(value, torch.Tensor):
-            data = value.detach().contiguous().flatten().view(torch.uint8) if value.numel() else torch.empty(0, dtype=torch.uint8)
+            data = (
+                value.detach().contiguous().flatten().view(torch.uint8) if value.numel() else torch.empty(0, dtype=torch.uint8)
+            )
             found[name] = f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data.numpy().tobytes()).hexdigest()}"
         elif isinstance(value, dict):
             for key, part in value.items():

@@ -2,6 +2,7 @@
 
 A job builds a small model in some sharding, restores and trains it, saves it, and writes the model's full parameters.
 """
+
 import json
 import os
 import sys
@@ -65,8 +66,9 @@ def celo2(model, lr=2e-3, reread=False):
     shapes = {"w0": (30, 8), "b0": (8,), "w1": (8, 8), "b1": (8,), "w2": (8, 3), "b2": (3,)}
     theta = {name: torch.randn(shape, generator=generator) / shape[0] ** 0.5 for name, shape in shapes.items()}
     groups = param_groups(model, lr=lr, weight_decay=0.1)
-    for param, view in (((model.up.weight, MatrixView(transpose=True, split=(6, 7))),
-                         (model.c_attn.weight, MatrixView())) if reread else ()):
+    for param, view in (
+        ((model.up.weight, MatrixView(transpose=True, split=(6, 7))), (model.c_attn.weight, MatrixView())) if reread else ()
+    ):
         setattr(param, TAG, replace(tag_of(param), view=view))
     return Celo2(groups, weights=theta)
 
@@ -102,10 +104,16 @@ def start(job):
     if job.get("offload"):
         zero["offload_optimizer"] = {"device": "cpu"}
     precision = job.get("precision", "fp32")
-    config = {"train_batch_size": 12, "gradient_clipping": 0.0, "zero_optimization": zero, "steps_per_print": 10**9,
-              "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-              "bf16": {"enabled": precision.startswith("bf16")},
-              "fp16": {"enabled": precision == "fp16", "initial_scale_power": job.get("scale_power", 8)}}
+    config = {
+        "train_batch_size": 12,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": precision.startswith("bf16")},
+        "fp16": {"enabled": precision == "fp16", "initial_scale_power": job.get("scale_power", 8)},
+    }
     if precision == "bf16-fp32acc":  # DeepSpeed's BF16_Optimizer
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     engine, *_ = deepspeed.initialize(model=model, optimizer=make(model, lr), config=config)

@@ -1,4 +1,5 @@
 """One rank of test_deepspeed_swap: an ordinary DeepSpeed run whose config names Celo2. Arguments: a JSON file."""
+
 import json
 import logging
 import os
@@ -15,8 +16,9 @@ STEPS, BATCH, LR = 4, 6, 1e-2
 
 def build() -> torch.nn.Module:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(GPT2Config(
-        vocab_size=37, n_positions=8, n_embd=12, n_layer=2, n_head=3, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0))
+    return AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=37, n_positions=8, n_embd=12, n_layer=2, n_head=3, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)
+    )
 
 
 def batch(step: int) -> torch.Tensor:
@@ -36,10 +38,15 @@ def unsharded() -> dict[str, torch.Tensor]:
 
 def train(stage: int, client: bool, rank: int, world: int) -> dict[str, torch.Tensor]:
     import deepspeed
+
     model = build()
     options = {"lr": LR, "weight_decay": 0.1, "adamw_lr_multiplier": 1.0}
-    config = {"train_micro_batch_size_per_gpu": BATCH // world, "gradient_accumulation_steps": 1,
-              "gradient_clipping": 0.0, "zero_optimization": {"stage": stage}}
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH // world,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+    }
     if client:
         extra = {"optimizer": Celo2(param_groups(model), **options)}  # without "zero_allow_untested_optimizer"
     else:
@@ -56,6 +63,7 @@ def train(stage: int, client: bool, rank: int, world: int) -> dict[str, torch.Te
 
 def main() -> None:
     import deepspeed
+
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     job = json.loads(Path(sys.argv[1]).read_text())

@@ -1,4 +1,5 @@
 """All that a backend computes of a block, to compare one backend with another."""
+
 import torch
 
 from celo2_pretrain.optimizer.backends.passes import Tensors

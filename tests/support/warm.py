@@ -1,4 +1,5 @@
 """Processes that start at once: forks of one process in which everything has been imported (`preload.py`)."""
+
 from __future__ import annotations
 
 import contextlib
@@ -28,13 +29,20 @@ cpu_seconds: dict[int, float] = {}  # that each of these processes has computed,
 
 def start() -> None:
     """Start the process that forks, if it isn't there. Python has one for all uses of "forkserver": the first start stays."""
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(TESTS)]), OMP_NUM_THREADS="1",
-                         DS_ACCELERATOR="cpu"):  # what it imports reads these
+    with mock.patch.dict(
+        os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(TESTS)]), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu"
+    ):  # what it imports reads these
         ensure_running()
 
 
-def fork(call: Callable[..., Any], *arguments: Any, environment: dict[str, str], output: Path, errors: Path | None = None,
-         folder: Path | None = None) -> multiprocessing.Process:
+def fork(
+    call: Callable[..., Any],
+    *arguments: Any,
+    environment: dict[str, str],
+    output: Path,
+    errors: Path | None = None,
+    folder: Path | None = None,
+) -> multiprocessing.Process:
     """Run `call(*arguments)` in a new process; its `exitcode` is what the call returns.
 
     What it prints goes to the file or FIFO `output`, and what it writes to standard error to `errors`, if given. It begins
@@ -42,7 +50,9 @@ def fork(call: Callable[..., Any], *arguments: Any, environment: dict[str, str],
     terminal.
     """
     start()
-    process = context.Process(target=_run, args=(call, arguments, environment, output, errors or output, folder or os.getcwd()))
+    process = context.Process(
+        target=_run, args=(call, arguments, environment, output, errors or output, folder or os.getcwd())
+    )
     process.start()
     return process
 
@@ -76,8 +86,9 @@ def default_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _run(call: Callable[..., Any], arguments: tuple, environment: dict[str, str], output: Path, errors: Path, folder: Path
-         ) -> None:
+def _run(
+    call: Callable[..., Any], arguments: tuple, environment: dict[str, str], output: Path, errors: Path, folder: Path
+) -> None:
     import support.preload  # noqa: F401  (it is there already, unless the import failed: then this says how)
 
     os.setsid()
@@ -93,4 +104,3 @@ def _run(call: Callable[..., Any], arguments: tuple, environment: dict[str, str]
     os.environ.update(environment)
     os.chdir(folder)
     sys.exit(call(*arguments) or 0)
-

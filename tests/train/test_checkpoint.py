@@ -1,4 +1,5 @@
 """Damage to a checkpoint is found, named, and never executed; a save that fails leaves the earlier checkpoints as they are."""
+
 import json
 import os
 import pickle
@@ -15,12 +16,29 @@ from celo2_pretrain.train.checkpoints import manifest, select
 
 from support.processes import drive
 
-SMALL = ["model.layers=1", "model.width=16", "model.heads=2", "model.context=16", "train.micro_batch_size=1",
-         "train.global_batch_size=2", "train.log_every=1", "eval.every=100000", "eval.sequences=2",
-         "optimizer.adamw_lr_multiplier=2"]
+SMALL = [
+    "model.layers=1",
+    "model.width=16",
+    "model.heads=2",
+    "model.context=16",
+    "train.micro_batch_size=1",
+    "train.global_batch_size=2",
+    "train.log_every=1",
+    "eval.every=100000",
+    "eval.sequences=2",
+    "optimizer.adamw_lr_multiplier=2",
+]
 OLD, NEW = "step_00000002", "step_00000004"
-FILES = ["any_world/index.json", "any_world/rank_00000_000.safetensors", "any_world/shared.safetensors", "manifest.json",
-         "mp_rank_00_model_states.pt", "random_state_rank_0.pt", "state.json", "zero_pp_rank_0_mp_rank_00_optim_states.pt"]
+FILES = [
+    "any_world/index.json",
+    "any_world/rank_00000_000.safetensors",
+    "any_world/shared.safetensors",
+    "manifest.json",
+    "mp_rank_00_model_states.pt",
+    "random_state_rank_0.pt",
+    "state.json",
+    "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+]
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +177,16 @@ def test_data_that_was_prepared_again_is_told_of_in_a_line(run, data, tmp_path, 
     more = str(tmp_path / "more")
     assert main(["prepare", "--stdlib", "--max-mb", "0.4", "--tokenizer", data, "--out", more]) == 0
     assert resumed(str(shutil.copytree(data, tmp_path / "moved"))) == []
-    line, = resumed(more)
+    (line,) = resumed(more)
     assert line.startswith(f"celo2-pretrain: warning: the data is not what {run}/checkpoints/{NEW} was trained on")
     folder = run / "checkpoints" / NEW
     state, content = (json.loads((folder / name).read_text()) for name in ("state.json", "manifest.json"))
     del state["extra"]["data"]  # as it was written before the data was recorded
     (folder / "state.json").write_text(json.dumps(state))
-    content["files"]["state.json"] = {"size": (folder / "state.json").stat().st_size,
-                                      "sha256": manifest.sha256(folder / "state.json")}
+    content["files"]["state.json"] = {
+        "size": (folder / "state.json").stat().st_size,
+        "sha256": manifest.sha256(folder / "state.json"),
+    }
     (folder / "manifest.json").write_text(manifest.as_text(content))
     assert resumed(more) == []
 
@@ -189,9 +209,20 @@ def test_full_disk_leaves_the_earlier_checkpoint(data, tmp_path, small_disk, on_
     run = tmp_path / "run"
     run.mkdir()
     (run / "checkpoints").symlink_to(small_disk)
-    result = drive("--overwrite", "--resume", "auto", *SMALL, f"data.path={data}", f"run_dir={run}", "train.max_steps=3",
-                   "checkpoint.every=1", f"checkpoint.on_error={on_error}", "checkpoint.keep_last=5",
-                   *([f"checkpoint.staging={tmp_path / 'fast'}"] if staged else []), ranks=ranks)
+    result = drive(
+        "--overwrite",
+        "--resume",
+        "auto",
+        *SMALL,
+        f"data.path={data}",
+        f"run_dir={run}",
+        "train.max_steps=3",
+        "checkpoint.every=1",
+        f"checkpoint.on_error={on_error}",
+        "checkpoint.keep_last=5",
+        *([f"checkpoint.staging={tmp_path / 'fast'}"] if staged else []),
+        ranks=ranks,
+    )
     output = result.stdout + result.stderr
     assert result.returncode != 0 and "Traceback" not in output, output
     told = output.count("step_00000002: ")

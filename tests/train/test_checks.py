@@ -1,4 +1,5 @@
 """What the start of a run refuses or warns of: what this node lacks, and ranks that don't agree."""
+
 import subprocess
 from collections import namedtuple
 from pathlib import Path
@@ -15,8 +16,17 @@ from celo2_pretrain.train.start.ranks import free_port
 from support.paths import ROOT
 from support.processes import environment, torchrun
 
-SMALL = ["model.layers=1", "model.width=16", "model.heads=1", "model.context=16", "train.micro_batch_size=2",
-         "train.global_batch_size=4", "train.max_steps=1", "eval.sequences=4", "optimizer.adamw_lr_multiplier=2"]
+SMALL = [
+    "model.layers=1",
+    "model.width=16",
+    "model.heads=1",
+    "model.context=16",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=4",
+    "train.max_steps=1",
+    "eval.sequences=4",
+    "optimizer.adamw_lr_multiplier=2",
+]
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -46,20 +56,31 @@ def test_a_checkpoint_is_as_large_as_estimated(run, data):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("other, folder, message", [
-    (["optimizer.lr=0.002"], ".", "the ranks don't agree: the configuration is "),
-    ([], "elsewhere", "run_dir 'runs/here' is not the same folder on rank 1 ("),
-])
+@pytest.mark.parametrize(
+    "other, folder, message",
+    [
+        (["optimizer.lr=0.002"], ".", "the ranks don't agree: the configuration is "),
+        ([], "elsewhere", "run_dir 'runs/here' is not the same folder on rank 1 ("),
+    ],
+)
 def test_ranks_that_dont_agree_are_refused_on_all(data, tmp_path, other, folder, message):
     (tmp_path / "elsewhere").mkdir()
     shared = environment(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     ranks = []
     for rank, (more, cwd) in enumerate(((["optimizer.lr=0.001"], "."), (other or ["optimizer.lr=0.001"], folder))):
         # Each as the only rank of its node, so that each says what it finds.
-        line = [*torchrun(ranks=1)[:1], str(ROOT / "launch/pretrain.py"), *SMALL, *more, f"data.path={data}", "run_dir=runs/here"]
+        line = [
+            *torchrun(ranks=1)[:1],
+            str(ROOT / "launch/pretrain.py"),
+            *SMALL,
+            *more,
+            f"data.path={data}",
+            "run_dir=runs/here",
+        ]
         env = shared | {"RANK": str(rank), "LOCAL_RANK": "0", "TORCHELASTIC_RESTART_COUNT": str(rank)}
-        ranks.append(subprocess.Popen(line, cwd=tmp_path / cwd, env=env, text=True, stdout=subprocess.PIPE,
-                                      stderr=subprocess.PIPE))
+        ranks.append(
+            subprocess.Popen(line, cwd=tmp_path / cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )
     try:
         errors = [process.communicate(timeout=1500)[1] for process in ranks]
     finally:
@@ -76,13 +97,16 @@ def test_differences_name_values_and_ranks():
     assert preflight.differences(found[:2], ["a", "b"]) == []
 
 
-@pytest.mark.parametrize("where, why", [
-    ("file", "can't be written ('{}/file': Not a directory): choose another run_dir"),
-    ("file/run/1", "can't be made ('{}/file': Not a directory)"),
-    ("nowhere", "can't be written ('{}/nowhere': No such file or directory)"),  # a link
-    ("x" * 300, "File name too long)"),
-    ("/proc/run", "can't be made ('/proc': "),
-])
+@pytest.mark.parametrize(
+    "where, why",
+    [
+        ("file", "can't be written ('{}/file': Not a directory): choose another run_dir"),
+        ("file/run/1", "can't be made ('{}/file': Not a directory)"),
+        ("nowhere", "can't be written ('{}/nowhere': No such file or directory)"),  # a link
+        ("x" * 300, "File name too long)"),
+        ("/proc/run", "can't be made ('/proc': "),
+    ],
+)
 def test_a_run_dir_that_cannot_be_written_is_refused_in_a_line(data, tmp_path, capsys, where, why):
     (tmp_path / "file").touch()
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone" / "far")
@@ -112,11 +136,17 @@ def test_disk_space_is_looked_at_before_training(tmp_path):
     assert preflight.free_bytes(str(tmp_path / "not/yet/there")) > 0
 
 
-@pytest.mark.parametrize("options, least, most", [
-    (["train.zero_stage=0", "checkpoint.any_world=false"], 20, 24), (["train.zero_stage=3", "train.precision=bf16"], 40, 44),
-    (["train.zero_stage=2", "train.precision=bf16"], 42, 44), (["optimizer.name=adamw"], 28, 28),
-    (["optimizer.state_dtype=fp8"], 32, 32), (["optimizer.state_dtype=bf16", "checkpoint.any_world=false"], 16, 16),
-])
+@pytest.mark.parametrize(
+    "options, least, most",
+    [
+        (["train.zero_stage=0", "checkpoint.any_world=false"], 20, 24),
+        (["train.zero_stage=3", "train.precision=bf16"], 40, 44),
+        (["train.zero_stage=2", "train.precision=bf16"], 42, 44),
+        (["optimizer.name=adamw"], 28, 28),
+        (["optimizer.state_dtype=fp8"], 32, 32),
+        (["optimizer.state_dtype=bf16", "checkpoint.any_world=false"], 16, 16),
+    ],
+)
 def test_a_checkpoints_size_follows_from_stage_precision_and_states(options, least, most):
     assert preflight.checkpoint_bytes(load_config(None, options), 1, 1) == (least, most)
 

@@ -1,4 +1,5 @@
 """What docs/determinism.md promises and no other test has: a run repeats itself, and what it agrees with to round-off."""
+
 import re
 from pathlib import Path
 
@@ -13,13 +14,26 @@ from support.paths import ROOT, TESTS
 from support.processes import drive
 
 STEPS = 4
-CONFIG = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32", "train.micro_batch_size=2",
-          "train.global_batch_size=8", f"train.max_steps={STEPS}", "train.log_every=1", "eval.sequences=8", "eval.prompt=",
-          "optimizer.adamw_lr_multiplier=2", "optimizer.newton_schulz_dtype=fp32"]
+CONFIG = [
+    "model.layers=2",
+    "model.width=32",
+    "model.heads=2",
+    "model.context=32",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=8",
+    f"train.max_steps={STEPS}",
+    "train.log_every=1",
+    "eval.sequences=8",
+    "eval.prompt=",
+    "optimizer.adamw_lr_multiplier=2",
+    "optimizer.newton_schulz_dtype=fp32",
+]
 # name: (ranks, arguments, environment)
 RUNS = {
-    "one": (1, [], {}), "one again": (1, [], {}),
-    "two": (2, [], {}), "two again": (2, [], {}),
+    "one": (1, [], {}),
+    "one again": (1, [], {}),
+    "two": (2, [], {}),
+    "two again": (2, [], {}),
     "whole": (1, ["train.micro_batch_size=8"], {}),
     "reference": (1, [], {"CELO2_BACKEND": "reference"}),
 }
@@ -42,8 +56,11 @@ def losses(run: Path) -> list[float]:
 def state(run: Path) -> dict[str, torch.Tensor]:
     """Every parameter and accumulator at the end, by tensor and key."""
     reader = StateReader(run / f"checkpoints/step_{STEPS:08d}/any_world")
-    return {f"{name}|{key}": reader.whole(name, key) for name, entry in reader.tensors.items()
-            for key in element_keys(entry["rule"], entry["vector"])}
+    return {
+        f"{name}|{key}": reader.whole(name, key)
+        for name, entry in reader.tensors.items()
+        for key in element_keys(entry["rule"], entry["vector"])
+    }
 
 
 @pytest.mark.slow

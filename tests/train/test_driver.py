@@ -1,4 +1,5 @@
 """The command line in one process: bad input is refused in one line, and a run's checkpoint is the model it trained."""
+
 import json
 import logging
 import random
@@ -26,15 +27,30 @@ from celo2_pretrain.train.start.ranks import free_port
 from support.processes import drive
 
 MODEL = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32"]
-SMALL = [*MODEL, "train.micro_batch_size=2", "train.global_batch_size=4", "train.log_every=1", "eval.sequences=8",
-         "optimizer.adamw_lr_multiplier=2"]
+SMALL = [
+    *MODEL,
+    "train.micro_batch_size=2",
+    "train.global_batch_size=4",
+    "train.log_every=1",
+    "eval.sequences=8",
+    "optimizer.adamw_lr_multiplier=2",
+]
 
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory) -> str:
     run_dir = str(tmp_path_factory.mktemp("runs") / "small")
-    result = drive(*SMALL, f"data.path={data}", f"run_dir={run_dir}", "train.max_steps=6", "checkpoint.every=2",
-                   "eval.every=3", "eval.prompt=def ", "eval.sample_tokens=5", "eval.sequences=1000000")
+    result = drive(
+        *SMALL,
+        f"data.path={data}",
+        f"run_dir={run_dir}",
+        "train.max_steps=6",
+        "checkpoint.every=2",
+        "eval.every=3",
+        "eval.prompt=def ",
+        "eval.sample_tokens=5",
+        "eval.sequences=1000000",
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Celo2 backend on ") == 1, result.stdout
     return run_dir
@@ -50,20 +66,31 @@ def refused(capsys, *arguments: str) -> str:
 
 def write_corpus(folder: Path, kind: str) -> Path:
     lines = [json.dumps({"text": f"a line of text, number {k}"}) for k in range(500)]
-    texts = {"empty.txt": "", "blank.jsonl": "\n", "one.jsonl": lines[0], "small.jsonl": "\n".join(lines),
-             "broken.jsonl": "\n".join([*lines, "{not json"]), "other-field.jsonl": '{"body": "x"}\n{"body": "y"}'}
+    texts = {
+        "empty.txt": "",
+        "blank.jsonl": "\n",
+        "one.jsonl": lines[0],
+        "small.jsonl": "\n".join(lines),
+        "broken.jsonl": "\n".join([*lines, "{not json"]),
+        "other-field.jsonl": '{"body": "x"}\n{"body": "y"}',
+    }
     path = folder / kind
     path.write_bytes(b"\xff\xfe\x00latin \xe4" * 100) if kind == "binary.txt" else path.write_text(texts[kind])
     return path
 
 
-@pytest.mark.parametrize("kind, message", [
-    ("empty.txt", "the corpus is empty"), ("blank.jsonl", "the corpus is empty"), ("one.jsonl", "single document"),
-    ("small.jsonl", "cannot train a vocabulary of 4096 pieces: the text supports at most"),
-    ("broken.jsonl", "broken.jsonl, line 501: not valid JSON"),
-    ("other-field.jsonl", "no text field 'text' (found ['body'])"),
-    ("binary.txt", "binary.txt is not UTF-8 text"),
-])
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("empty.txt", "the corpus is empty"),
+        ("blank.jsonl", "the corpus is empty"),
+        ("one.jsonl", "single document"),
+        ("small.jsonl", "cannot train a vocabulary of 4096 pieces: the text supports at most"),
+        ("broken.jsonl", "broken.jsonl, line 501: not valid JSON"),
+        ("other-field.jsonl", "no text field 'text' (found ['body'])"),
+        ("binary.txt", "binary.txt is not UTF-8 text"),
+    ],
+)
 def test_unusable_corpus_is_refused_and_nothing_is_left(tmp_path, capsys, kind, message):
     path = write_corpus(tmp_path, kind)
     assert message in refused(capsys, "prepare", str(path), "--out", str(tmp_path / "out" / "tokens"))
@@ -77,20 +104,23 @@ def test_failure_after_the_tokenizer_leaves_nothing(data, tmp_path, capsys):
     assert "line 501" in message and [p.name for p in tmp_path.iterdir()] == ["broken.jsonl"]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["prepare", "/no/such/corpus", "--out", "x"], "corpus path '/no/such/corpus' does not exist"),
-    (["prepare", "--out", "x"], "give one corpus"),
-    (["prepare", "--stdlib", "--val-fraction", "2", "--out", "x"], "--val-fraction 2.0"),
-    (["prepare", "--stdlib", "--vocab-size", "10", "--out", "x"], "vocabulary of 10 is too small"),
-    (["prepare", "--stdlib", "--tokenizer", "/no/such.model", "--out", "x"], "'/no/such.model' does not exist"),
-    (["train", "--config", "none.yaml"], "config 'none.yaml' does not exist"),
-    (["train", "optimizer.lrr=1"], "did you mean 'optimizer.lr'?"),
-    (["train", "data.path=/no/such/data"], "data folder '/no/such/data' does not exist: make it with"),
-    (["train", "--resume", "/no/such/run"], "no run or checkpoint at '/no/such/run'"),
-    (["eval", "/no/such/run"], "no run or checkpoint"),
-    (["export", "/no/such/run", "--out", "x"], "no run or checkpoint"),
-    (["plot", "/no/such/run"], "has no metrics.jsonl"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["prepare", "/no/such/corpus", "--out", "x"], "corpus path '/no/such/corpus' does not exist"),
+        (["prepare", "--out", "x"], "give one corpus"),
+        (["prepare", "--stdlib", "--val-fraction", "2", "--out", "x"], "--val-fraction 2.0"),
+        (["prepare", "--stdlib", "--vocab-size", "10", "--out", "x"], "vocabulary of 10 is too small"),
+        (["prepare", "--stdlib", "--tokenizer", "/no/such.model", "--out", "x"], "'/no/such.model' does not exist"),
+        (["train", "--config", "none.yaml"], "config 'none.yaml' does not exist"),
+        (["train", "optimizer.lrr=1"], "did you mean 'optimizer.lr'?"),
+        (["train", "data.path=/no/such/data"], "data folder '/no/such/data' does not exist: make it with"),
+        (["train", "--resume", "/no/such/run"], "no run or checkpoint at '/no/such/run'"),
+        (["eval", "/no/such/run"], "no run or checkpoint"),
+        (["export", "/no/such/run", "--out", "x"], "no run or checkpoint"),
+        (["plot", "/no/such/run"], "has no metrics.jsonl"),
+    ],
+)
 def test_wrong_arguments_are_refused_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, *arguments)
@@ -101,14 +131,18 @@ def test_existing_output_is_not_overwritten_unasked(data, capsys):
     assert "exists: choose another --out" in refused(capsys, "prepare", "--stdlib", "--out", data)
 
 
-@pytest.mark.parametrize("world_size, arguments, message", [
-    (1, ["model.vocab_size=300"], "model.vocab_size=300 is smaller than the data's vocabulary of 512"),
-    (3, [], "train.global_batch_size=4 is no multiple of train.micro_batch_size=2 × 3 ranks"),
-    (4096, ["train.global_batch_size=8192"], "not enough data"),
-    (1, ["optimizer.weights=/no/such/weights.safetensors"], "optimizer.weights='/no/such/weights.safetensors'"),
-])
+@pytest.mark.parametrize(
+    "world_size, arguments, message",
+    [
+        (1, ["model.vocab_size=300"], "model.vocab_size=300 is smaller than the data's vocabulary of 512"),
+        (3, [], "train.global_batch_size=4 is no multiple of train.micro_batch_size=2 × 3 ranks"),
+        (4096, ["train.global_batch_size=8192"], "not enough data"),
+        (1, ["optimizer.weights=/no/such/weights.safetensors"], "optimizer.weights='/no/such/weights.safetensors'"),
+    ],
+)
 def test_config_that_does_not_fit_data_or_ranks_is_refused(
-        data, tmp_path, capsys, monkeypatch, world_size, arguments, message):
+    data, tmp_path, capsys, monkeypatch, world_size, arguments, message
+):
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     assert message in refused(capsys, "train", *SMALL, f"data.path={data}", f"run_dir={tmp_path / 'run'}", *arguments)
     assert not (tmp_path / "run").exists()
@@ -126,11 +160,14 @@ def test_ranks_of_a_node_say_the_same_once_and_what_only_one_found_too(monkeypat
     assert "rank" not in lines[0] and lines[1].endswith(" (found on rank 1)")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["model.layers=3"], "was written with model.layers = 2, this run has 3"),
-    (["optimizer.name=adamw"], "was written with optimizer.name = 'celo2', this run has 'adamw'"),
-    ([], "is already at step 6, train.max_steps is 6: to train on"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["model.layers=3"], "was written with model.layers = 2, this run has 3"),
+        (["optimizer.name=adamw"], "was written with optimizer.name = 'celo2', this run has 'adamw'"),
+        ([], "is already at step 6, train.max_steps is 6: to train on"),
+    ],
+)
 def test_checkpoint_that_does_not_fit_is_refused(run, capsys, arguments, message):
     before = {p: p.read_bytes() for p in Path(run).rglob("*") if p.is_file()}
     assert message in refused(capsys, "train", "--resume", run, *arguments)
@@ -202,6 +239,7 @@ def test_random_states_are_restored():
 
 def test_srun_without_a_launcher_is_refused(monkeypatch):
     from celo2_pretrain.train.start.ranks import world_from_environment
+
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")
@@ -227,10 +265,13 @@ def test_rank_0_says_which_backend_computes_the_passes(monkeypatch, active):
 
 def test_this_runs_options_count_after_a_checkpoint_brought_its_own():
     model = torch.nn.Linear(3, 3)
-    saved = build_optimizer(model, Optimizer(lr=9.0, weight_decay=9.0, adamw_lr_multiplier=9.0, newton_schulz_dtype="bf16",
-                                             check_replicas_every=9)).state_dict()
-    optimizer = build_optimizer(model, Optimizer(lr=1e-3, weight_decay=0.1, adamw_lr_multiplier=4.0, newton_schulz_dtype="fp32",
-                                                 check_replicas_every=5))
+    saved = build_optimizer(
+        model, Optimizer(lr=9.0, weight_decay=9.0, adamw_lr_multiplier=9.0, newton_schulz_dtype="bf16", check_replicas_every=9)
+    ).state_dict()
+    optimizer = build_optimizer(
+        model,
+        Optimizer(lr=1e-3, weight_decay=0.1, adamw_lr_multiplier=4.0, newton_schulz_dtype="fp32", check_replicas_every=5),
+    )
     rates, built = Rates(optimizer), [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == 9.0

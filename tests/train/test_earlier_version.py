@@ -1,4 +1,5 @@
 """A run that version 0.1 began goes on with this one: tests/golden/README.md says how it was made."""
+
 import json
 import tarfile
 
@@ -34,13 +35,17 @@ def test_its_files_are_read(folder):
 
 def steps() -> dict[int, list[float]]:
     """What each step of the run did, as far as its accumulators show in it."""
-    return {record["step"]: [record[name] for name in ("loss", "grad_norm", "update_norm/celo2", "update_norm/adamw")]
-            for record in read_metrics("run") if "loss" in record}
+    return {
+        record["step"]: [record[name] for name in ("loss", "grad_norm", "update_norm/celo2", "update_norm/adamw")]
+        for record in read_metrics("run")
+        if "loss" in record
+    }
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("ranks, others", [(1, []), (2, ["train.zero_stage=1", "train.micro_batch_size=1"])],
-                         ids=["same world", "another world"])
+@pytest.mark.parametrize(
+    "ranks, others", [(1, []), (2, ["train.zero_stage=1", "train.micro_batch_size=1"])], ids=["same world", "another world"]
+)
 def test_it_is_resumed_and_does_the_steps_that_it_did(folder, ranks, others):
     before = steps()
     result = drive("--resume", str(folder / "run"), f"data.path={folder / 'data/tokens'}", *others, ranks=ranks)

@@ -1,4 +1,5 @@
 """What a user is told: one line, of a length that can be read, whatever a library said."""
+
 import contextlib
 import errno
 import io
@@ -12,7 +13,8 @@ from celo2_pretrain.common.errors import LONGEST, UserError, one_line
 def test_a_user_error_is_one_line_of_bounded_length():
     torchs = RuntimeError("Error(s) in loading state_dict for GPT2LMHeadModel:\n\tsize mismatch for wte:\r\n\n  (2, 3)\x85\n")
     assert str(UserError(f"cannot resume: {torchs}; start anew")) == (
-        "cannot resume: Error(s) in loading state_dict for GPT2LMHeadModel: size mismatch for wte: (2, 3) ; start anew")
+        "cannot resume: Error(s) in loading state_dict for GPT2LMHeadModel: size mismatch for wte: (2, 3) ; start anew"
+    )
     assert str(UserError("two  spaces 'a  b' stay")) == "two  spaces 'a  b' stay"
     long = str(UserError("first\n" + "word\n" * 1000 + "last"))
     assert len(long) <= LONGEST and long.startswith("first word") and long.endswith("last") and "\n" not in long

@@ -1,4 +1,5 @@
 """An error on one rank ends all ranks, and what one reads first is that error."""
+
 import json
 import subprocess
 import sys
@@ -14,21 +15,34 @@ from support.paths import SUPPORT
 from support.processes import deepspeed, environment, torchrun
 
 WORKER = SUPPORT / "failing_worker.py"
-SMALL = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=32", "train.micro_batch_size=2",
-         "train.global_batch_size=4", "train.log_every=1", "eval.sequences=8", "optimizer.adamw_lr_multiplier=2",
-         "train.max_steps=200"]
+SMALL = [
+    "model.layers=2",
+    "model.width=32",
+    "model.heads=2",
+    "model.context=32",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=4",
+    "train.log_every=1",
+    "eval.sequences=8",
+    "optimizer.adamw_lr_multiplier=2",
+    "train.max_steps=200",
+]
 
 
 def without_warnings(text: str) -> str:
     """Without what depends on the machine (shared memory, open files), and without the answer to a launcher's SIGTERM."""
-    return "".join(line for line in text.splitlines(keepends=True)
-                   if "celo2-pretrain: warning: " not in line and ": finishing the step, then saving" not in line)
+    return "".join(
+        line
+        for line in text.splitlines(keepends=True)
+        if "celo2-pretrain: warning: " not in line and ": finishing the step, then saving" not in line
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("launcher, how", [(deepspeed, "raised"), (torchrun, "raised"), (torchrun, "killed"),
-                                           (deepspeed, "refused")])
+@pytest.mark.parametrize(
+    "launcher, how", [(deepspeed, "raised"), (torchrun, "raised"), (torchrun, "killed"), (deepspeed, "refused")]
+)
 def test_one_ranks_failure_ends_all_and_is_told_first(data, tmp_path, launcher, how):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
@@ -36,7 +50,7 @@ def test_one_ranks_failure_ends_all_and_is_told_first(data, tmp_path, launcher, 
     line = launcher("1", "3", how, *SMALL, f"data.path={data}", f"run_dir={run}", "--overwrite", ranks=2, script=WORKER)
     result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=1500)
     told = without_warnings(result.stderr)
-    told = told[max(0, told.find("celo2-pretrain: ")):]
+    told = told[max(0, told.find("celo2-pretrain: ")) :]
     ours = [line for line in told.splitlines() if line.startswith("celo2-pretrain: ")]
     assert result.returncode not in (0, 124) and "earlier run" not in told
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1] == 2
@@ -48,7 +62,9 @@ def test_one_ranks_failure_ends_all_and_is_told_first(data, tmp_path, launcher, 
         # The launcher may have ended the other rank before it said anything.
         assert all(line.startswith("celo2-pretrain: rank 0 ends too, after rank 1 on ") for line in ours[1:]), told
     elif how == "killed":
-        assert all("error on rank 0: the connection to another rank broke" in line for line in ours) and "SIGKILL" in told, told
+        assert all("error on rank 0: the connection to another rank broke" in line for line in ours) and "SIGKILL" in told, (
+            told
+        )
     else:
         assert result.returncode == 2 and ours[0].endswith("error: this rank alone refuses (found on rank 1)")
         assert "Traceback" not in told
@@ -57,8 +73,18 @@ def test_one_ranks_failure_ends_all_and_is_told_first(data, tmp_path, launcher, 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_drift_is_told_in_a_line(data, tmp_path):
-    line = torchrun("1", "3", "drifted", *SMALL, f"data.path={data}", f"run_dir={tmp_path / 'run'}", "train.zero_stage=0",
-                    "optimizer.check_replicas_every=1", ranks=2, script=WORKER)
+    line = torchrun(
+        "1",
+        "3",
+        "drifted",
+        *SMALL,
+        f"data.path={data}",
+        f"run_dir={tmp_path / 'run'}",
+        "train.zero_stage=0",
+        "optimizer.check_replicas_every=1",
+        ranks=2,
+        script=WORKER,
+    )
     result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=1500)
     told = [line for line in without_warnings(result.stderr).splitlines() if line.startswith("celo2-pretrain: ")]
     assert result.returncode == 1 and "DriftError: ranks have drifted apart: " in told[0]
@@ -99,10 +125,10 @@ def test_a_lack_of_memory_is_told_in_a_line(data, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(prepare, "build_model", fails)
     monkeypatch.setattr(failures, "leave", lambda text, code: print(f"celo2-pretrain: {text}", file=sys.stderr))
     assert cli.main(["train", *SMALL, f"data.path={data}", f"run_dir={run}"]) == 1
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("celo2-pretrain: error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB")
     assert "Traceback" in (run / "error_rank_0.txt").read_text()
     monkeypatch.setenv("WORLD_SIZE", "2")
     cli.run(["train", *SMALL, f"data.path={data}", f"run_dir={run}"])  # `main` may end the process
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("celo2-pretrain: error on rank 0: MemoryError: out of memory (CUDA out of memory.")

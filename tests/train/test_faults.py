@@ -1,4 +1,5 @@
 """A run that is asked to stop saves, exits with code 75, and goes on as if nothing had been."""
+
 import signal
 from pathlib import Path
 
@@ -11,9 +12,19 @@ from support.running import Driver
 
 pytestmark = pytest.mark.multiprocess
 
-CONFIG = ["model.layers=1", "model.width=32", "model.heads=2", "model.context=32", "train.micro_batch_size=2",
-          "train.global_batch_size=4", "train.log_every=1", "eval.sequences=8", "optimizer.adamw_lr_multiplier=2",
-          "checkpoint.any_world=false", "schedule.steps=6"]
+CONFIG = [
+    "model.layers=1",
+    "model.width=32",
+    "model.heads=2",
+    "model.context=32",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=4",
+    "train.log_every=1",
+    "eval.sequences=8",
+    "optimizer.adamw_lr_multiplier=2",
+    "checkpoint.any_world=false",
+    "schedule.steps=6",
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Whatever lies in a checkpoints folder or a hostfile: a whole checkpoint is found, or the folder is refused in a line; and
 looking for it changes nothing anywhere."""
+
 import json
 import os
 from pathlib import Path
@@ -22,8 +23,10 @@ STATE = {"step": 2, "samples": 8, "description": DESCRIPTION, "extra": {}}
 
 def write_checkpoint(folder: Path, state=STATE) -> None:
     folder.mkdir(parents=True)
-    files = {name: manifest.write_file(folder / name, lambda file: torch.save({"a": torch.arange(6)}, file))
-             for name in ("mp_rank_00_model_states.pt", "random_state_rank_0.pt")}
+    files = {
+        name: manifest.write_file(folder / name, lambda file: torch.save({"a": torch.arange(6)}, file))
+        for name in ("mp_rank_00_model_states.pt", "random_state_rank_0.pt")
+    }
     files["state.json"] = manifest.write_file(folder / "state.json", lambda file: file.write(json.dumps(state).encode()))
     manifest.write(folder, 2, files)
 
@@ -109,8 +112,17 @@ def test_any_state_is_used_or_refused(run):
     check()
 
 
-@pytest.mark.parametrize("name", [*PATHS, "../../other/checkpoints/step_00000002", "step_00000002/../../../other",
-                                  "step_00000009", "step_2\nstep_1", "state.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *PATHS,
+        "../../other/checkpoints/step_00000002",
+        "step_00000002/../../../other",
+        "step_00000009",
+        "step_2\nstep_1",
+        "state.json",
+    ],
+)
 def test_latest_leads_nowhere_else(run, name):
     (run / "checkpoints/latest").write_bytes(name.encode("utf-8", "surrogatepass"))
     looked_at(run)
@@ -128,11 +140,15 @@ def test_a_link_in_a_checkpoint_is_refused(run, name):
         resume(run)
 
 
-hosts = st.one_of(st.text(max_size=12), st.sampled_from(["node1", "10.0.0.1", "a b", "-oProxyCommand=x", "$(id)", "a;b", "::1"]))
-slots = st.one_of(st.text(max_size=6), st.integers(-3, 10**12).map(str),
-                  st.sampled_from(["8", "08", "1e3", "0x8", "٣", "9" * 5000]))
-lines = st.one_of(st.builds("{} slots={}".format, hosts, slots), st.text(max_size=20),
-                  st.sampled_from(["# nothing", "node2 slots=4"]))
+hosts = st.one_of(
+    st.text(max_size=12), st.sampled_from(["node1", "10.0.0.1", "a b", "-oProxyCommand=x", "$(id)", "a;b", "::1"])
+)
+slots = st.one_of(
+    st.text(max_size=6), st.integers(-3, 10**12).map(str), st.sampled_from(["8", "08", "1e3", "0x8", "٣", "9" * 5000])
+)
+lines = st.one_of(
+    st.builds("{} slots={}".format, hosts, slots), st.text(max_size=20), st.sampled_from(["# nothing", "node2 slots=4"])
+)
 
 
 @cases(1200)

@@ -1,5 +1,6 @@
 """Whatever lies in a run's folder, a saved state, an interrupted prepare or a model's folder: it is used or refused, and
 nothing outside the folder changes."""
+
 import json
 import os
 import shutil
@@ -25,7 +26,8 @@ from support.fuzz import PATHS, cases, snapshot, spoiled_trees, spoilers, works_
 
 RECORDS = [{"step": 0, "val_loss": 6.2, "val_bits_per_byte": 4.0}] + [
     {"step": k, "loss": 6.0 - k / 10, "lr": 1e-3, "grad_norm": 1.0, "samples": 4 * k, "tokens_per_s": 100.0}
-    for k in range(1, 6)]
+    for k in range(1, 6)
+]
 
 
 def spoiled(data: bytes, spoils) -> bytes:
@@ -38,6 +40,7 @@ spoil_lists = st.lists(spoilers(), min_size=1, max_size=2)
 
 
 # --- metrics.jsonl ----------------------------------------------------------------------------------------------------
+
 
 def use_metrics(run: Path) -> None:
     """What a resumed run and `plot` do with it."""
@@ -72,6 +75,7 @@ def test_any_metrics_are_used_or_refused(tmp_path):
 
 def test_odd_metrics_are_drawn_or_refused(tmp_path):
     """Drawing is slow, so fewer."""
+
     @cases(12)
     @given(spoiled_trees(RECORDS))
     def check(records):
@@ -83,6 +87,7 @@ def test_odd_metrics_are_drawn_or_refused(tmp_path):
 
 
 # --- a saved optimizer state ------------------------------------------------------------------------------------------
+
 
 def small_optimizer() -> Celo2:
     torch.manual_seed(0)
@@ -157,6 +162,7 @@ def test_a_state_file_that_leads_out_of_the_folder_is_refused(state, tmp_path, n
 
 # --- an interrupted prepare -------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def interrupted(data, tmp_path_factory) -> Path:
     """A prepare that stopped half way, with something beside it that a path could lead to."""
@@ -196,8 +202,9 @@ def test_the_progress_of_an_interrupted_prepare_is_used_or_refused(interrupted, 
     check()
 
 
-@pytest.mark.parametrize("name, message", [("../outside.bin", "progress.json is damaged"),
-                                           ("train-00000.bin", "is missing, or not")])
+@pytest.mark.parametrize(
+    "name, message", [("../outside.bin", "progress.json is damaged"), ("train-00000.bin", "is missing, or not")]
+)
 def test_progress_that_leads_out_of_the_folder_is_refused_and_cuts_nothing(interrupted, data, tmp_path, name, message):
     work = tmp_path / "work"
     shutil.copytree(interrupted, work)
@@ -214,6 +221,7 @@ def test_progress_that_leads_out_of_the_folder_is_refused_and_cuts_nothing(inter
 
 
 # --- a model to train on, and its tokenizer ---------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def hub_like(data, tmp_path_factory) -> Path:

@@ -1,4 +1,5 @@
 """One bad number in one rank's gradient changes no parameter and no state, at any ZeRO stage, in any precision."""
+
 import json
 from itertools import product
 from pathlib import Path
@@ -20,10 +21,13 @@ from support.paths import SUPPORT
 from support.processes import on_ranks
 
 WORKER = SUPPORT / "guard_worker.py"
-SETTINGS = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16", "fp16")
-            if (stage, precision) != (0, "fp16")]
-SKIPPED = [f"{optimizer},{stage},{precision},{bad},skip,{clip}" for (stage, precision), bad, (optimizer, clip) in
-           product(SETTINGS, BAD, (("celo2", 1.0), ("celo2", 0.0), ("adamw", 1.0)))]
+SETTINGS = [
+    (stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16", "fp16") if (stage, precision) != (0, "fp16")
+]
+SKIPPED = [
+    f"{optimizer},{stage},{precision},{bad},skip,{clip}"
+    for (stage, precision), bad, (optimizer, clip) in product(SETTINGS, BAD, (("celo2", 1.0), ("celo2", 0.0), ("adamw", 1.0)))
+]
 STOPPED = [f"celo2,{stage},{precision},nan,stop,1.0" for stage, precision in SETTINGS if precision != "fp16"]
 
 
@@ -55,9 +59,21 @@ def test_a_bad_gradient_changes_nothing_and_training_goes_on_or_stops(ranks, tmp
 
 
 SPIKE = SUPPORT / "spike_worker.py"
-RUN = ["model.layers=1", "model.width=32", "model.heads=2", "model.context=32", "train.micro_batch_size=1", "train.max_steps=24",
-       "train.global_batch_size=4", "train.log_every=1", "eval.sequences=4", "checkpoint.every=8", "checkpoint.keep_last=3",
-       "optimizer.adamw_lr_multiplier=2", "train.on_spike=rollback"]
+RUN = [
+    "model.layers=1",
+    "model.width=32",
+    "model.heads=2",
+    "model.context=32",
+    "train.micro_batch_size=1",
+    "train.max_steps=24",
+    "train.global_batch_size=4",
+    "train.log_every=1",
+    "eval.sequences=4",
+    "checkpoint.every=8",
+    "checkpoint.keep_last=3",
+    "optimizer.adamw_lr_multiplier=2",
+    "train.on_spike=rollback",
+]
 
 
 @pytest.mark.slow
@@ -71,7 +87,7 @@ def test_a_spike_rolls_back_and_the_run_goes_on_with_later_data(stage, data, tmp
     records = [record for record in read_metrics(run) if "loss" in record]
     assert [record["step"] for record in records] == list(range(1, 25))
     assert [record["samples"] for record in records] == [4 * k for k in range(1, 17)] + [4 * k for k in range(21, 29)]
-    event, = (record for record in read_metrics(run) if "event" in record)
+    (event,) = (record for record in read_metrics(run) if "event" in record)
     assert event["event"] == "roll back" and event["step"] == 20
     # Interrupted after that, a run comes to the same: from its checkpoint it meets the spike again.
     on_ranks(2, SPIKE, str(4 * 19), "--resume", str(run / "checkpoints/step_00000016"), *common, f"run_dir={again}")
@@ -181,7 +197,9 @@ def test_a_loss_scale_that_cannot_fall_further_is_told_in_a_line():
 
     scaler = DynamicLossScaler(init_scale=1.0, scale_window=10, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False)
     engine = SimpleNamespace(step=lambda: scaler.update_scale(True), optimizer=SimpleNamespace(loss_scale=1.0))
-    with pytest.raises(UserError, match="training diverged: the gradient of step 2 overflows fp16 at the smallest loss scale .1"):
+    with pytest.raises(
+        UserError, match="training diverged: the gradient of step 2 overflows fp16 at the smallest loss scale .1"
+    ):
         guards.take_step(engine, 2)
 
 

@@ -1,4 +1,5 @@
 """What a run tells of itself: metrics, trackers, traces, its origin; and what is refused before anything is written."""
+
 import gzip
 import importlib.util
 import json
@@ -21,9 +22,20 @@ from celo2_pretrain.train.record.timers import COMMUNICATION, PHASES, Timers
 from support.paths import ROOT
 from support.processes import drive
 
-SMALL = ["model.layers=1", "model.width=24", "model.heads=2", "model.context=16", "train.micro_batch_size=2",
-         "train.global_batch_size=4", "train.log_every=2", "train.max_steps=5", "eval.sequences=2", "eval.every=5",
-         "checkpoint.any_world=false", "checkpoint.every=4"]
+SMALL = [
+    "model.layers=1",
+    "model.width=24",
+    "model.heads=2",
+    "model.context=16",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=4",
+    "train.log_every=2",
+    "train.max_steps=5",
+    "eval.sequences=2",
+    "eval.every=5",
+    "checkpoint.any_world=false",
+    "checkpoint.every=4",
+]
 TRACKED = [name for name, package in (("tensorboard", "tensorboard"), ("wandb", "wandb")) if importlib.util.find_spec(package)]
 
 
@@ -32,8 +44,17 @@ def run(data, tmp_path_factory) -> Path:
     """A run with a trace, and with those trackers that are installed."""
     folder = tmp_path_factory.mktemp("insight") / "run"
     wanted = {"tensorboard": "track.tensorboard=true", "wandb": "track.wandb_project=tests"}
-    result = drive(*SMALL, f"data.path={data}", f"run_dir={folder}", "profile.steps=2-3", *(wanted[name] for name in TRACKED),
-                   timeout=1500, WANDB_MODE="offline", WANDB_API_KEY="", NCCL_DEBUG="WARN")
+    result = drive(
+        *SMALL,
+        f"data.path={data}",
+        f"run_dir={folder}",
+        "profile.steps=2-3",
+        *(wanted[name] for name in TRACKED),
+        timeout=1500,
+        WANDB_MODE="offline",
+        WANDB_API_KEY="",
+        NCCL_DEBUG="WARN",
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return folder
 
@@ -102,7 +123,7 @@ def test_wandb_offline_writes_its_run(run):
 
 @pytest.mark.slow
 def test_origin_tells_what_to_repeat(run):
-    record, = map(json.loads, (run / "origin.jsonl").read_text().splitlines())
+    (record,) = map(json.loads, (run / "origin.jsonl").read_text().splitlines())
     assert record["versions"]["torch"] == torch.__version__ and record["cpu"] and record["peak_source"]
     assert record["environment"]["NCCL_DEBUG"] == "WARN"
     assert not any("KEY" in name or "WANDB" in name for name in record["environment"])  # secrets stay out
@@ -159,7 +180,9 @@ def test_running_run_is_traced_on_request(tmp_path):
 
 
 def test_git_diff_is_kept_for_each_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(provenance, "git", lambda *arguments: {"status": " M a.py", "diff": "-a\n+b"}.get(arguments[0], "c0ffee"))
+    monkeypatch.setattr(
+        provenance, "git", lambda *arguments: {"status": " M a.py", "diff": "-a\n+b"}.get(arguments[0], "c0ffee")
+    )
     for _ in range(2):
         provenance.write_origin(tmp_path, 1, peak_flops.Peak(None, "unknown"))
     lines = [json.loads(line) for line in (tmp_path / "origin.jsonl").read_text().splitlines()]
@@ -169,9 +192,18 @@ def test_git_diff_is_kept_for_each_start(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name, tflops", [
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA L4", 121),
-    ("NVIDIA H100 PCIe", None), ("NVIDIA L40S", None), ("NVIDIA A100-PCIE-40GB", None)])
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA L40S", None),
+        ("NVIDIA A100-PCIE-40GB", None),
+    ],
+)
 def test_peak_is_the_data_sheets_of_a_known_gpu(monkeypatch, name, tflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     config = load_config(None, ["train.precision=bf16"])

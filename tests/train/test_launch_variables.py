@@ -1,4 +1,5 @@
 """What the launch scripts hand on to other hosts and to the driver, and which threads they give to each rank."""
+
 import base64
 import os
 import re
@@ -25,8 +26,13 @@ case "$*" in *deepspeed.launcher.runner*) cat "$DS_ENV_FILE" ;; esac
 @pytest.fixture
 def handed_on(tmp_path):
     """Calls multinode.sh on a machine without a GPU; gives the variables that it hands on to all hosts."""
-    for name, text in (("python", PYTHON), ("nvidia-smi", "#!/bin/sh\nexit 1\n"), ("nproc", "#!/bin/sh\necho 48\n"),
-                       ("pdsh", "#!/bin/sh\n"), ("ssh", "#!/bin/sh\n")):
+    for name, text in (
+        ("python", PYTHON),
+        ("nvidia-smi", "#!/bin/sh\nexit 1\n"),
+        ("nproc", "#!/bin/sh\necho 48\n"),
+        ("pdsh", "#!/bin/sh\n"),
+        ("ssh", "#!/bin/sh\n"),
+    ):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
@@ -36,8 +42,13 @@ def handed_on(tmp_path):
         mine = environment(PYTHON=str(tmp_path / "python"), PATH=f"{tmp_path}:{os.environ['PATH']}", HOME="/nonexistent")
         for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS"):
             mine.pop(name, None)
-        result = subprocess.run([str(ROOT / "launch/multinode.sh"), "--hostfile", str(tmp_path / "hosts")], cwd=tmp_path,
-                                env=mine | variables, capture_output=True, text=True)
+        result = subprocess.run(
+            [str(ROOT / "launch/multinode.sh"), "--hostfile", str(tmp_path / "hosts")],
+            cwd=tmp_path,
+            env=mine | variables,
+            capture_output=True,
+            text=True,
+        )
         assert result.returncode == 0, result.stderr
         pairs = [line.partition("=")[::2] for line in result.stdout.splitlines() if not line.startswith("multinode: ")]
         return dict(pairs)  # the last one counts, as for DeepSpeed
@@ -52,9 +63,14 @@ def test_a_launching_machine_without_gpus_does_not_send_gpu_hosts_to_the_cpu(han
     assert handed_on(hosts, "DS_ACCELERATOR=cpu\n")["DS_ACCELERATOR"] == "cpu"
 
 
-@pytest.mark.parametrize("hosts, threads", [
-    ("node1 slots=8\n", "6"), ("node1 slots=08\nnode2 slots=16 # slots=64\n", "3"), ("node1 slots=64\n", "1"),
-])
+@pytest.mark.parametrize(
+    "hosts, threads",
+    [
+        ("node1 slots=8\n", "6"),
+        ("node1 slots=08\nnode2 slots=16 # slots=64\n", "3"),
+        ("node1 slots=64\n", "1"),
+    ],
+)
 def test_the_cores_of_a_host_are_shared_out_to_its_ranks(handed_on, hosts, threads):
     assert handed_on(hosts)["OMP_NUM_THREADS"] == threads
     if threads == "1":
@@ -69,8 +85,10 @@ def test_deepspeeds_timeout_is_the_one_that_is_told():
     mine.pop("DEEPSPEED_TIMEOUT", None)
     minutes = subprocess.run([sys.executable, "-c", code], env=mine, capture_output=True, text=True).stdout.split()[-1]
     assert line.endswith(f"(default: {minutes})")
-    assert f"`DEEPSPEED_TIMEOUT` | minutes that a rank waits for another; {minutes} by default" in (
-        ROOT / "docs/launch.md").read_text()
+    assert (
+        f"`DEEPSPEED_TIMEOUT` | minutes that a rank waits for another; {minutes} by default"
+        in (ROOT / "docs/launch.md").read_text()
+    )
 
 
 def test_the_slurm_jobs_that_are_shown_can_train():
@@ -93,17 +111,18 @@ def test_arguments_that_are_no_base64_are_refused_in_one_line(value, monkeypatch
 @pytest.mark.parametrize("given", [[], ["a", "b"]])
 def test_a_hostfile_is_one_argument(given, capsys):
     assert hostfile.main(given) == 2
-    assert capsys.readouterr().err == (f"multinode: error: {len(given)} arguments: give one hostfile, with a line for each "
-                                       "host, for example: node1 slots=8\n")
+    assert capsys.readouterr().err == (
+        f"multinode: error: {len(given)} arguments: give one hostfile, with a line for each host, for example: node1 slots=8\n"
+    )
 
 
 def test_arguments_arrive_as_they_were_given(monkeypatch):
     given = []
     monkeypatch.setattr(cli, "main", lambda arguments: given.extend(arguments))
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--base64", base64.b64encode("a b=\"ä$\"\0\0c\0".encode()).decode()])
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--base64", base64.b64encode('a b="ä$"\0\0c\0'.encode()).decode()])
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / "launch/pretrain.py"), run_name="__main__")
-    assert given == ["train", "a b=\"ä$\"", "", "c"]
+    assert given == ["train", 'a b="ä$"', "", "c"]
 
 
 @pytest.mark.parametrize("gpus, told", [(0, "--num_gpus 2, cpu, 24"), (1, "--num_gpus 1, , 48"), (4, "--num_gpus 2, , 24")])
@@ -113,8 +132,11 @@ def test_quickstart_takes_the_gpus_and_cores_there_are(tmp_path, gpus, told):
     (tmp_path / "data/python").mkdir(parents=True)
     (tmp_path / "data/python/index.json").touch()
     (tmp_path / "bin").mkdir()
-    for name, text in (("nvidia-smi", f"for ((k = 0; k < {gpus}; k++)); do echo GPU $k; done"), ("nproc", "echo 48"),
-                       ("deepspeed", 'echo "$*, $DS_ACCELERATOR, $OMP_NUM_THREADS"')):
+    for name, text in (
+        ("nvidia-smi", f"for ((k = 0; k < {gpus}; k++)); do echo GPU $k; done"),
+        ("nproc", "echo 48"),
+        ("deepspeed", 'echo "$*, $DS_ACCELERATOR, $OMP_NUM_THREADS"'),
+    ):
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     mine = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")

@@ -1,4 +1,5 @@
 """A rank that leaves without Python's finalisation waits for threads that have work left, and not for idle pools."""
+
 import subprocess
 import sys
 

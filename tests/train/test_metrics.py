@@ -1,4 +1,5 @@
 """metrics.jsonl is JSON, and no record of a run is worth the run."""
+
 import errno
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Norms by rule are those of the whole tensors, whatever the ZeRO stage and the number of ranks."""
+
 import json
 
 import pytest
@@ -41,4 +42,4 @@ def test_update_of_a_celo2_step_has_the_size_that_its_rate_says(found):
     """A direction has RMS 1 per matrix, and decay adds little to it while the weights are small."""
     hidden = 24 * 24 * 12  # QKV, projection, and the MLP's two of 4 × width
     for record in found[2]["celo2 2"]:
-        assert record["update_norm/celo2"] == pytest.approx(3e-3 * hidden ** 0.5, rel=0.01)
+        assert record["update_norm/celo2"] == pytest.approx(3e-3 * hidden**0.5, rel=0.01)

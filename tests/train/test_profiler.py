@@ -1,4 +1,5 @@
 """A trace is of one stretch of steps."""
+
 import torch
 
 from celo2_pretrain.config import load_config
@@ -13,4 +14,9 @@ def test_a_rollback_inside_of_the_trace_starts_no_second_one(tmp_path):
         running.append(profiler.running)
         torch.ones(3).sum()
         told.append(profiler.after(step))
-    assert running[0] is None and running[1] is running[2] is running[3] and told[:3] == [None] * 3 and "trace of steps 2 to 3" in told[3]
+    assert (
+        running[0] is None
+        and running[1] is running[2] is running[3]
+        and told[:3] == [None] * 3
+        and "trace of steps 2 to 3" in told[3]
+    )

@@ -1,4 +1,5 @@
 """What a killed process leaves behind doesn't keep the next ones waiting."""
+
 import os
 import time
 

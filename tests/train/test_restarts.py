@@ -1,4 +1,5 @@
 """`train --max-restarts` brings a run back from its last checkpoint, and only where that helps."""
+
 import json
 import os
 import shlex
@@ -31,8 +32,19 @@ class Supervised:
         self.script.write_text("\n".join(lines))
         launch = shlex.join([sys.executable, "-S", str(SUPPORT / "scripted_driver.py"), str(self.script)])
         with_ranks = ["--ranks", ranks] if ranks else []
-        code = main(["train", "--max-restarts", str(restarts), "--launch", launch + (" --number {ranks}" if ranks else ""),
-                     *with_ranks, *arguments, "train.max_steps=4", f"run_dir={self.run_dir}"])
+        code = main(
+            [
+                "train",
+                "--max-restarts",
+                str(restarts),
+                "--launch",
+                launch + (" --number {ranks}" if ranks else ""),
+                *with_ranks,
+                *arguments,
+                "train.max_steps=4",
+                f"run_dir={self.run_dir}",
+            ]
+        )
         self.told = self.capfd.readouterr().err
         return code
 
@@ -69,8 +81,12 @@ def test_an_earlier_runs_checkpoints_are_treated_as_the_command_line_says(superv
         for run in ("another", "run"):
             (supervised.folder / run).mkdir()
             (supervised.folder / run / "config.yaml").write_text("")
-        given = ["--resume", str(supervised.folder / "another" / "config.yaml"), "--config",
-                 str(supervised.folder / "run" / "config.yaml")]
+        given = [
+            "--resume",
+            str(supervised.folder / "another" / "config.yaml"),
+            "--config",
+            str(supervised.folder / "run" / "config.yaml"),
+        ]
     latest = supervised.run_dir / "checkpoints" / "latest"
     latest.parent.mkdir(parents=True)
     latest.write_text("step_00000003")
@@ -83,10 +99,17 @@ def test_a_new_run_that_failed_while_it_first_saved_begins_anew(supervised):
     assert supervised.starts == [[], ["--resume", "auto"]]
 
 
-@pytest.mark.parametrize("line, code", [
-    ("sys.exit(2)", 2), ("sys.exit(75)", 75), ("sys.exit(130)", 130),
-    ("note(2); sys.exit(1)", 2), ("save(2); note(75); sys.exit(1)", 75), ("note(130); killed()", 130),
-])
+@pytest.mark.parametrize(
+    "line, code",
+    [
+        ("sys.exit(2)", 2),
+        ("sys.exit(75)", 75),
+        ("sys.exit(130)", 130),
+        ("note(2); sys.exit(1)", 2),
+        ("save(2); note(75); sys.exit(1)", 75),
+        ("note(130); killed()", 130),
+    ],
+)
 def test_what_another_start_would_not_mend_is_not_started_again(supervised, line, code):
     assert supervised(line) == code
     assert len(supervised.starts) == 1
@@ -99,16 +122,29 @@ def test_the_end_without_the_last_step_is_a_failure_and_restarts_are_counted(sup
     assert "--max-restarts 1 is used up; step_00000003 is its newest checkpoint" in supervised.told
 
 
-@pytest.mark.parametrize("code, why", [
-    (247, "ended by SIGKILL"), (137, "ended by SIGKILL"), (134, "ended by SIGABRT"), (76, "a rank made no progress")])
+@pytest.mark.parametrize(
+    "code, why",
+    [(247, "ended by SIGKILL"), (137, "ended by SIGKILL"), (134, "ended by SIGABRT"), (76, "a rank made no progress")],
+)
 def test_launchers_codes_are_told_in_words(supervised, code, why):
     assert supervised(f"os._exit({code})", restarts=0) == code
     assert f"exit code {code}: " in supervised.told and why in supervised.told
 
 
 def test_fewer_ranks_follow_a_start_that_saved_nothing_new(supervised):
-    assert supervised("save(1); sys.exit(1)", "save(2); sys.exit(1)", "sys.exit(1)", "sys.exit(1)", "sys.exit(1)", "save(4)",
-                      ranks="4,4,2", restarts=5) == 0
+    assert (
+        supervised(
+            "save(1); sys.exit(1)",
+            "save(2); sys.exit(1)",
+            "sys.exit(1)",
+            "sys.exit(1)",
+            "sys.exit(1)",
+            "save(4)",
+            ranks="4,4,2",
+            restarts=5,
+        )
+        == 0
+    )
     assert [start[1] for start in supervised.starts] == ["4", "4", "4", "4", "2", "2"]
     waits = [line.split("starting again in ")[1].split(" s")[0] for line in supervised.told.splitlines() if "again" in line]
     assert waits == ["0.1", "0.1", "0.2", "0.4", "0.8"]  # doubled as long as nothing new is saved
@@ -124,8 +160,10 @@ def test_processes_that_a_launcher_left_are_gone_before_the_next_start(supervise
 def unharmed():
     """A signal that the supervisor doesn't take fails the test, not the tests' process."""
     heard = []
-    before = {number: signal.signal(number, lambda number, _: heard.append(number))
-              for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    before = {
+        number: signal.signal(number, lambda number, _: heard.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    }
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -140,8 +178,7 @@ time.sleep(200)"""
 
 def rank(path: Path) -> str:
     """A line that starts a rank, which ends with 75 on SIGTERM, and waits for it to be ready."""
-    return (f"rank = python({RANK.format(file=str(path))!r}, RANK='0'); "
-            f"wait_for({str(path)!r} + '.ready')")
+    return f"rank = python({RANK.format(file=str(path))!r}, RANK='0'); wait_for({str(path)!r} + '.ready')"
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
@@ -170,18 +207,26 @@ def test_a_second_signal_ends_a_run_that_does_not_stop(supervised, unharmed):
     assert len(supervised.starts) == 1
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--launch", "deepspeed"], "--launch and --ranks are for --max-restarts N"),
-    (["--max-restarts", "-1"], "--max-restarts -1: must be at least 0"),
-    (["--max-restarts", "1", "--launch", "/no/such/driver"], "--launch '/no/such/driver"),
-    (["--max-restarts", "1", "--ranks", "2,1"], "--ranks and {ranks} in --launch need each other"),
-    (["--max-restarts", "1", "--launch", "x {ranks}"], "--ranks and {ranks} in --launch need each other"),
-    (["--max-restarts", "1", "--launch", "x {ranks}", "--ranks", "2,0"], "--ranks 2,0: give whole numbers above 0"),
-    (["--max-restarts", "1", "--launch", "x {ranks}", "--ranks", "4,3"], "no multiple of train.micro_batch_size=8 × 3 ranks"),
-    (["--max-restarts", "1", "--launch", "x {ranks}", "--ranks", "2,1", "checkpoint.any_world=false"],
-     "checkpoint.any_world=false saves nothing that goes on with another number"),
-    (["--max-restarts", "1", "optimizer.lrr=1"], "did you mean 'optimizer.lr'?"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--launch", "deepspeed"], "--launch and --ranks are for --max-restarts N"),
+        (["--max-restarts", "-1"], "--max-restarts -1: must be at least 0"),
+        (["--max-restarts", "1", "--launch", "/no/such/driver"], "--launch '/no/such/driver"),
+        (["--max-restarts", "1", "--ranks", "2,1"], "--ranks and {ranks} in --launch need each other"),
+        (["--max-restarts", "1", "--launch", "x {ranks}"], "--ranks and {ranks} in --launch need each other"),
+        (["--max-restarts", "1", "--launch", "x {ranks}", "--ranks", "2,0"], "--ranks 2,0: give whole numbers above 0"),
+        (
+            ["--max-restarts", "1", "--launch", "x {ranks}", "--ranks", "4,3"],
+            "no multiple of train.micro_batch_size=8 × 3 ranks",
+        ),
+        (
+            ["--max-restarts", "1", "--launch", "x {ranks}", "--ranks", "2,1", "checkpoint.any_world=false"],
+            "checkpoint.any_world=false saves nothing that goes on with another number",
+        ),
+        (["--max-restarts", "1", "optimizer.lrr=1"], "did you mean 'optimizer.lr'?"),
+    ],
+)
 def test_wrong_arguments_are_refused_before_a_start(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", *arguments]) == 2
@@ -210,11 +255,34 @@ def test_the_ranks_of_a_launcher_do_not_supervise(monkeypatch, capsys):
 @pytest.mark.multiprocess
 def test_a_run_whose_rank_is_killed_goes_on_with_fewer_ranks(data, tmp_path):
     run = tmp_path / "run"
-    launch = shlex.join([sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical",
-                         "--master_port", str(free_port()), "--num_gpus"])
+    launch = shlex.join(
+        [
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            "--no_local_rank",
+            "--log_level",
+            "critical",
+            "--master_port",
+            str(free_port()),
+            "--num_gpus",
+        ]
+    )
     worker = shlex.join([str(SUPPORT / "restarting_worker.py"), str(tmp_path / "broken")])
-    line = command("train", "--max-restarts", "2", "--ranks", "2,1", "--launch", f"{launch} {{ranks}} {worker}", *SMALL,
-                   f"data.path={data}", f"run_dir={run}", "train.max_steps=4", "checkpoint.every=2")
+    line = command(
+        "train",
+        "--max-restarts",
+        "2",
+        "--ranks",
+        "2,1",
+        "--launch",
+        f"{launch} {{ranks}} {worker}",
+        *SMALL,
+        f"data.path={data}",
+        f"run_dir={run}",
+        "train.max_steps=4",
+        "checkpoint.every=2",
+    )
     result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stdout + result.stderr
     ours = [line for line in result.stderr.splitlines() if line.startswith("celo2-pretrain: ")]

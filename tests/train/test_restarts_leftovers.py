@@ -1,4 +1,5 @@
 """What `train --max-restarts` makes of checkpoints that an earlier run, another run, or half a save has left."""
+
 import pytest
 from test_restarts import supervised  # noqa: F401
 
@@ -10,9 +11,13 @@ def begun_from_another(supervised) -> list[str]:
     return ["--resume", str(another / "config.yaml"), "--config", str(another / "config.yaml")]
 
 
-@pytest.mark.parametrize("left, again", [
-    (".tmp-step_00000002", "from the other"), ("step_00000002", "auto"),  # named, but `latest` wasn't written yet
-])
+@pytest.mark.parametrize(
+    "left, again",
+    [
+        (".tmp-step_00000002", "from the other"),
+        ("step_00000002", "auto"),  # named, but `latest` wasn't written yet
+    ],
+)
 def test_a_run_begun_from_another_that_failed_while_it_first_saved(supervised, left, again):
     given = begun_from_another(supervised)
     line = f"(run_dir / 'checkpoints/{left}').mkdir(parents=True); sys.exit(1)"

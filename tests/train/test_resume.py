@@ -1,4 +1,5 @@
 """A resumed run has the configuration it was begun with, but for what the command line overrides."""
+
 import shutil
 from pathlib import Path
 

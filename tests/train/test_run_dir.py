@@ -1,4 +1,5 @@
 """Whose the run folder is, and when an old run in it goes."""
+
 import errno
 import fcntl
 import math
@@ -25,9 +26,19 @@ from celo2_pretrain.train.record.metrics import Metrics
 
 from support.fuzz import snapshot
 
-SMALL = ["model.layers=1", "model.width=16", "model.heads=2", "model.context=16", "train.micro_batch_size=1", "train.max_steps=2",
-         "train.global_batch_size=2", "train.log_every=1", "eval.sequences=2", "optimizer.adamw_lr_multiplier=2",
-         "track.peak_tflops=1"]
+SMALL = [
+    "model.layers=1",
+    "model.width=16",
+    "model.heads=2",
+    "model.context=16",
+    "train.micro_batch_size=1",
+    "train.max_steps=2",
+    "train.global_batch_size=2",
+    "train.log_every=1",
+    "eval.sequences=2",
+    "optimizer.adamw_lr_multiplier=2",
+    "track.peak_tflops=1",
+]
 
 
 @pytest.fixture
@@ -61,10 +72,16 @@ def test_a_finished_run_is_finished_also_without_sample_and_picture(tmp_path, mo
 
     monkeypatch.setattr(finish, "load_tokenizer", fail)
     monkeypatch.setattr(finish, "plot_loss", fail)
-    finish.finish(None, load_config(None, [f"run_dir={tmp_path}", "eval.prompt=def"]), SimpleNamespace(index={}, paths=[""]),
-                  Metrics(str(tmp_path), 2, 2, True))
+    finish.finish(
+        None,
+        load_config(None, [f"run_dir={tmp_path}", "eval.prompt=def"]),
+        SimpleNamespace(index={}, paths=[""]),
+        Metrics(str(tmp_path), 2, 2, True),
+    )
     assert capsys.readouterr().out.splitlines()[:2] == [
-        "warning: no sample: no space left for it", "warning: no loss curve: no space left for it"]
+        "warning: no sample: no space left for it",
+        "warning: no loss curve: no space left for it",
+    ]
 
 
 HOLD = """
@@ -163,9 +180,14 @@ def test_what_a_run_leaves_by_resuming_from_an_earlier_step_is_not_gone_on_from(
         path.mkdir(parents=True)
     (folder / "latest").write_text(steps[1234].name)
     checkpoint.go_on_from(steps[1000], said.append)
-    assert [select.step_of(path) for path in select.in_order(folder)] == [500, 1000] and select.latest(folder) == "step_00001000"
+    assert [select.step_of(path) for path in select.in_order(folder)] == [500, 1000] and select.latest(
+        folder
+    ) == "step_00001000"
     assert sorted(path.name for path in folder.glob("ab*")) == ["abandoned_step_00001234", "abandoned_step_00001300"]
-    assert len(said) == 1 and "abandoned_step_00001234, abandoned_step_00001300, which are removed when the run has come as far again" in said[0]
+    assert (
+        len(said) == 1
+        and "abandoned_step_00001234, abandoned_step_00001300, which are removed when the run has come as far again" in said[0]
+    )
     new = folder / "step_00001500"
     new.mkdir()
     early = folder / "step_00001100"
@@ -186,15 +208,23 @@ def test_a_run_killed_in_its_first_save_is_told_how_to_go_on(tmp_path):
         select.find(str(tmp_path))
     first.mkdir()
     manifest.write(first, 2, {"state.json": manifest.write_file(first / "state.json", lambda file: file.write(b"{}"))})
-    with pytest.raises(UserError, match=f"no file checkpoints/latest; the newest whole checkpoint is {first}: --resume {first}$"):
+    with pytest.raises(
+        UserError, match=f"no file checkpoints/latest; the newest whole checkpoint is {first}: --resume {first}$"
+    ):
         select.find(str(tmp_path))
 
 
-@pytest.mark.parametrize("error, kind", [
-    (RuntimeError("Error(s) in loading state_dict for GPT2:\n\tsize mismatch for wte.weight"), UserError),
-    (KeyError("fp32_flat_groups"), UserError), (ValueError("expected 3 groups"), UserError),
-    (RuntimeError("Connection reset by peer"), RuntimeError), (RuntimeError("CUDA error: an illegal access"), RuntimeError),
-    (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError)])
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (RuntimeError("Error(s) in loading state_dict for GPT2:\n\tsize mismatch for wte.weight"), UserError),
+        (KeyError("fp32_flat_groups"), UserError),
+        (ValueError("expected 3 groups"), UserError),
+        (RuntimeError("Connection reset by peer"), RuntimeError),
+        (RuntimeError("CUDA error: an illegal access"), RuntimeError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+    ],
+)
 def test_a_layout_that_has_changed_is_told_in_a_line(tmp_path, monkeypatch, error, kind):
     def load_checkpoint(*_, **__):
         raise error

@@ -1,4 +1,5 @@
 """Learning rate and batch size are the functions of the step that the config says, also across a resume."""
+
 import math
 from pathlib import Path
 
@@ -45,32 +46,34 @@ def test_constant_never_falls():
 
 
 def test_batch_grows_by_steps_and_tokens():
-    train = Train(batch_warmup=[{"steps": 3, "global_batch_size": 2}, {"tokens": 1000.0, "global_batch_size": 4}],
-                  global_batch_size=8)
+    train = Train(
+        batch_warmup=[{"steps": 3, "global_batch_size": 2}, {"tokens": 1000.0, "global_batch_size": 4}], global_batch_size=8
+    )
     sizes = BatchSizes(train, context=64)  # 4 × 64 tokens a step: 4 steps for 1,000
     assert [sizes.at(step) for step in range(9)] == [2, 2, 2, 4, 4, 4, 4, 8, 8] and sizes.all() == [2, 4, 8]
     assert [BatchSizes(Train(), 64).at(step) for step in (0, 10**6)] == [32, 32]
 
 
-@pytest.mark.parametrize("argument, message", [
-    ("schedule.name=wds", "schedule.name='wds': must be one of cosine, wsd, constant ("),
-    ("schedule.shape=root", "schedule.shape='root': must be one of sqrt, linear, cosine"),
-    ("schedule.decay=1.5", "schedule.decay=1.5: must be between 0 and 1"),
-    ("train.batch_warmup=3", "train.batch_warmup=3: must be a list"),
-    ("train.batch_warmup=[3]", "train.batch_warmup: 3 is not of the form {steps: 100, global_batch_size: 8}"),
-    ("train.batch_warmup=[{steps: 3}]", "train.batch_warmup: {'steps': 3} is not of the form"),
-    ("train.batch_warmup=[{steps: 3, tokens: 3, global_batch_size: 8}]", "is not of the form"),
-    ("train.batch_warmup=[{steps: 3, global_batch_size: 0}]", "global_batch_size=0 in "),
-    ("train.batch_warmup=[{steps: -3, global_batch_size: 8}]", "train.batch_warmup: steps=-3: must be at least 0"),
-    ("train.batch_warmup=[{tokens: many, global_batch_size: 8}]",
-     "train.batch_warmup: tokens='many': must be a number"),
-    ("data.mixture=[{path: a}]", "data.mixture: {'path': 'a'} is not of the form {path: data/a, weight: 0.7}"),
-    ("data.mixture=[{path: a, weight: 0}]",
-     "data.mixture: weight=0.0 in {'path': 'a', 'weight': 0.0}: must be above 0"),
-    ("data.mixture=[{path: a, weight: .nan}]", "data.mixture: weight=nan: must be a finite number"),
-    ("data.mixture={path: a, weight: 1}", "must be a list"),
-    ("data.mask_documents=1", "data.mask_documents=1: must be true or false"),
-])
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("schedule.name=wds", "schedule.name='wds': must be one of cosine, wsd, constant ("),
+        ("schedule.shape=root", "schedule.shape='root': must be one of sqrt, linear, cosine"),
+        ("schedule.decay=1.5", "schedule.decay=1.5: must be between 0 and 1"),
+        ("train.batch_warmup=3", "train.batch_warmup=3: must be a list"),
+        ("train.batch_warmup=[3]", "train.batch_warmup: 3 is not of the form {steps: 100, global_batch_size: 8}"),
+        ("train.batch_warmup=[{steps: 3}]", "train.batch_warmup: {'steps': 3} is not of the form"),
+        ("train.batch_warmup=[{steps: 3, tokens: 3, global_batch_size: 8}]", "is not of the form"),
+        ("train.batch_warmup=[{steps: 3, global_batch_size: 0}]", "global_batch_size=0 in "),
+        ("train.batch_warmup=[{steps: -3, global_batch_size: 8}]", "train.batch_warmup: steps=-3: must be at least 0"),
+        ("train.batch_warmup=[{tokens: many, global_batch_size: 8}]", "train.batch_warmup: tokens='many': must be a number"),
+        ("data.mixture=[{path: a}]", "data.mixture: {'path': 'a'} is not of the form {path: data/a, weight: 0.7}"),
+        ("data.mixture=[{path: a, weight: 0}]", "data.mixture: weight=0.0 in {'path': 'a', 'weight': 0.0}: must be above 0"),
+        ("data.mixture=[{path: a, weight: .nan}]", "data.mixture: weight=nan: must be a finite number"),
+        ("data.mixture={path: a, weight: 1}", "must be a list"),
+        ("data.mask_documents=1", "data.mask_documents=1: must be true or false"),
+    ],
+)
 def test_wrong_values_are_refused_in_one_line(argument, message):
     with pytest.raises(UserError) as error:
         load_config(None, [argument])
@@ -88,11 +91,23 @@ def test_values_that_contradict_each_other_are_refused():
         accumulation_steps(config, 2)
 
 
-CONFIG = ["model.layers=1", "model.width=32", "model.heads=2", "model.context=32", "train.micro_batch_size=2",
-          "train.log_every=1", "eval.every=100", "eval.sequences=4", "optimizer.lr=3e-3",
-          "optimizer.adamw_lr_multiplier=2", "checkpoint.every=5"]
-WARMUP = ("train.batch_warmup=[{steps: 3, global_batch_size: 4}, {tokens: 500, global_batch_size: 8}]",
-          "train.global_batch_size=12")  # tokens: 2 steps of 8 × 32
+CONFIG = [
+    "model.layers=1",
+    "model.width=32",
+    "model.heads=2",
+    "model.context=32",
+    "train.micro_batch_size=2",
+    "train.log_every=1",
+    "eval.every=100",
+    "eval.sequences=4",
+    "optimizer.lr=3e-3",
+    "optimizer.adamw_lr_multiplier=2",
+    "checkpoint.every=5",
+]
+WARMUP = (
+    "train.batch_warmup=[{steps: 3, global_batch_size: 4}, {tokens: 500, global_batch_size: 8}]",
+    "train.global_batch_size=12",
+)  # tokens: 2 steps of 8 × 32
 STEPS = ("schedule.steps=8", "train.max_steps=8")
 
 
@@ -128,8 +143,16 @@ def test_batch_warmup_takes_the_same_steps_at_any_number_of_ranks(data, one, tmp
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_batch_warmup_goes_on_exactly_within_a_stage(data, one, tmp_path):
-    launch(*CONFIG, *WARMUP, "schedule.steps=8", "train.max_steps=4", f"data.path={data}", f"run_dir={tmp_path}",
-           "train.zero_stage=2", ranks=1)
+    launch(
+        *CONFIG,
+        *WARMUP,
+        "schedule.steps=8",
+        "train.max_steps=4",
+        f"data.path={data}",
+        f"run_dir={tmp_path}",
+        "train.zero_stage=2",
+        ranks=1,
+    )
     launch("--resume", str(tmp_path), "train.max_steps=8", ranks=1)
     for name in ("loss", "grad_norm", "lr", "samples", "global_batch_size"):
         assert logged(tmp_path, name) == logged(one, name), name
@@ -138,7 +161,15 @@ def test_batch_warmup_goes_on_exactly_within_a_stage(data, one, tmp_path):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_stage_is_a_run_with_that_batch_size(data, one, tmp_path):
-    launch(*CONFIG, "train.global_batch_size=4", "schedule.steps=8", "train.max_steps=3", f"data.path={data}",
-           f"run_dir={tmp_path}", "train.zero_stage=2", ranks=1)
+    launch(
+        *CONFIG,
+        "train.global_batch_size=4",
+        "schedule.steps=8",
+        "train.max_steps=3",
+        f"data.path={data}",
+        f"run_dir={tmp_path}",
+        "train.zero_stage=2",
+        ranks=1,
+    )
     assert logged(tmp_path, "loss") == logged(one, "loss")[:3]
     assert logged(tmp_path, "grad_norm") == logged(one, "grad_norm")[:3]

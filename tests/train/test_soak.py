@@ -1,4 +1,5 @@
 """The short form of benchmarks/soak.py: the driver on two ranks keeps its memory, its files and its checkpoints."""
+
 import subprocess
 import sys
 
@@ -11,8 +12,13 @@ from support.processes import environment
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_short_run_holds_what_the_long_one_promises(data, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks/soak.py"), "--steps", "200", "--data", data, "--out",
-                           str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/soak.py"), "--steps", "200", "--data", data, "--out", str(tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert sum(line.startswith("held") for line in lines) == 7 and "200 steps, none left out" in done.stdout

@@ -1,4 +1,5 @@
 """A checkpoint that is copied while training goes on is the one that a plain save writes."""
+
 import os
 import shutil
 import threading
@@ -18,9 +19,21 @@ from celo2_pretrain.train.record.metrics import read_metrics
 
 from support.processes import drive
 
-CONFIG = ["model.layers=1", "model.width=16", "model.heads=2", "model.context=16", "train.micro_batch_size=1", "schedule.steps=6",
-          "train.global_batch_size=4", "train.log_every=1", "eval.every=100000", "eval.sequences=4", "checkpoint.every=2",
-          "checkpoint.keep_last=2", "optimizer.adamw_lr_multiplier=2"]
+CONFIG = [
+    "model.layers=1",
+    "model.width=16",
+    "model.heads=2",
+    "model.context=16",
+    "train.micro_batch_size=1",
+    "schedule.steps=6",
+    "train.global_batch_size=4",
+    "train.log_every=1",
+    "eval.every=100000",
+    "eval.sequences=4",
+    "checkpoint.every=2",
+    "checkpoint.keep_last=2",
+    "optimizer.adamw_lr_multiplier=2",
+]
 
 
 def losses(run: Path) -> list[tuple]:
@@ -56,8 +69,10 @@ def folder(tmp_path) -> Path:
     """A whole checkpoint in a staging folder."""
     staged = tmp_path / "fast" / "staged"
     (staged / "any_world").mkdir(parents=True)
-    entries = {name: manifest.write_file(staged / name, lambda file: file.write(name.encode() * 100))
-               for name in ("state.json", "any_world/index.json")}
+    entries = {
+        name: manifest.write_file(staged / name, lambda file: file.write(name.encode() * 100))
+        for name in ("state.json", "any_world/index.json")
+    }
     manifest.write(staged, 3, entries)
     return staged
 
@@ -77,11 +92,14 @@ def test_a_copy_is_compared_with_the_manifest_and_then_named(folder):
     assert manifest.listing(copying.temporary) == before.keys()
 
 
-@pytest.mark.parametrize("harm, message", [
-    (lambda folder: (folder / "state.json").write_bytes(b"x" * 1000), "state.json was damaged where it lay in"),
-    (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
-    (shutil.rmtree, "manifest.json is missing"),
-])
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (lambda folder: (folder / "state.json").write_bytes(b"x" * 1000), "state.json was damaged where it lay in"),
+        (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
+        (shutil.rmtree, "manifest.json is missing"),
+    ],
+)
 def test_what_was_damaged_on_its_way_gets_no_name(folder, harm, message):
     harm(folder)
     copying, named = copy(folder)

@@ -1,4 +1,5 @@
 """How a run is asked to stop: by the stop file and by signals, of a rank or of its supervisor, without a training."""
+
 import os
 import pty
 import signal
@@ -44,8 +45,10 @@ def test_a_rank_obeys_a_stop_file_that_is_newer_than_its_supervisor(supervised, 
         stop.touch()
         os.utime(stop, (began - age, began - age))
         assert StopRequests(stop, 0).asked() == asked and stop.exists() == asked
-    assert capfd.readouterr().err == f"celo2-pretrain: removed {stop}, which is older than this run: to stop it, make the " \
-                                     "file again\n"
+    assert (
+        capfd.readouterr().err == f"celo2-pretrain: removed {stop}, which is older than this run: to stop it, make the "
+        "file again\n"
+    )
     monkeypatch.delenv(signals.SINCE)  # without a supervisor: than its own process
     os.utime(stop, (1e9, 1e9))
     assert not StopRequests(stop, 0).asked()

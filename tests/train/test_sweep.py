@@ -1,4 +1,5 @@
 """`sweep` trains once for each learning rate, goes on where it stopped, and chooses and warns by the last losses."""
+
 import csv
 import json
 import os
@@ -18,7 +19,7 @@ from support.paths import ROOT
 from support.warm import default_signals
 
 # A driver that takes train's arguments and writes what a run writes. Its loss is least at 3e-4; above 3e-3 it diverges.
-DRIVER = '''
+DRIVER = """
 import json, math, os, sys
 from pathlib import Path
 arguments = sys.argv[1:]
@@ -46,7 +47,7 @@ records = [{"step": 0, "val_loss": 6.0, "val_bits_per_byte": 3.0}, {"step": 10, 
            {"step": steps, "val_loss": loss, "val_bits_per_byte": 1}]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\\n" for record in records))
 (folder / "checkpoints/latest").write_text(f"step_{steps:08d}")
-'''
+"""
 
 
 @pytest.fixture
@@ -80,7 +81,8 @@ def test_the_papers_grid_is_swept_and_the_best_rate_chosen(sweep):
     assert {(row["status"], row["step"], row["seconds"]) for row in rows().values()} == {("finished", "10", "1.5")}
     assert Path("out/sweep.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in Path("out").glob("lr=*") if path.is_dir()) == sorted(
-        f"lr={float(lr):g}" for lr in rows())
+        f"lr={float(lr):g}" for lr in rows()
+    )
 
 
 def test_finished_runs_are_left_and_others_go_on(sweep, monkeypatch):
@@ -123,17 +125,20 @@ def test_other_arguments_than_the_finished_runs_are_refused(sweep):
     assert "out/lr=0.0001 was run with model.layers = 12, this sweep has 3: give the same" in printed
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--lrs", "1e-3,fast"], "--lrs 1e-3,fast: give numbers separated by commas"),
-    (["--lrs", ""], "--lrs : give numbers"),
-    (["--lrs", "0,1"], "--lrs 0,1: learning rates must be above 0"),
-    (["--lrs", "nan"], "must be above 0 and finite"),
-    (["--lrs", "1e-3,0.001"], "one of them is there twice"),
-    (["optimizer.lr=1"], "optimizer.lr=1: a sweep sets this itself; give learning rates by --lrs"),
-    (["run_dir=x"], "run_dir=x: a sweep sets this itself"),
-    (["train.max_stps=1"], "did you mean 'train.max_steps'"),
-    (["--launch", "/no/such/driver"], "--launch '/no/such/driver': No such file or directory: give the command"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--lrs", "1e-3,fast"], "--lrs 1e-3,fast: give numbers separated by commas"),
+        (["--lrs", ""], "--lrs : give numbers"),
+        (["--lrs", "0,1"], "--lrs 0,1: learning rates must be above 0"),
+        (["--lrs", "nan"], "must be above 0 and finite"),
+        (["--lrs", "1e-3,0.001"], "one of them is there twice"),
+        (["optimizer.lr=1"], "optimizer.lr=1: a sweep sets this itself; give learning rates by --lrs"),
+        (["run_dir=x"], "run_dir=x: a sweep sets this itself"),
+        (["train.max_stps=1"], "did you mean 'train.max_steps'"),
+        (["--launch", "/no/such/driver"], "--launch '/no/such/driver': No such file or directory: give the command"),
+    ],
+)
 def test_wrong_arguments_are_refused_in_one_line(sweep, arguments, message):
     status, printed, calls = sweep(*arguments)
     assert status == 2 and calls == []
@@ -143,13 +148,33 @@ def test_wrong_arguments_are_refused_in_one_line(sweep, arguments, message):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_interrupted_sweep_of_the_real_driver_goes_on_in_the_middle_of_a_run(data, tmp_path):
-    command = [sys.executable, "-m", "celo2_pretrain.cli", "sweep", "--out", str(tmp_path), "--lrs", "1e-3,3e-3",
-               f"data.path={data}", "model.layers=1", "model.width=32", "model.heads=2", "model.context=32",
-               "train.micro_batch_size=2", "train.global_batch_size=2", "train.log_every=10", "eval.sequences=4",
-               "eval.every=1000", "optimizer.adamw_lr_multiplier=2", "checkpoint.every=20", "train.max_steps=1000"]
+    command = [
+        sys.executable,
+        "-m",
+        "celo2_pretrain.cli",
+        "sweep",
+        "--out",
+        str(tmp_path),
+        "--lrs",
+        "1e-3,3e-3",
+        f"data.path={data}",
+        "model.layers=1",
+        "model.width=32",
+        "model.heads=2",
+        "model.context=32",
+        "train.micro_batch_size=2",
+        "train.global_batch_size=2",
+        "train.log_every=10",
+        "eval.sequences=4",
+        "eval.every=1000",
+        "optimizer.adamw_lr_multiplier=2",
+        "checkpoint.every=20",
+        "train.max_steps=1000",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    running = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
-                               preexec_fn=default_signals)
+    running = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, preexec_fn=default_signals
+    )
     latest = tmp_path / "lr=0.001/checkpoints/latest"
     deadline = time.time() + 900
     while not latest.exists():

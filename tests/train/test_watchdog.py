@@ -1,4 +1,5 @@
 """A rank without progress ends all ranks with code 76 and their stacks; failed allocations say what saves memory."""
+
 import shlex
 import subprocess
 import sys
@@ -26,8 +27,10 @@ with Watchdog(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])) as watchdog:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_one_rank_without_progress_makes_the_others_dump_their_stacks(tmp_path):
-    ranks = [subprocess.Popen([sys.executable, "-c", WATCHED, str(tmp_path), rank, seconds], env=environment())
-             for rank, seconds in (("0", "3600"), ("1", "2"))]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", WATCHED, str(tmp_path), rank, seconds], env=environment())
+        for rank, seconds in (("0", "3600"), ("1", "2"))
+    ]
     try:
         assert [rank.wait(timeout=1500) for rank in ranks] == [76, 76]
     finally:
@@ -40,12 +43,37 @@ def test_one_rank_without_progress_makes_the_others_dump_their_stacks(tmp_path):
 @pytest.mark.multiprocess
 def test_hanging_rank_ends_the_run_with_76_through_the_launcher(data, tmp_path):
     run = tmp_path / "run"
-    config = ["model.layers=1", "model.width=32", "model.heads=2", "model.context=32", "train.micro_batch_size=2",
-              "train.global_batch_size=4", "eval.sequences=8", "optimizer.adamw_lr_multiplier=2", f"data.path={data}",
-              f"run_dir={run}", "train.max_steps=8", "train.watchdog_seconds=25"]
-    line = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical",
-            "--num_gpus", "2", "--master_port", str(free_port()),
-            str(SUPPORT / "failing_worker.py"), "1", "3", "hung", *config]
+    config = [
+        "model.layers=1",
+        "model.width=32",
+        "model.heads=2",
+        "model.context=32",
+        "train.micro_batch_size=2",
+        "train.global_batch_size=4",
+        "eval.sequences=8",
+        "optimizer.adamw_lr_multiplier=2",
+        f"data.path={data}",
+        f"run_dir={run}",
+        "train.max_steps=8",
+        "train.watchdog_seconds=25",
+    ]
+    line = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--no_local_rank",
+        "--log_level",
+        "critical",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        str(SUPPORT / "failing_worker.py"),
+        "1",
+        "3",
+        "hung",
+        *config,
+    ]
     result = subprocess.run(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1500)
     assert result.returncode == 76, f"{shlex.join(line)}\n{result.stdout}"
     assert result.stdout.count("made no progress in 25 s") == 1, result.stdout
@@ -53,9 +81,14 @@ def test_hanging_rank_ends_the_run_with_76_through_the_launcher(data, tmp_path):
     assert "Thread" in (run / "stacks_rank_0.txt").read_text()
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError(),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 800000000000 bytes.")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 800000000000 bytes."),
+    ],
+)
 def test_lack_of_memory_says_what_to_do(error):
     with pytest.raises(MemoryError, match="out of memory .*try a smaller train.micro_batch_size .now 8."):
         with explained(load_config(None)):

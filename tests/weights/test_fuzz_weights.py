@@ -1,4 +1,5 @@
 """Whatever lies in a file of weights: it gives finite weights of the right shapes, or is refused in a line."""
+
 import io
 import struct
 
@@ -33,15 +34,22 @@ def torch_file(arrays: dict[str, torch.Tensor], zipped: bool = True) -> bytes:
     return buffer.getvalue()
 
 
-FILES = {"a.safetensors": safetensors.torch.save(ARRAYS), "a.state": flax(ARRAYS), "zip.pt": torch_file(ARRAYS),
-         "old.pt": torch_file(ARRAYS, zipped=False)}
+FILES = {
+    "a.safetensors": safetensors.torch.save(ARRAYS),
+    "a.state": flax(ARRAYS),
+    "zip.pt": torch_file(ARRAYS),
+    "old.pt": torch_file(ARRAYS, zipped=False),
+}
 
 
 def check(path) -> None:
     def call():
         mlp = load_weights(path)
-        assert all(tuple(tensor.shape) == SHAPES[name] and tensor.dtype == torch.float32 and tensor.isfinite().all()
-                   for name, tensor in mlp._asdict().items())
+        assert all(
+            tuple(tensor.shape) == SHAPES[name] and tensor.dtype == torch.float32 and tensor.isfinite().all()
+            for name, tensor in mlp._asdict().items()
+        )
+
     works_or_refuses(call, ValueError, FileNotFoundError)
 
 
@@ -78,8 +86,9 @@ def test_a_spoiled_file_is_used_or_refused(folder, name):
 def test_any_safetensors_header_is_used_or_refused(folder):
     """Well-formed files whose header lies: lengths, shapes, dtypes, offsets, names."""
     import json
+
     size = struct.unpack("<Q", FILES["a.safetensors"][:8])[0]
-    header, rest = json.loads(FILES["a.safetensors"][8:8 + size]), FILES["a.safetensors"][8 + size:]
+    header, rest = json.loads(FILES["a.safetensors"][8 : 8 + size]), FILES["a.safetensors"][8 + size :]
 
     @cases(800)
     @given(spoiled_trees(header), st.one_of(st.none(), st.integers(0, 2**64 - 1)))
@@ -120,8 +129,16 @@ def test_other_arrays_are_used_or_refused(folder, suffix):
         elif suffix == ".safetensors":
             safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tree.items()}, path)
         else:
-            path.write_bytes(msgpack.packb({name: msgpack.ExtType(1, msgpack.packb(
-                (tensor.shape, tensor.numpy().dtype.name, tensor.numpy().tobytes()))) for name, tensor in tree.items()}))
+            path.write_bytes(
+                msgpack.packb(
+                    {
+                        name: msgpack.ExtType(
+                            1, msgpack.packb((tensor.shape, tensor.numpy().dtype.name, tensor.numpy().tobytes()))
+                        )
+                        for name, tensor in tree.items()
+                    }
+                )
+            )
         check(path)
 
     other()

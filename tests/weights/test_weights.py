@@ -1,4 +1,5 @@
 """Weights load from every published format, and anything else is refused with a line that says why."""
+
 import os
 import pickle
 from pathlib import Path
@@ -40,11 +41,14 @@ def fails(weights, *words: str, error=ValueError) -> None:
 
 # --- the formats as their authors write them ----------------------------------------
 
+
 def flax_bytes(tree) -> bytes:
     """What flax.serialization.to_bytes writes: arrays as extension 1 of (shape, dtype name, bytes)."""
+
     def default(array):
         array = np.asarray(array)
         return msgpack.ExtType(1, msgpack.packb((array.shape, array.dtype.name, array.tobytes("C"))))
+
     return msgpack.packb(tree, default=default, strict_types=True)
 
 
@@ -56,8 +60,14 @@ def theta(mlp: MLP) -> dict:
 
 def pylo(mlp: MLP) -> dict:
     """`nn.Linear` layers, (out, in)."""
-    arrays = {"first_layer.weight": mlp.w0.T, "first_layer.bias": mlp.b0, "hidden.weight": mlp.w1.T,
-              "hidden.bias": mlp.b1, "output.weight": mlp.w2.T, "output.bias": mlp.b2}
+    arrays = {
+        "first_layer.weight": mlp.w0.T,
+        "first_layer.bias": mlp.b0,
+        "hidden.weight": mlp.w1.T,
+        "hidden.bias": mlp.b1,
+        "output.weight": mlp.w2.T,
+        "output.bias": mlp.b2,
+    }
     return {name: array.contiguous() for name, array in arrays.items()}
 
 
@@ -111,8 +121,9 @@ def test_pylo_checkpoints_load(mlp, tmp_path, layout, suffix):
 
 def test_pylo_layers_compute_what_the_loaded_mlp_computes(mlp, tmp_path):
     """Guards the transposes, which the square hidden layer would hide: a real nn.Sequential against the reference."""
-    net = torch.nn.ModuleDict({"first_layer": torch.nn.Linear(30, 8), "hidden": torch.nn.Linear(8, 8),
-                               "output": torch.nn.Linear(8, 3)})
+    net = torch.nn.ModuleDict(
+        {"first_layer": torch.nn.Linear(30, 8), "hidden": torch.nn.Linear(8, 8), "output": torch.nn.Linear(8, 3)}
+    )
     torch.save(net.state_dict(), tmp_path / "celo2_weights.pt")
     x = torch.randn(30, 5, 4)
     with torch.no_grad():
@@ -129,6 +140,7 @@ def test_the_published_weights_load_from_their_parts(golden):
 
 # --- bundled weights ----------------------------------------
 
+
 def test_construct_reproduces_its_files_bit_for_bit(tmp_path):
     written = construct.write(tmp_path)
     assert [path.name for path in written] == ["constructed.safetensors", "constructed_base.safetensors"]
@@ -137,8 +149,9 @@ def test_construct_reproduces_its_files_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("features", [15, 30])  # 1-D tensors have the first 15
-@pytest.mark.parametrize("name, formula", [("constructed", lambda x: x[3] + 0.2 * x[0]),
-                                           ("constructed-base", lambda x: x[7] + 0.2 * x[14])])
+@pytest.mark.parametrize(
+    "name, formula", [("constructed", lambda x: x[3] + 0.2 * x[0]), ("constructed-base", lambda x: x[7] + 0.2 * x[14])]
+)
 def test_constructed_weights_compute_their_formula(name, formula, features):
     x = torch.randn(features, 7, 5)
     torch.testing.assert_close(reference.direction(x, load_weights(name)), formula(x), rtol=1e-6, atol=1e-6)
@@ -150,12 +163,14 @@ def test_what_is_above_one_counts_by_the_slope(slope):
     mlp = construct.construct({3: 0.9, 7: -1.1, 28: 0.4}, slope)
     x = 0.9 * features[3] - 1.1 * features[7] + 0.4 * features[28]
     assert 0.1 < (x.abs() > 1).float().mean() < 0.9
-    torch.testing.assert_close(reference.direction(features, mlp), x.clamp(-1, 1) + slope * (x - x.clamp(-1, 1)),
-                               rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        reference.direction(features, mlp), x.clamp(-1, 1) + slope * (x - x.clamp(-1, 1)), rtol=1e-5, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("name, orthogonalize", [("default", True), ("default-base", False), ("constructed", True),
-                                                ("constructed-base", False)])
+@pytest.mark.parametrize(
+    "name, orthogonalize", [("default", True), ("default-base", False), ("constructed", True), ("constructed-base", False)]
+)
 @pytest.mark.parametrize("shape", [(6, 4), (9,)])
 def test_bundled_weights_step_against_the_gradient(name, orthogonalize, shape):
     p, g = torch.randn(shape), torch.randn(shape)
@@ -166,13 +181,16 @@ def test_bundled_weights_step_against_the_gradient(name, orthogonalize, shape):
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
+
 def hub(monkeypatch, answer):
     import huggingface_hub
+
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer)
 
 
 def hub_error(name):
     from huggingface_hub import errors
+
     kind = getattr(errors, name)
     return kind.__new__(kind, "no")  # not __init__, which wants an HTTP response for some kinds
 
@@ -186,6 +204,7 @@ def test_a_hub_repo_gives_the_known_file_it_holds_at_the_revision(mlp, tmp_path,
         if file != "theta.state":
             raise hub_error("EntryNotFoundError")
         return str(tmp_path / file)
+
     hub(monkeypatch, download)
     assert_equal(load_weights("someone/celo2@v1.0"), mlp)
     assert asked[-1] == ("someone/celo2", "theta.state", "v1.0")
@@ -198,22 +217,30 @@ def test_a_cached_hub_repo_loads_offline(mlp, tmp_path, monkeypatch):
         if not local_files_only or file != "theta.state":
             raise hub_error("LocalEntryNotFoundError")
         return str(tmp_path / file)
+
     hub(monkeypatch, download)
     assert_equal(load_weights("someone/celo2"), mlp)
 
 
-@pytest.mark.parametrize("error, words", [("LocalEntryNotFoundError", "can't be reached"),
-                                          ("EntryNotFoundError", "holds none of"),
-                                          ("RepositoryNotFoundError", "no such repo"),
-                                          ("RevisionNotFoundError", "no such repo or revision")])
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        ("LocalEntryNotFoundError", "can't be reached"),
+        ("EntryNotFoundError", "holds none of"),
+        ("RepositoryNotFoundError", "no such repo"),
+        ("RevisionNotFoundError", "no such repo or revision"),
+    ],
+)
 def test_hub_failures_name_the_repo_and_the_reason(monkeypatch, error, words):
     def download(*_, **__):
         raise hub_error(error)
+
     hub(monkeypatch, download)
     fails("someone/celo2", "someone/celo2", words, error=FileNotFoundError)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
+
 
 def test_missing_and_extra_keys_are_named(mlp):
     arrays = mlp._asdict()
@@ -229,16 +256,19 @@ def test_another_models_checkpoint_is_refused_in_one_short_line(tmp_path):
     assert len(str(info.value)) < 500
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"w0": torch.zeros(15, 8)}, ("w0", "(15, 8)", "(30, 8)")),
-    ({"b2": torch.zeros(3, 1)}, ("b2", "(3, 1)", "(3,)")),
-    ({"w1": torch.full((8, 8), float("nan"))}, ("w1", "64 NaN")),
-    ({"b0": torch.tensor([float("inf")] + [0.0] * 7)}, ("b0", "1 NaN or infinite")),
-    ({"b0": torch.zeros(8, dtype=torch.int64)}, ("b0", "int64", "float")),
-    ({"b0": "eight"}, ("b0", "str")),
-    ({"b0": object()}, ("b0", "object")),
-    ({"b0": [[1.0], [1.0, 2.0]]}, ("b0", "list")),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"w0": torch.zeros(15, 8)}, ("w0", "(15, 8)", "(30, 8)")),
+        ({"b2": torch.zeros(3, 1)}, ("b2", "(3, 1)", "(3,)")),
+        ({"w1": torch.full((8, 8), float("nan"))}, ("w1", "64 NaN")),
+        ({"b0": torch.tensor([float("inf")] + [0.0] * 7)}, ("b0", "1 NaN or infinite")),
+        ({"b0": torch.zeros(8, dtype=torch.int64)}, ("b0", "int64", "float")),
+        ({"b0": "eight"}, ("b0", "str")),
+        ({"b0": object()}, ("b0", "object")),
+        ({"b0": [[1.0], [1.0, 2.0]]}, ("b0", "list")),
+    ],
+)
 def test_wrong_arrays_are_refused_by_key(mlp, change, words):
     fails({**mlp._asdict(), **change}, *words)
 
@@ -262,31 +292,37 @@ def test_another_learned_optimizers_theta_is_refused(mlp, tmp_path):
     fails(tmp_path / "theta.state", "unexpected rnn_params/w;")
 
 
-@pytest.mark.parametrize("tree, words", [
-    ([1, 2], ("list", "expected")),
-    ({"w0": msgpack.ExtType(2, b"xx")}, ("extension 2",)),
-    ({"w0": np.zeros(3, np.int32)}, ("int32", "float")),
-    ({"w0": msgpack.ExtType(1, msgpack.packb(((3,), "object", b"x" * 24)))}, ("object", "float")),
-    ({"w0": msgpack.ExtType(1, msgpack.packb(((9, 9), "float32", b"x" * 8)))}, ("no complete flax",)),
-    ({"w0": msgpack.ExtType(1, msgpack.packb(7))}, ("no complete flax",)),
-    ({}, ("lacks",)),
-])
+@pytest.mark.parametrize(
+    "tree, words",
+    [
+        ([1, 2], ("list", "expected")),
+        ({"w0": msgpack.ExtType(2, b"xx")}, ("extension 2",)),
+        ({"w0": np.zeros(3, np.int32)}, ("int32", "float")),
+        ({"w0": msgpack.ExtType(1, msgpack.packb(((3,), "object", b"x" * 24)))}, ("object", "float")),
+        ({"w0": msgpack.ExtType(1, msgpack.packb(((9, 9), "float32", b"x" * 8)))}, ("no complete flax",)),
+        ({"w0": msgpack.ExtType(1, msgpack.packb(7))}, ("no complete flax",)),
+        ({}, ("lacks",)),
+    ],
+)
 def test_other_msgpack_is_refused(tmp_path, tree, words):
     (tmp_path / "theta.state").write_bytes(flax_bytes(tree))
     fails(tmp_path / "theta.state", "theta.state", *words)
 
 
-@pytest.mark.parametrize("name, write", [
-    ("a.safetensors", lambda mlp, path: save_weights(mlp, path, {})),
-    ("a.state", lambda mlp, path: path.write_bytes(flax_bytes(theta(mlp)))),
-    ("a.pt", lambda mlp, path: torch.save(pylo(mlp), path)),
-])
+@pytest.mark.parametrize(
+    "name, write",
+    [
+        ("a.safetensors", lambda mlp, path: save_weights(mlp, path, {})),
+        ("a.state", lambda mlp, path: path.write_bytes(flax_bytes(theta(mlp)))),
+        ("a.pt", lambda mlp, path: torch.save(pylo(mlp), path)),
+    ],
+)
 @pytest.mark.parametrize("keep", [0, 1, 9, 0.5, 0.99])
 def test_truncated_files_are_refused_by_name(mlp, tmp_path, name, write, keep):
     path = tmp_path / name
     write(mlp, path)
     data = path.read_bytes()
-    path.write_bytes(data[:int(keep if keep >= 1 else keep * len(data))])
+    path.write_bytes(data[: int(keep if keep >= 1 else keep * len(data))])
     fails(path, str(path), "empty" if keep == 0 else str(path))
 
 
@@ -295,8 +331,9 @@ class Evil:
         return os.mkdir, ("pwned",)
 
 
-@pytest.mark.parametrize("save", [lambda obj, path: torch.save(obj, path),
-                                  lambda obj, path: path.write_bytes(pickle.dumps(obj))])
+@pytest.mark.parametrize(
+    "save", [lambda obj, path: torch.save(obj, path), lambda obj, path: path.write_bytes(pickle.dumps(obj))]
+)
 def test_a_pickle_of_more_than_tensors_is_refused_and_not_run(tmp_path, monkeypatch, save):
     monkeypatch.chdir(tmp_path)
     save({"w0": Evil()}, tmp_path / "weights.pt")

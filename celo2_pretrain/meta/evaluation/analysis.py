@@ -1,4 +1,5 @@
 """What do the results say? Best learning rates, who beats whom, speed-up over AdamW, how wide the good rates are."""
+
 from __future__ import annotations
 
 import math
@@ -64,8 +65,10 @@ def entries(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Entry]:
     """(task, optimizer) → Entry, in the order of the rows."""
     found: dict[tuple[str, str], Entry] = {}
     for row in rows:
-        entry = found.setdefault((row["task"], row["optimizer"]), Entry(
-            row["task"], row["optimizer"], defaultdict(dict), defaultdict(dict), row["steps"]))
+        entry = found.setdefault(
+            (row["task"], row["optimizer"]),
+            Entry(row["task"], row["optimizer"], defaultdict(dict), defaultdict(dict), row["steps"]),
+        )
         entry.losses[row["lr"]][row["seed"]] = math.inf if row["loss"] is None else row["loss"]
         entry.curves[row["lr"]][row["seed"]] = [tuple(point) for point in row["curve"]]
     return found

@@ -1,4 +1,5 @@
 """The options of `celo2-pretrain meta-eval`; `evaluate` carries them out, and is imported only then."""
+
 import argparse
 
 DESCRIPTION = """\
@@ -24,20 +25,38 @@ vectors are stepped by AdamW at the same rates under all of them (Celo2-base and
 
 def add(commands) -> None:
     """Add the command to the subparsers of `celo2-pretrain`."""
-    p = commands.add_parser("meta-eval", help="compare learned optimizers with others on unseen tasks",
-                            description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = commands.add_parser(
+        "meta-eval",
+        help="compare learned optimizers with others on unseen tasks",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--out", default="runs/meta_eval", help="folder of results and report (default: runs/meta_eval)")
-    p.add_argument("--quick", action="store_true",
-                   help="2 tasks, a fifth of the steps, 3 learning rates, 2 seeds, unless those are given")
+    p.add_argument(
+        "--quick", action="store_true", help="2 tasks, a fifth of the steps, 3 learning rates, 2 seeds, unless those are given"
+    )
     p.add_argument("--tasks", metavar="A,B", help="default: all; one whose packages are missing is named and skipped")
     p.add_argument("--optimizers", metavar="A,B", help="default: celo2, celo2-base, adamw, muon, soap; see --list")
-    p.add_argument("--theta", metavar="NAME=PATH", action="append", default=[], help=(
-        "also Celo2 with these weights, as celo2[NAME]: .safetensors, theta.state, .pt, a hub id, or an .npz with "
-        "arrays w0 … b2 (FILE.npz:CASE: those called CASE/theta/w0 …); can be given several times"))
-    p.add_argument("--theta-base", metavar="NAME=PATH", action="append", default=[],
-                   help="the same without orthogonalisation, as celo2-base[NAME]")
-    p.add_argument("--lrs", metavar="X,Y", help=(
-        "multiples of each optimizer's middle learning rate (default: 0.1,0.316,1,3.16,10)"))
+    p.add_argument(
+        "--theta",
+        metavar="NAME=PATH",
+        action="append",
+        default=[],
+        help=(
+            "also Celo2 with these weights, as celo2[NAME]: .safetensors, theta.state, .pt, a hub id, or an .npz with "
+            "arrays w0 … b2 (FILE.npz:CASE: those called CASE/theta/w0 …); can be given several times"
+        ),
+    )
+    p.add_argument(
+        "--theta-base",
+        metavar="NAME=PATH",
+        action="append",
+        default=[],
+        help="the same without orthogonalisation, as celo2-base[NAME]",
+    )
+    p.add_argument(
+        "--lrs", metavar="X,Y", help=("multiples of each optimizer's middle learning rate (default: 0.1,0.316,1,3.16,10)")
+    )
     p.add_argument("--seeds", metavar="N,M", help="of weights, data order and games (default: 0,1,2)")
     p.add_argument("--steps-scale", type=float, default=1.0, help="multiply the steps of every task (default: 1)")
     p.add_argument("--jobs", type=int, help="runs at a time, each on one core (default: one per core)")

@@ -1,4 +1,5 @@
 """What do the options of `celo2-pretrain meta-eval` choose? Run what is missing of it, and write the report."""
+
 from __future__ import annotations
 
 import os
@@ -49,8 +50,10 @@ def evaluate(args) -> None:
     folder, processes = Path(args.out), args.jobs or os.cpu_count() or 1
     left = remaining(jobs, read_results(folder))
     seconds = sum(TASKS[job.task].seconds * job.steps / TASKS[job.task].steps for job in left) / processes
-    print_line(f"{len(tasks)} tasks × {len(specs)} optimizers × {len(factors)} learning rates × {len(seeds)} seeds = "
-               f"{len(jobs)} runs, about {duration(seconds)} on {processes} processes; results in {folder}")
+    print_line(
+        f"{len(tasks)} tasks × {len(specs)} optimizers × {len(factors)} learning rates × {len(seeds)} seeds = "
+        f"{len(jobs)} runs, about {duration(seconds)} on {processes} processes; results in {folder}"
+    )
     run_all(jobs, folder, processes, print_line)
     tell(write_report(folder))
 
@@ -63,9 +66,13 @@ def tell(files: list[Path]) -> None:
 
 def make_jobs(tasks: list[Task], specs: list[Spec], factors: list[float], seeds: list[int], scale: float) -> list[Job]:
     """All combinations; seed by seed, so that what is there early is a whole comparison of fewer seeds."""
-    return [Job(task.name, spec, float(f"{spec.middle * factor * task.lr_scale:.3g}"), seed,
-                max(1, round(task.steps * scale)))
-            for seed in seeds for task in tasks for spec in specs for factor in factors]
+    return [
+        Job(task.name, spec, float(f"{spec.middle * factor * task.lr_scale:.3g}"), seed, max(1, round(task.steps * scale)))
+        for seed in seeds
+        for task in tasks
+        for spec in specs
+        for factor in factors
+    ]
 
 
 def choose_tasks(args) -> list[Task]:

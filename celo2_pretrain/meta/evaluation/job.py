@@ -1,4 +1,5 @@
 """One training run: a task, an optimizer, a learning rate and a seed → a curve and the measure at the end."""
+
 from __future__ import annotations
 
 import math
@@ -43,8 +44,17 @@ def lr_factor(step: int, steps: int) -> float:
 
 def record(job: Job, status: str, loss: float = math.inf, **more: Any) -> dict[str, Any]:
     """A line of results.jsonl. A loss that isn't finite is written as null, for readers that know no Infinity."""
-    return {"task": job.task, "optimizer": job.spec.name, "lr": job.lr, "seed": job.seed, "steps": job.steps,
-            "theta": job.spec.fingerprint, "status": status, "loss": loss if math.isfinite(loss) else None, **more}
+    return {
+        "task": job.task,
+        "optimizer": job.spec.name,
+        "lr": job.lr,
+        "seed": job.seed,
+        "steps": job.steps,
+        "theta": job.spec.fingerprint,
+        "status": status,
+        "loss": loss if math.isfinite(loss) else None,
+        **more,
+    }
 
 
 def run(job: Job, task: Task) -> dict[str, Any]:
@@ -56,8 +66,15 @@ def run(job: Job, task: Task) -> dict[str, Any]:
     start, cpu_start, curve, problem = time.perf_counter(), time.process_time(), [], None
 
     def result(status: str, loss: float = math.inf, **more: Any) -> dict[str, Any]:
-        return record(job, status, loss, curve=curve, seconds=round(time.perf_counter() - start, 3),
-                      cpu_seconds=round(time.process_time() - cpu_start, 3), **more)
+        return record(
+            job,
+            status,
+            loss,
+            curve=curve,
+            seconds=round(time.perf_counter() - start, 3),
+            cpu_seconds=round(time.process_time() - cpu_start, 3),
+            **more,
+        )
 
     try:
         problem = task.build(job.seed)

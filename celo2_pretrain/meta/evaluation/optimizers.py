@@ -6,6 +6,7 @@ things: a Celo2 step has a root mean square of 1 per matrix, Muon's `match_rms_a
 a grid of its own around its own middle, and `ratio` is what makes AdamW's part the same: the i-th rate of every grid
 comes with the i-th of the same AdamW rates, EMBEDDING in the middle. Weight decay is 0 throughout.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -62,17 +63,20 @@ class Spec:
 
 
 _EXTRA = "pytorch_optimizer (pip install 'celo2-pretrain[meta]')"
-_PYLO = "PyLO, from its source repository Belilovsky-Lab/pylo (the index's \"pylo\" is another program)"
-SPECS = {spec.name: spec for spec in (
-    Spec("celo2", "celo2", 2e-3),
-    Spec("celo2-base", "celo2-base", 2e-3),
-    Spec("adamw", "adamw", 3e-3),
-    Spec("muon", "muon", 1e-2),  # 5 × Celo2's, see above
-    Spec("soap", "soap", 3e-3, ("pytorch_optimizer", _EXTRA)),
-    Spec("lion", "lion", 6e-4, ("pytorch_optimizer", _EXTRA)),
-    Spec("ademamix", "ademamix", 3e-3, ("pytorch_optimizer", _EXTRA)),
-    Spec("velo", "velo", 1.0, ("pylo.optim.Velo_naive", _PYLO)),
-)}
+_PYLO = 'PyLO, from its source repository Belilovsky-Lab/pylo (the index\'s "pylo" is another program)'
+SPECS = {
+    spec.name: spec
+    for spec in (
+        Spec("celo2", "celo2", 2e-3),
+        Spec("celo2-base", "celo2-base", 2e-3),
+        Spec("adamw", "adamw", 3e-3),
+        Spec("muon", "muon", 1e-2),  # 5 × Celo2's, see above
+        Spec("soap", "soap", 3e-3, ("pytorch_optimizer", _EXTRA)),
+        Spec("lion", "lion", 6e-4, ("pytorch_optimizer", _EXTRA)),
+        Spec("ademamix", "ademamix", 3e-3, ("pytorch_optimizer", _EXTRA)),
+        Spec("velo", "velo", 1.0, ("pylo.optim.Velo_naive", _PYLO)),
+    )
+}
 DEFAULT = ("celo2", "celo2-base", "adamw", "muon", "soap")
 
 
@@ -116,13 +120,22 @@ def _npz(path: str) -> dict[str, np.ndarray]:
     file, _, case = path.partition(".npz:")
     with np.load(file if file.endswith(".npz") else file + ".npz") as arrays:
         prefix = f"{case}/theta/" if case else ""
-        found = {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix) and "/" not in
-                 key.removeprefix(prefix)}
+        found = {
+            key.removeprefix(prefix): arrays[key]
+            for key in arrays
+            if key.startswith(prefix) and "/" not in key.removeprefix(prefix)
+        }
         if not found:
             cases = sorted({key.partition("/theta/")[0] for key in arrays if "/theta/" in key})
-            raise ValueError(f"no arrays w0 … b2{' of case ' + case if case else ''} in it" +
-                             (f"; append one of its cases, as in {file.removesuffix('.npz')}.npz:{cases[0]} (there are "
-                              f"{', '.join(cases)})" if cases else ""))
+            raise ValueError(
+                f"no arrays w0 … b2{' of case ' + case if case else ''} in it"
+                + (
+                    f"; append one of its cases, as in {file.removesuffix('.npz')}.npz:{cases[0]} (there are "
+                    f"{', '.join(cases)})"
+                    if cases
+                    else ""
+                )
+            )
     return found
 
 
@@ -149,8 +162,14 @@ def build(spec: Spec, model: nn.Module, lr: float, steps: int) -> tuple[Any, Cal
     if spec.kind in ("celo2", "celo2-base"):
         base = spec.kind == "celo2-base"
         groups = param_groups(model)  # records the matrix views on the parameters
-        optimizer = Celo2(model.parameters() if base else groups, lr=lr, weights=spec.weights, orthogonalize=not base,
-                          adamw_lr_multiplier=spec.ratio, adamw_betas=BETAS)
+        optimizer = Celo2(
+            model.parameters() if base else groups,
+            lr=lr,
+            weights=spec.weights,
+            orthogonalize=not base,
+            adamw_lr_multiplier=spec.ratio,
+            adamw_betas=BETAS,
+        )
         return optimizer, lambda loss: optimizer.step()
     if spec.kind == "velo":
         from pylo.optim.Velo_naive import VeLO
@@ -159,8 +178,7 @@ def build(spec: Spec, model: nn.Module, lr: float, steps: int) -> tuple[Any, Cal
         return velo, lambda loss: velo.step(loss.detach())
     hidden = [p for group in param_groups(model) if group["rule"] == "celo2" for p in group["params"]]
     rest = [p for group in param_groups(model) if group["rule"] == "adamw" for p in group["params"]]
-    both = Several(_hidden(spec.kind, hidden, lr),
-                   torch.optim.AdamW(rest, lr=lr * spec.ratio, betas=BETAS, weight_decay=0.0))
+    both = Several(_hidden(spec.kind, hidden, lr), torch.optim.AdamW(rest, lr=lr * spec.ratio, betas=BETAS, weight_decay=0.0))
     return both, lambda loss: both.step()
 
 

@@ -1,4 +1,5 @@
 """Pictures of the results: curves, sensitivity to the learning rate, spread over seeds; a panel for each task."""
+
 from __future__ import annotations
 
 import math
@@ -20,7 +21,7 @@ def _panels(found: Entries, title: str, path: Path):
     rows = math.ceil(len(tasks) / columns)
     size = (1 + 4 * max(2, columns), 0.8 + 3.1 * rows)  # one panel alone is too narrow for the title and the legend
     figure, axes = new_figure(path, nrows=rows, ncols=columns, squeeze=False, figsize=size)
-    for axis in axes.flat[len(tasks):]:
+    for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)
     panels = dict(zip(tasks, axes.flat))
     for task, axis in panels.items():
@@ -58,7 +59,7 @@ def curves(found: Entries, path: Path) -> Path:
         axis.plot(steps, means, color=colour, label=f"{optimizer}", linewidth=1.4)
         axis.fill_between(steps, list(map(min, seeds)), list(map(max, seeds)), color=colour, alpha=0.15, linewidth=0)
         axis.set_xlabel("step", fontsize=8)
-        limits[task] += means[len(means) // 10:]
+        limits[task] += means[len(means) // 10 :]
     for task, values in limits.items():  # the first steps would squeeze the rest
         if values:
             margin = 0.05 * (max(values) - min(values)) or 0.1
@@ -73,8 +74,13 @@ def rates(found: Entries, path: Path) -> Path:
     figure, panels, colours = _panels(found, "Sensitivity to the rate: mean and range of the seeds; ×: diverged", path)
     tops = {}
     for task in panels:
-        finite = sorted(value for (t, _), entry in found.items() if t == task
-                        for value in map(entry.mean, entry.lrs) if math.isfinite(value))
+        finite = sorted(
+            value
+            for (t, _), entry in found.items()
+            if t == task
+            for value in map(entry.mean, entry.lrs)
+            if math.isfinite(value)
+        )
         if finite:  # far outliers would squeeze the rest; but every optimizer's best is shown
             low, middle = finite[0], finite[len(finite) // 2]
             bests = max(entry.best for (t, _), entry in found.items() if t == task and math.isfinite(entry.best))
@@ -85,10 +91,13 @@ def rates(found: Entries, path: Path) -> Path:
         axis, colour = panels[task], colours[optimizer]
         fine = [lr for lr in entry.lrs if math.isfinite(entry.mean(lr))]
         means = [entry.mean(lr) for lr in fine]
-        ranges = [[m - min(entry.losses[lr].values()) for lr, m in zip(fine, means)],
-                  [max(entry.losses[lr].values()) - m for lr, m in zip(fine, means)]]
-        axis.errorbar(fine, means, yerr=ranges, color=colour, marker="o", markersize=3, linewidth=1.2, elinewidth=0.8,
-                      label=optimizer)
+        ranges = [
+            [m - min(entry.losses[lr].values()) for lr, m in zip(fine, means)],
+            [max(entry.losses[lr].values()) - m for lr, m in zip(fine, means)],
+        ]
+        axis.errorbar(
+            fine, means, yerr=ranges, color=colour, marker="o", markersize=3, linewidth=1.2, elinewidth=0.8, label=optimizer
+        )
         bad = [lr for lr in entry.lrs if lr not in fine]
         if bad and task in tops:
             axis.plot(bad, [tops[task]] * len(bad), "x", color=colour, clip_on=False)

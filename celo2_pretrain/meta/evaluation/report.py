@@ -1,4 +1,5 @@
 """What does a folder of results show? results.csv, report.md and plots, from results.jsonl alone."""
+
 from __future__ import annotations
 
 import csv
@@ -36,8 +37,13 @@ def write_report(folder: Path, baseline: str = "adamw") -> list[Path]:
     write_atomically(text := folder / "report.md", markdown(found, rows, baseline))
     from . import plots
 
-    return [table, text, plots.curves(found, folder / "curves.png"), plots.rates(found, folder / "learning_rates.png"),
-            plots.seeds(found, baseline, folder / "seeds.png")]
+    return [
+        table,
+        text,
+        plots.curves(found, folder / "curves.png"),
+        plots.rates(found, folder / "learning_rates.png"),
+        plots.seeds(found, baseline, folder / "seeds.png"),
+    ]
 
 
 def _rank(optimizer: str) -> tuple:
@@ -71,32 +77,55 @@ def markdown(found: Entries, rows: list[dict[str, Any]], baseline: str) -> str:
         "## Measure at the end, at each optimizer's best learning rate",
         "Mean ± deviation over seeds, and the rate. **Bold**: the best of a task. `*`: the best rate is the first or "
         "last of its grid.",
-        _table(["task (unit)", *optimizers], [
-            [_task(task, steps[task]), *(_cell(found, task, o, optimizers) for o in optimizers)] for task in tasks]),
+        _table(
+            ["task (unit)", *optimizers],
+            [[_task(task, steps[task]), *(_cell(found, task, o, optimizers) for o in optimizers)] for task in tasks],
+        ),
         "## On how many tasks does the row beat the column?",
-        _table(["", *optimizers], [
-            [a, *("" if a == b else _wins(found, a, b) for b in optimizers)] for a in optimizers]),
+        _table(["", *optimizers], [[a, *("" if a == b else _wins(found, a, b) for b in optimizers)] for a in optimizers]),
     ]
     if baseline in optimizers:
         parts += [
             f"## Speed-up over {baseline}",
             f"Steps of {baseline}'s run over the steps until its final measure (at its best rate) is reached, on an "
             "unshortened schedule. —: not reached.",
-            _table(["task", *optimizers], [
-                *([task, *(_speed(found, task, o, baseline) for o in optimizers)] for task in tasks),
-                ["median", *(_median_speed(found, o, baseline) for o in optimizers)]])]
+            _table(
+                ["task", *optimizers],
+                [
+                    *([task, *(_speed(found, task, o, baseline) for o in optimizers)] for task in tasks),
+                    ["median", *(_median_speed(found, o, baseline) for o in optimizers)],
+                ],
+            ),
+        ]
     parts += [
         "## Width of the good learning rates",
         f"Decades around the best rate in which the mean stays within {analysis.TOLERANCE:.0%} of the best (under "
         "reinforcement learning: of the range of returns), interpolated. >: up to the end of the grid.",
-        _table(["task", *optimizers], [[task, *(_width(found, task, o) for o in optimizers)] for task in tasks])]
+        _table(["task", *optimizers], [[task, *(_width(found, task, o) for o in optimizers)] for task in tasks]),
+    ]
     if failed:
-        parts += ["## Failed", _table(["run", "error"], [
-            [f"{r['task']} {r['optimizer']} lr {r['lr']:.3g} seed {r['seed']}", r.get("error", "")] for r in rows
-            if r["status"] == "failed"])]
-    parts += ["## Plots", *(f"![{text}]({name})" for text, name in (
-        ("Curves at the best rates", "curves.png"), ("Sensitivity to the learning rate", "learning_rates.png"),
-        ("Spread over seeds", "seeds.png")))]
+        parts += [
+            "## Failed",
+            _table(
+                ["run", "error"],
+                [
+                    [f"{r['task']} {r['optimizer']} lr {r['lr']:.3g} seed {r['seed']}", r.get("error", "")]
+                    for r in rows
+                    if r["status"] == "failed"
+                ],
+            ),
+        ]
+    parts += [
+        "## Plots",
+        *(
+            f"![{text}]({name})"
+            for text, name in (
+                ("Curves at the best rates", "curves.png"),
+                ("Sensitivity to the learning rate", "learning_rates.png"),
+                ("Spread over seeds", "seeds.png"),
+            )
+        ),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -138,8 +167,11 @@ def _speed(found: Entries, task: str, optimizer: str, baseline: str) -> str:
 
 def _median_speed(found: Entries, optimizer: str, baseline: str) -> str:
     """Over the tasks that both have, with 0 for not reached."""
-    values = [analysis.speed_up(entry, found[task, baseline]) or 0.0 for (task, o), entry in found.items()
-              if o == optimizer and (task, baseline) in found and math.isfinite(found[task, baseline].best)]
+    values = [
+        analysis.speed_up(entry, found[task, baseline]) or 0.0
+        for (task, o), entry in found.items()
+        if o == optimizer and (task, baseline) in found and math.isfinite(found[task, baseline].best)
+    ]
     middle = median(values) if values else 0.0
     return f"{middle:.2f} ×" if middle >= 1 else "—"
 

@@ -3,6 +3,7 @@
 The parent alone writes results.jsonl: a line is one write, and a line that a crash cut short is dropped when reading.
 Finished results may be compressed, as results.jsonl.gz.
 """
+
 from __future__ import annotations
 
 import gzip
@@ -54,11 +55,15 @@ def remaining(jobs: list[Job], done: list[dict[str, Any]]) -> list[Job]:
         if row is None:
             left.append(job)
         elif row["steps"] != job.steps:
-            raise UserError(f"the results in --out have {row['steps']} steps of {job.task}, this call {job.steps}: "
-                            "give the same --steps-scale and --quick, or another --out")
+            raise UserError(
+                f"the results in --out have {row['steps']} steps of {job.task}, this call {job.steps}: "
+                "give the same --steps-scale and --quick, or another --out"
+            )
         elif row["theta"] != job.spec.fingerprint:
-            raise UserError(f"the results of {job.spec.name} in --out were made with other weights "
-                            f"({row['theta']}, now {job.spec.fingerprint}): give them another name, or another --out")
+            raise UserError(
+                f"the results of {job.spec.name} in --out were made with other weights "
+                f"({row['theta']}, now {job.spec.fingerprint}): give them another name, or another --out"
+            )
     return left
 
 
@@ -106,8 +111,9 @@ class Worker:
             return self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
-            return record(job, "failed", curve=[], seconds=0.0,
-                          error=f"the worker process ended with code {self.process.exitcode}")
+            return record(
+                job, "failed", curve=[], seconds=0.0, error=f"the worker process ended with code {self.process.exitcode}"
+            )
 
     def stop(self) -> None:
         self.connection.close()
@@ -115,8 +121,9 @@ class Worker:
         self.process.join()
 
 
-def run_all(jobs: list[Job], folder: Path, processes: int, say: Callable[[str], None],
-            tasks: Mapping[str, Task] | None = None) -> list[dict[str, Any]]:
+def run_all(
+    jobs: list[Job], folder: Path, processes: int, say: Callable[[str], None], tasks: Mapping[str, Task] | None = None
+) -> list[dict[str, Any]]:
     """Run the jobs that `folder` has no results of, and return all the results in it.
 
     Args: `tasks` instead of the suite's. Must be picklable. Raises UserError as `remaining`; KeyboardInterrupt after
@@ -144,8 +151,10 @@ def run_all(jobs: list[Job], folder: Path, processes: int, say: Callable[[str], 
                 append(folder, row)
                 done += 1
                 clock.finished(job, row["seconds"])
-                say(f"[{done:{len(str(len(left)))}d}/{len(left)}] {job}: {outcome(row)} ({row['seconds']:.1f} s); "
-                    f"{clock.left()} left")
+                say(
+                    f"[{done:{len(str(len(left)))}d}/{len(left)}] {job}: {outcome(row)} ({row['seconds']:.1f} s); "
+                    f"{clock.left()} left"
+                )
                 if not worker.process.is_alive():
                     worker.stop()
                     worker = workers[number] = Worker(context, tasks)
@@ -183,8 +192,10 @@ class Clock:
         measured = {key: sum(values) / len(values) for key, values in self.seen.items()}
         ratios = [value / self.expected[task] for (task, _), value in measured.items()]
         ratio = sum(ratios) / len(ratios) if ratios else 1.0
-        return sum(measured.get((job.task, job.spec.name), ratio * self.expected[job.task])
-                   for job in self.waiting) / self.processes
+        return (
+            sum(measured.get((job.task, job.spec.name), ratio * self.expected[job.task]) for job in self.waiting)
+            / self.processes
+        )
 
     def left(self) -> str:
         return duration(self.seconds_left())

@@ -3,6 +3,7 @@
 The default sets are made of real images that ship inside scikit-learn and scikit-image, so meta-training needs no
 network. MNIST, Fashion-MNIST, CIFAR-10 and SVHN, the paper's four, come through `datasets` when there is one.
 """
+
 from __future__ import annotations
 
 from functools import cache
@@ -19,13 +20,25 @@ from ...common.errors import UserError, one_line
 
 SIDE, CLASSES = 8, 10
 COUNT = 8192  # examples drawn for a set that is made of photographs
-PHOTOS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "moon.png", "rocket.jpg", "brick.png",
-          "grass.png", "gravel.png")
+PHOTOS = (
+    "astronaut.png",
+    "camera.png",
+    "chelsea.png",
+    "coffee.png",
+    "coins.png",
+    "moon.png",
+    "rocket.jpg",
+    "brick.png",
+    "grass.png",
+    "gravel.png",
+)
 # name on the hub, image column, label column
-HUB = {"mnist": ("ylecun/mnist", "image", "label"),
-       "fashion_mnist": ("zalando-datasets/fashion_mnist", "image", "label"),
-       "cifar10": ("uoft-cs/cifar10", "img", "label"),
-       "svhn": ("ufldl-stanford/svhn:cropped_digits", "image", "label")}
+HUB = {
+    "mnist": ("ylecun/mnist", "image", "label"),
+    "fashion_mnist": ("zalando-datasets/fashion_mnist", "image", "label"),
+    "cifar10": ("uoft-cs/cifar10", "img", "label"),
+    "svhn": ("ufldl-stanford/svhn:cropped_digits", "image", "label"),
+}
 
 
 class Images(NamedTuple):
@@ -68,7 +81,7 @@ def _patches(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     for k, photo in enumerate(which.tolist()):
         image, scale = photos[photo], 2 ** int(torch.randint(3, (), generator=generator))  # 8, 16, 32 pixels wide
         top, left = (int(torch.randint(size - SIDE * scale + 1, (), generator=generator)) for size in image.shape)
-        square = image[top:top + SIDE * scale, left:left + SIDE * scale]
+        square = image[top : top + SIDE * scale, left : left + SIDE * scale]
         out[k] = F.avg_pool2d(square[None], scale)[0] if scale > 1 else square
     return out, which
 
@@ -125,13 +138,16 @@ def _hub(name: str) -> tuple[Tensor, Tensor]:
     try:
         rows = load_dataset(path, config or None, split="train")
     except Exception as error:
-        raise UserError(f"image set {name!r} is {path} on the Hugging Face hub, which could not be loaded "
-                        f"({one_line(error)}); offline, use {', '.join(LOCAL)}") from error
+        raise UserError(
+            f"image set {name!r} is {path} on the Hugging Face hub, which could not be loaded "
+            f"({one_line(error)}); offline, use {', '.join(LOCAL)}"
+        ) from error
     x = torch.stack([torch.from_numpy(np.asarray(row.convert("L"), dtype=np.float32)) for row in rows[image]])
     return F.adaptive_avg_pool2d(x[:, None], SIDE)[:, 0] / 255, torch.tensor(rows[label])
 
 
 def _need(module: str, package: str) -> None:
     if find_spec(module) is None:
-        raise UserError(f"the bundled images are those of {package}, which isn't installed: "
-                          "pip install 'celo2-pretrain[meta]'")
+        raise UserError(
+            f"the bundled images are those of {package}, which isn't installed: pip install 'celo2-pretrain[meta]'"
+        )

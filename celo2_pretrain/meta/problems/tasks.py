@@ -3,6 +3,7 @@
 "mlp": the paper's (arXiv 2602.19142, section 4): classify 8 × 8 images with an MLP 64-32-10. The others widen the
 families for our own recipe: none of them is in the evaluation suite, nor is its data.
 """
+
 from __future__ import annotations
 
 import math
@@ -47,8 +48,12 @@ def mlp(images_name: str) -> Task:
     data = images.load(images_name)
 
     def init(generator: torch.Generator) -> Params:
-        return {"w0": _weights(generator, 64, 32, gain=math.sqrt(2)), "b0": torch.zeros(32),
-                "w1": _weights(generator, 32, 10), "b1": torch.zeros(10)}
+        return {
+            "w0": _weights(generator, 64, 32, gain=math.sqrt(2)),
+            "b0": torch.zeros(32),
+            "w1": _weights(generator, 32, 10),
+            "b1": torch.zeros(10),
+        }
 
     def loss(p: Params, batch: Batch) -> Tensor:
         x, y = batch
@@ -71,9 +76,12 @@ def conv(images_name: str) -> Task:
     width = 12
 
     def init(generator: torch.Generator) -> Params:
-        return {"c0": _weights(generator, 9, width, gain=math.sqrt(2)),
-                "c1": _weights(generator, 9 * width, width * 2, gain=math.sqrt(2)),
-                "head": _weights(generator, 4 * width * 2, 10), "b": torch.zeros(10)}
+        return {
+            "c0": _weights(generator, 9, width, gain=math.sqrt(2)),
+            "c1": _weights(generator, 9 * width, width * 2, gain=math.sqrt(2)),
+            "head": _weights(generator, 4 * width * 2, 10),
+            "b": torch.zeros(10),
+        }
 
     def layer(x: Tensor, w: Tensor) -> Tensor:  # x (n, channels, side, side)
         patches = F.unfold(x, 3, padding=1)  # (n, channels · 9, side²)
@@ -130,7 +138,7 @@ def transformer(vocabulary: int = 32, length: int = 24) -> Task:
             tokens.append(token)
         x = torch.stack(tokens, -1)
         half = length // 2
-        x[:, ::2, half:] = x[:, ::2, :length - half]
+        x[:, ::2, half:] = x[:, ::2, : length - half]
         return (x,)
 
     return _language_model("transformer/markov", draw, vocabulary, length, width=24)
@@ -159,25 +167,30 @@ def _docstrings(vocabulary: int) -> Tensor:
             if callable(about) and isinstance(about.__doc__, str):
                 found[about.__doc__.lower()] = None  # each once, in a fixed order
     letters = "\n".join(found)
-    common = sorted(Counter(letters).items(), key=lambda item: (-item[1], item[0]))[:vocabulary - 1]
+    common = sorted(Counter(letters).items(), key=lambda item: (-item[1], item[0]))[: vocabulary - 1]
     number = {letter: k + 1 for k, (letter, _) in enumerate(common)}
     return torch.tensor([number.get(letter, 0) for letter in letters])
 
 
-def _language_model(name: str, draw: Callable[[torch.Generator, int], Batch], vocabulary: int, length: int, width: int,
-                    layers: int = 2) -> Task:
+def _language_model(
+    name: str, draw: Callable[[torch.Generator, int], Batch], vocabulary: int, length: int, width: int, layers: int = 2
+) -> Task:
     """A causal transformer with two heads on what `draw` gives: numbers (n, SEQUENCES, length)."""
 
     def init(generator: torch.Generator) -> Params:
-        p = {"embed": torch.randn(vocabulary, width, generator=generator) * 0.3,
-             "position": torch.randn(length - 1, width, generator=generator) * 0.1,
-             "head": _weights(generator, width, vocabulary, gain=0.1)}
+        p = {
+            "embed": torch.randn(vocabulary, width, generator=generator) * 0.3,
+            "position": torch.randn(length - 1, width, generator=generator) * 0.1,
+            "head": _weights(generator, width, vocabulary, gain=0.1),
+        }
         for k in range(layers):
             for matrix in ("q", "k", "v"):
                 p[f"{matrix}{k}"] = _weights(generator, width, width)
-            p |= {f"o{k}": _weights(generator, width, width, gain=0.5),
-                  f"up{k}": _weights(generator, width, 4 * width),
-                  f"down{k}": _weights(generator, 4 * width, width, gain=0.5)}
+            p |= {
+                f"o{k}": _weights(generator, width, width, gain=0.5),
+                f"up{k}": _weights(generator, width, 4 * width),
+                f"down{k}": _weights(generator, 4 * width, width, gain=0.5),
+            }
         return p
 
     def loss(p: Params, batch: Batch) -> Tensor:
@@ -225,5 +238,7 @@ def make(name: str) -> Task:
         return {"mlp": mlp, "conv": conv, "residual": residual}[kind](of)
     if name in ("transformer", "text", "quadratic"):
         return {"transformer": transformer, "text": text, "quadratic": quadratic}[name]()
-    raise UserError(f"no task family {name!r}; there are mlp/SET, conv/SET, residual/SET (SET: an image set: "
-                     f"{', '.join((*images.LOCAL, *images.HUB))}), transformer, text and quadratic")
+    raise UserError(
+        f"no task family {name!r}; there are mlp/SET, conv/SET, residual/SET (SET: an image set: "
+        f"{', '.join((*images.LOCAL, *images.HUB))}), transformer, text and quadratic"
+    )

@@ -1,4 +1,5 @@
 """Rectangles of a matrix in storage: what one call of a kernel works on."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -34,8 +35,17 @@ def boxes_of(piece: Piece, shape: BlockShape, inner: int) -> list[MatrixBox]:
             matrix = matrix * shape.full[axis] + i
             offset += (i - piece.box[axis][0]) * piece.stride[axis]
         for start in range(row, row_stop, step):
-            found.append(MatrixBox(matrix, offset + (start - row) * piece.stride[outer], start, min(step, row_stop - start),
-                             col, cols, piece.stride[outer]))
+            found.append(
+                MatrixBox(
+                    matrix,
+                    offset + (start - row) * piece.stride[outer],
+                    start,
+                    min(step, row_stop - start),
+                    col,
+                    cols,
+                    piece.stride[outer],
+                )
+            )
     return found
 
 

@@ -1,10 +1,11 @@
 """What computes the passes: plain torch anywhere, or compiled kernels. Chosen by CELO2_BACKEND, and said once.
 
-    reference   plain torch (`plain.py`, `passes.py`), every device and shape
-    compile     C++ kernels on CPU tensors (kernels/cpu.cpp); what they don't cover goes to plain torch
-    triton      Triton kernels on GPU tensors; on CPU tensors only where Triton interprets them (TRITON_INTERPRET=1)
-    auto        compile on the CPU where a compiler is found, triton on a GPU where it is installed, else reference
+reference   plain torch (`plain.py`, `passes.py`), every device and shape
+compile     C++ kernels on CPU tensors (kernels/cpu.cpp); what they don't cover goes to plain torch
+triton      Triton kernels on GPU tensors; on CPU tensors only where Triton interprets them (TRITON_INTERPRET=1)
+auto        compile on the CPU where a compiler is found, triton on a GPU where it is installed, else reference
 """
+
 from __future__ import annotations
 
 import functools
@@ -38,8 +39,10 @@ def _choose(wanted: str, device: str) -> TorchBackend:
         chosen, why = TorchBackend(), "CELO2_BACKEND asks for it"
     elif DIMS[:3] != KERNEL_DIMS:  # a changed rule (docs/meta_training.md)
         if wanted != "auto":
-            raise RuntimeError(f"CELO2_BACKEND={wanted}, but the kernels are made for an MLP of {KERNEL_DIMS}, the rule "
-                               f"has {DIMS[:3]}: set CELO2_BACKEND=reference, or auto")
+            raise RuntimeError(
+                f"CELO2_BACKEND={wanted}, but the kernels are made for an MLP of {KERNEL_DIMS}, the rule "
+                f"has {DIMS[:3]}: set CELO2_BACKEND=reference, or auto"
+            )
         chosen, why = TorchBackend(), f"the kernels are made for an MLP of {KERNEL_DIMS}, the rule has {DIMS[:3]}"
     elif wanted == "triton" or device != "cpu":
         chosen, why = _choose_triton(wanted, device)
@@ -64,16 +67,19 @@ def _choose_triton(wanted: str, device: str) -> tuple[TorchBackend, str]:
         from .triton import Triton, interpreted
     except ImportError as error:
         if wanted == "triton":
-            raise RuntimeError(f"CELO2_BACKEND=triton, but Triton can't be imported ({error}); install triton, or set "
-                               "CELO2_BACKEND=auto") from None
+            raise RuntimeError(
+                f"CELO2_BACKEND=triton, but Triton can't be imported ({error}); install triton, or set CELO2_BACKEND=auto"
+            ) from None
         logger.warning("Triton can't be imported (%s): the plain-torch passes on %s are many times slower", error, device)
         return TorchBackend(), "Triton can't be imported"
     if device == "cuda":  # also what torch calls AMD's GPUs
         return Triton(), "Triton kernels"
     if wanted == "triton" and device == "cpu":
         if not interpreted():
-            raise RuntimeError("CELO2_BACKEND=triton, but the tensors are on the CPU, where Triton only interprets kernels "
-                               "(for tests): set TRITON_INTERPRET=1 for that, or CELO2_BACKEND=auto for fast kernels")
+            raise RuntimeError(
+                "CELO2_BACKEND=triton, but the tensors are on the CPU, where Triton only interprets kernels "
+                "(for tests): set TRITON_INTERPRET=1 for that, or CELO2_BACKEND=auto for fast kernels"
+            )
         return Triton(), "Triton kernels, interpreted: very slow"
     if wanted == "triton":
         raise RuntimeError(f"CELO2_BACKEND=triton, but the tensors are on {device}; it serves cuda (NVIDIA and AMD)")

@@ -1,4 +1,5 @@
 """The passes by C++ kernels (kernels/cpu.cpp), for CPU tensors. What they don't cover goes to plain torch."""
+
 from __future__ import annotations
 
 import ctypes
@@ -63,14 +64,18 @@ class Compiled(TorchBackend):
         inner = shape.inner_axis
         if inner is None:
             return Layer(plain)
-        by_axis = {axis - len(shape.full): x.reshape(-1, shape.full[axis], 8)
-                   for axis, x in zip(shape.block.factored, plain.bias[1:])}  # (matrices, size, 8)
-        return Layer(plain, plain.weight.reshape(-1, 18, 8).contiguous(),
-                     (by_axis[-3 - inner] + plain.bias[0]).contiguous(), by_axis[inner].mT.contiguous(),
-                     (mlp.w1.contiguous(), mlp.b1.contiguous(), mlp.w2[:, 0].contiguous(), mlp.b2[0].item()))
+        by_axis = {
+            axis - len(shape.full): x.reshape(-1, shape.full[axis], 8) for axis, x in zip(shape.block.factored, plain.bias[1:])
+        }  # (matrices, size, 8)
+        return Layer(
+            plain,
+            plain.weight.reshape(-1, 18, 8).contiguous(),
+            (by_axis[-3 - inner] + plain.bias[0]).contiguous(),
+            by_axis[inner].mT.contiguous(),
+            (mlp.w1.contiguous(), mlp.b1.contiguous(), mlp.w2[:, 0].contiguous(), mlp.b2[0].item()),
+        )
 
-    def accumulate(self, parts: Sequence[Part], tensors: Sequence[Tensors], totals: Sequence[tuple[Tensor, Tensor]]
-                   ) -> None:
+    def accumulate(self, parts: Sequence[Part], tensors: Sequence[Tensors], totals: Sequence[tuple[Tensor, Tensor]]) -> None:
         calls: Calls = []
         for part, t, total in zip(parts, tensors, totals):
             inner = part.shape.inner_axis
@@ -89,8 +94,7 @@ class Compiled(TorchBackend):
                 scale.outer, scale.inner = _by_storage(scale.row, scale.col, part.shape, inner)
         return found
 
-    def repack(self, parts: Sequence[Part], tensors: Sequence[Tensors], old: Sequence[Scale], new: Sequence[Scale]
-               ) -> None:
+    def repack(self, parts: Sequence[Part], tensors: Sequence[Tensors], old: Sequence[Scale], new: Sequence[Scale]) -> None:
         calls: Calls = []
         for part, t, before, after in zip(parts, tensors, old, new):
             inner = part.shape.inner_axis
@@ -101,8 +105,9 @@ class Compiled(TorchBackend):
                     self._repack(calls, t, piece, part.shape, inner, before, after)
         _wait(calls)
 
-    def norms(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Factor],
-              squares: Sequence[Tensor]) -> None:
+    def norms(
+        self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Factor], squares: Sequence[Tensor]
+    ) -> None:
         calls: Calls = []
         for part, t, factor, total in zip(parts, tensors, factors, squares):
             inner = part.shape.inner_axis
@@ -113,8 +118,15 @@ class Compiled(TorchBackend):
                     self._norms(calls, t, piece, part.shape, inner, factor, total)
         _wait(calls)
 
-    def direction(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Factor],
-                  layers: Sequence[Layer], mlp: MLP, out: Sequence[Tensor]) -> None:
+    def direction(
+        self,
+        parts: Sequence[Part],
+        tensors: Sequence[Tensors],
+        factors: Sequence[Factor],
+        layers: Sequence[Layer],
+        mlp: MLP,
+        out: Sequence[Tensor],
+    ) -> None:
         calls: Calls = []
         for part, t, factor, layer, direction in zip(parts, tensors, factors, layers, out):
             inner = part.shape.inner_axis
@@ -125,8 +137,9 @@ class Compiled(TorchBackend):
                     self._direction(calls, t, piece, part.shape, inner, factor, layer, direction)
         _wait(calls)
 
-    def _accumulate(self, calls: Calls, t: Tensors, piece: Piece, shape: BlockShape, inner: int, row_sum: Tensor,
-                    col_sum: Tensor) -> None:
+    def _accumulate(
+        self, calls: Calls, t: Tensors, piece: Piece, shape: BlockShape, inner: int, row_sum: Tensor, col_sum: Tensor
+    ) -> None:
         # v_row's sum is over d0: along d1 it is the storage's row or column sum.
         d1_is_inner = shape.block.factored[0] == len(shape.full) + inner
         outer_total, inner_total = (col_sum, row_sum) if d1_is_inner else (row_sum, col_sum)
@@ -137,14 +150,22 @@ class Compiled(TorchBackend):
             rows, cols = torch.zeros(box.rows), torch.zeros(box.cols)
 
             def call(box: MatrixBox = box, rows: Tensor = rows, cols: Tensor = cols) -> None:
-                g, = _float32(box, t.g)
+                (g,) = _float32(box, t.g)
                 self._kernel("accumulate", t)(
-                    g.data_ptr(), *_accumulators(t, box), box.rows, box.cols, box.stride,
-                    rows.data_ptr(), cols.data_ptr(), t.start + box.offset, keys)
+                    g.data_ptr(),
+                    *_accumulators(t, box),
+                    box.rows,
+                    box.cols,
+                    box.stride,
+                    rows.data_ptr(),
+                    cols.data_ptr(),
+                    t.start + box.offset,
+                    keys,
+                )
 
             def add(box: MatrixBox = box, rows: Tensor = rows, cols: Tensor = cols) -> None:
-                outer_total[box.matrix, box.row:box.row + box.rows].add_(rows)
-                inner_total[box.matrix, box.col:box.col + box.cols].add_(cols)
+                outer_total[box.matrix, box.row : box.row + box.rows].add_(rows)
+                inner_total[box.matrix, box.col : box.col + box.cols].add_(cols)
 
             calls.append((self.pool.submit(call), add))
 
@@ -153,15 +174,24 @@ class Compiled(TorchBackend):
         for box in boxes_of(piece, shape, inner):
 
             def call(box: MatrixBox = box) -> None:
-                g, = _float32(box, t.g)
+                (g,) = _float32(box, t.g)
                 scales = *_scales(old, box), *_scales(new, box)
-                self.kernels.celo2_repack(g.data_ptr(), _at(t.rms, box), box.rows, box.cols, box.stride,
-                                          *map(_pointer, scales), t.start + box.offset, keys)
+                self.kernels.celo2_repack(
+                    g.data_ptr(),
+                    _at(t.rms, box),
+                    box.rows,
+                    box.cols,
+                    box.stride,
+                    *map(_pointer, scales),
+                    t.start + box.offset,
+                    keys,
+                )
 
             calls.append((self.pool.submit(call), None))
 
-    def _norms(self, calls: Calls, t: Tensors, piece: Piece, shape: BlockShape, inner: int, factor: Factor, squares: Tensor
-               ) -> None:
+    def _norms(
+        self, calls: Calls, t: Tensors, piece: Piece, shape: BlockShape, inner: int, factor: Factor, squares: Tensor
+    ) -> None:
         flat = squares.view(18, -1)
         for box in boxes_of(piece, shape, inner):
             total = torch.zeros(18, dtype=torch.float64)
@@ -170,14 +200,23 @@ class Compiled(TorchBackend):
                 g, p = _float32(box, t.g, t.p)
                 columns, scales = _columns(factor.inner, box), _scales(t.scale, box)
                 self._kernel("norms", t)(
-                    g.data_ptr(), p.data_ptr(), *_accumulators(t, box), box.rows, box.cols, box.stride,
-                    *map(_pointer, scales), factor.outer[box.matrix, box.row].data_ptr(), columns.data_ptr(),
-                    total.data_ptr())
+                    g.data_ptr(),
+                    p.data_ptr(),
+                    *_accumulators(t, box),
+                    box.rows,
+                    box.cols,
+                    box.stride,
+                    *map(_pointer, scales),
+                    factor.outer[box.matrix, box.row].data_ptr(),
+                    columns.data_ptr(),
+                    total.data_ptr(),
+                )
 
             calls.append((self.pool.submit(call), lambda box=box, total=total: flat[:, box.matrix].add_(total)))
 
-    def _direction(self, calls: Calls, t: Tensors, piece: Piece, shape: BlockShape, inner: int, factor: Factor, layer: Layer,
-                   out: Tensor) -> None:
+    def _direction(
+        self, calls: Calls, t: Tensors, piece: Piece, shape: BlockShape, inner: int, factor: Factor, layer: Layer, out: Tensor
+    ) -> None:
         w1, b1, w2, b2 = layer.second
         for box in boxes_of(piece, shape, inner):
 
@@ -185,10 +224,24 @@ class Compiled(TorchBackend):
                 g, p = _float32(box, t.g, t.p)
                 columns, bias, scales = _columns(factor.inner, box), _columns(layer.inner, box), _scales(t.scale, box)
                 self._kernel("direction", t)(
-                    g.data_ptr(), p.data_ptr(), *_accumulators(t, box), _at(out, box), box.rows, box.cols, box.stride,
-                    *map(_pointer, scales), factor.outer[box.matrix, box.row].data_ptr(), columns.data_ptr(),
-                    layer.weight[box.matrix].data_ptr(), layer.outer[box.matrix, box.row].data_ptr(), bias.data_ptr(),
-                    w1.data_ptr(), b1.data_ptr(), w2.data_ptr(), b2)
+                    g.data_ptr(),
+                    p.data_ptr(),
+                    *_accumulators(t, box),
+                    _at(out, box),
+                    box.rows,
+                    box.cols,
+                    box.stride,
+                    *map(_pointer, scales),
+                    factor.outer[box.matrix, box.row].data_ptr(),
+                    columns.data_ptr(),
+                    layer.weight[box.matrix].data_ptr(),
+                    layer.outer[box.matrix, box.row].data_ptr(),
+                    bias.data_ptr(),
+                    w1.data_ptr(),
+                    b1.data_ptr(),
+                    w2.data_ptr(),
+                    b2,
+                )
 
             calls.append((self.pool.submit(call), None))
 
@@ -200,19 +253,20 @@ class Compiled(TorchBackend):
 def _by_storage(row: Tensor, col: Tensor, shape: BlockShape, inner: int) -> tuple[Tensor, Tensor]:
     """(3, *row), (3, *col) as the kernels take them: (matrices, outer, 3) and (matrices, 3, inner)."""
     # What belongs to v_row varies along d1, to v_col along d0.
-    by_axis = {axis - len(shape.full): x.reshape(3, -1, shape.full[axis])
-               for axis, x in zip(shape.block.factored, (row, col))}  # (3, matrices, size)
+    by_axis = {
+        axis - len(shape.full): x.reshape(3, -1, shape.full[axis]) for axis, x in zip(shape.block.factored, (row, col))
+    }  # (3, matrices, size)
     return by_axis[-3 - inner].permute(1, 2, 0).contiguous(), by_axis[inner].movedim(0, 1).contiguous()
 
 
 def _columns(x: Tensor, box: MatrixBox) -> Tensor:
     """A box's columns of what lies (matrices, any, inner)."""
-    return x[box.matrix, :, box.col:box.col + box.cols].contiguous()
+    return x[box.matrix, :, box.col : box.col + box.cols].contiguous()
 
 
 def _scales(scale: Scale | None, box: MatrixBox) -> tuple[Tensor | None, Tensor | None]:
     """For the rows (rows, 3) and columns (3, cols) of a box."""
-    return (None, None) if scale is None else (scale.outer[box.matrix, box.row:], _columns(scale.inner, box))
+    return (None, None) if scale is None else (scale.outer[box.matrix, box.row :], _columns(scale.inner, box))
 
 
 def _wait(calls: Calls) -> None:
@@ -239,4 +293,4 @@ def _pointer(x: Tensor | None) -> int | None:
 def _float32(box: MatrixBox, *tensors: Tensor) -> list[Tensor]:
     """The range of the flat tensors that a box lies in, in float32: views where they are already."""
     stop = box.offset + (box.rows - 1) * box.stride + box.cols
-    return [x[box.offset:stop].to(torch.float32) for x in tensors]
+    return [x[box.offset : stop].to(torch.float32) for x in tensors]

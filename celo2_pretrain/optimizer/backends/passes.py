@@ -1,4 +1,6 @@
-"""The three passes of the sharded update (docs/how_it_works.md, The sharded step), in plain torch, on whatever part of a block a rank holds.
+"""The three passes of the sharded step, in plain torch, on whatever part of a block a rank holds.
+
+The whole step: docs/how_it_works.md, "The sharded step".
 
 Each pass reads the rank's own elements and adds to small sums; between passes the sums are reduced over
 the ranks. With one rank that holds everything, the same code is the unsharded update.
@@ -11,6 +13,7 @@ the ranks. With one rank that holds everything, the same code is the unsharded u
 Shapes: a block has shape (*lead, rows, cols) (or (n,) for a 1-D tensor). Row and column quantities keep
 the reduced axis with size 1, so everything broadcasts; `(3, *row_shape)` means that with a leading decay axis.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -131,12 +134,14 @@ def factors(v_row: Tensor, v_col: Tensor, shape: BlockShape) -> tuple[Tensor, Te
     return (v_row / (mean + 1e-9)).clamp_min(1e-9).rsqrt(), v_col.clamp_min(1e-9).rsqrt()
 
 
-def elementwise_features(t: Tensors, piece: Piece, shape: BlockShape, factor: tuple[Tensor, Tensor] | None
-                         ) -> Iterator[Tensor]:
+def elementwise_features(
+    t: Tensors, piece: Piece, shape: BlockShape, factor: tuple[Tensor, Tensor] | None
+) -> Iterator[Tensor]:
     """The 18 (1-D: 15) features that differ from element to element, in ascending order of their index."""
     g, p = clamp_gradient(piece.of(t.g)), piece.of(t.p).float()
-    *momentum, v = (unpack(piece.of(t.rms), t.scale.of(piece)) if t.packed else
-                    [piece.of(x).float() for x in (*t.momentum, t.rms)])
+    *momentum, v = (
+        unpack(piece.of(t.rms), t.scale.of(piece)) if t.packed else [piece.of(x).float() for x in (*t.momentum, t.rms)]
+    )
     inverse = (v + 1e-8).rsqrt()
     yield g
     yield g.clamp(-0.1, 0.1)
@@ -177,7 +182,8 @@ def first_layer(squares: Tensor, v_row: Tensor, v_col: Tensor, shape: BlockShape
     """Fold step 5 into `w0`. `squares` (18 or 15, *lead) from pass B, `v_row` (3, *row), `v_col` (3, *col) updated."""
     inverse = (squares / shape.per_matrix + NORM_EPS).rsqrt()  # (features, *lead)
     weight = inverse.unsqueeze(-1) * mlp.w0[list(shape.elementwise)].view(
-        len(shape.elementwise), *[1] * len(shape.full), -1)  # (features, *lead, 8)
+        len(shape.elementwise), *[1] * len(shape.full), -1
+    )  # (features, *lead, 8)
     if not shape.matrix:
         return FirstLayer(weight.squeeze(1), [mlp.b0])
     weight = weight.squeeze(-2).squeeze(-2).movedim(0, -2)  # (*lead axes, features, 8)
@@ -189,8 +195,9 @@ def first_layer(squares: Tensor, v_row: Tensor, v_col: Tensor, shape: BlockShape
     return FirstLayer(weight, bias)
 
 
-def direction(t: Tensors, piece: Piece, shape: BlockShape, factor: tuple[Tensor, Tensor] | None, layer: FirstLayer,
-              mlp: MLP) -> Tensor:
+def direction(
+    t: Tensors, piece: Piece, shape: BlockShape, factor: tuple[Tensor, Tensor] | None, layer: FirstLayer, mlp: MLP
+) -> Tensor:
     """Pass C on one piece: output 0 of the MLP, of the piece's shape, float32."""
     x = torch.stack(list(elementwise_features(t, piece, shape, factor)), -1)  # (*piece, features)
     if shape.matrix:

@@ -1,4 +1,5 @@
 """The passes in plain torch, on every device and for every shape."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -27,15 +28,15 @@ class TorchBackend:
         """What pass C needs of the MLP's first layer, from pass B's sums."""
         return passes.first_layer(squares, v_row, v_col, shape, mlp)
 
-    def accumulate(self, parts: Sequence[Part], tensors: Sequence[Tensors], totals: Sequence[tuple[Tensor, Tensor]]
-                   ) -> None:
+    def accumulate(self, parts: Sequence[Part], tensors: Sequence[Tensors], totals: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Pass A: `totals` (row sums, column sums) of each part gain what this rank holds."""
         for part, t, (row_sum, col_sum) in zip(parts, tensors, totals):
             for piece in part.pieces:
                 passes.accumulate(t, piece, part.shape, row_sum, col_sum)
 
-    def update_factored(self, parts: Sequence[Part], totals: Sequence[tuple[Tensor, Tensor]],
-                        vectors: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def update_factored(
+        self, parts: Sequence[Part], totals: Sequence[tuple[Tensor, Tensor]], vectors: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
         """Update `vectors` (v_row, v_col) of each part from all ranks' `totals`."""
         for part, (row, col), (v_row, v_col) in zip(parts, totals, vectors):
             if part.shape.matrix:
@@ -47,22 +48,29 @@ class TorchBackend:
         """By which each part's packed accumulators are stored, from its v_row, v_col."""
         return [passes.scales(v_row, v_col, part.shape) for part, (v_row, v_col) in zip(parts, vectors)]
 
-    def repack(self, parts: Sequence[Part], tensors: Sequence[Tensors], old: Sequence[Scale], new: Sequence[Scale]
-               ) -> None:
+    def repack(self, parts: Sequence[Part], tensors: Sequence[Tensors], old: Sequence[Scale], new: Sequence[Scale]) -> None:
         """Update packed accumulators, which pass A leaves alone: what `old` scaled is scaled by `new` afterwards."""
         for part, t, before, after in zip(parts, tensors, old, new):
             for piece in part.pieces:
                 passes.repack(t, piece, before, after)
 
-    def norms(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Any], squares: Sequence[Tensor]
-              ) -> None:
+    def norms(
+        self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Any], squares: Sequence[Tensor]
+    ) -> None:
         """Pass B: `squares` (features, *lead) of each part gain what this rank holds."""
         for part, t, factor, total in zip(parts, tensors, factors, squares):
             for piece in part.pieces:
                 passes.norms(t, piece, part.shape, factor, total)
 
-    def direction(self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Any], layers: Sequence[Any],
-                  mlp: MLP, out: Sequence[Tensor]) -> None:
+    def direction(
+        self,
+        parts: Sequence[Part],
+        tensors: Sequence[Tensors],
+        factors: Sequence[Any],
+        layers: Sequence[Any],
+        mlp: MLP,
+        out: Sequence[Tensor],
+    ) -> None:
         """Pass C: into `out`, for each part the flat direction (float32) of the slice it belongs to."""
         for part, t, factor, layer, direction in zip(parts, tensors, factors, layers, out):
             for piece in part.pieces:

@@ -2,6 +2,7 @@
 
 A row of a table is what a kernel of celo2_pretrain/kernels reads of one part; `triton` makes the launches.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -56,9 +57,15 @@ def element_pointers(t: Tensors) -> list[int]:
     return [x.data_ptr() for x in (t.g, t.p, *states)]
 
 
-def pointer_row(t: Tensors, out: int = 0, factor: tuple[int, int] = (0, 0), weight: int = 0,
-                bias: tuple[int, int] = (0, 0), scale: tuple[int, int] = (0, 0), old: tuple[int, int] = (0, 0)
-                ) -> list[int]:
+def pointer_row(
+    t: Tensors,
+    out: int = 0,
+    factor: tuple[int, int] = (0, 0),
+    weight: int = 0,
+    bias: tuple[int, int] = (0, 0),
+    scale: tuple[int, int] = (0, 0),
+    old: tuple[int, int] = (0, 0),
+) -> list[int]:
     """A row of the kernels' pointer table."""
     keys = [*t.keys, 0, 0, 0, 0, 0][:5]
     return [*element_pointers(t), out, *factor, weight, *bias, t.start, *keys, *scale, *old]
@@ -72,29 +79,47 @@ def scale_pointers(shape: BlockShape, scale: Scale | None) -> tuple[int, int]:
 def vector_row(vectors: Vectors, **values: int) -> list[int]:
     """A row of the kernels' vector table, with `values` by name."""
     row_size, col_size = vectors.sizes
-    known = dict(v_row=vectors.v_row.data_ptr(), v_col=vectors.v_col.data_ptr(), row_pitch=vectors.v_row.stride(0),
-                 col_pitch=vectors.v_col.stride(0), row_size=row_size, col_size=col_size, **values)
+    known = dict(
+        v_row=vectors.v_row.data_ptr(),
+        v_col=vectors.v_col.data_ptr(),
+        row_pitch=vectors.v_row.stride(0),
+        col_pitch=vectors.v_col.stride(0),
+        row_size=row_size,
+        col_size=col_size,
+        **values,
+    )
     return [known.get(name, 0) for name in VECTORS]
 
 
 def boxes_aligned(part: Part) -> bool:
     """Whether four elements at a time can be loaded, as far as the part's boxes decide it."""
     inner = part.shape.inner_axis
-    return all(x % 4 == 0 for piece in part.pieces for x in (
-        piece.offset, *piece.stride[:inner], *piece.stride[len(piece.stride) + inner + 1:], *piece.box[inner]))
+    return all(
+        x % 4 == 0
+        for piece in part.pieces
+        for x in (piece.offset, *piece.stride[:inner], *piece.stride[len(piece.stride) + inner + 1 :], *piece.box[inner])
+    )
 
 
 def storage_boxes(number: int, part: Part) -> list[TileBox]:
     """A part's boxes, matrix by matrix; what was cut for other backends is put together again."""
     shape, inner = part.shape, part.shape.inner_axis
     height, width = shape.full[-3 - inner], shape.full[inner]
-    found = [TileBox(number, x.matrix, x.offset, x.row, x.rows, x.col, x.cols, x.stride, height, width)
-             for piece in part.pieces for x in boxes_of(piece, shape, inner)]
+    found = [
+        TileBox(number, x.matrix, x.offset, x.row, x.rows, x.col, x.cols, x.stride, height, width)
+        for piece in part.pieces
+        for x in boxes_of(piece, shape, inner)
+    ]
     joined: list[TileBox] = []
     for box in sorted(found, key=lambda x: (x.matrix, x.col, x.cols, x.row)):
         last = joined[-1] if joined else None
-        if last and last[:2] == box[:2] and last[5:] == box[5:] and last.row + last.rows == box.row and (
-                last.offset + last.rows * last.stride == box.offset):
+        if (
+            last
+            and last[:2] == box[:2]
+            and last[5:] == box[5:]
+            and last.row + last.rows == box.row
+            and (last.offset + last.rows * last.stride == box.offset)
+        ):
             joined[-1] = last._replace(rows=last.rows + box.rows)
         else:
             joined.append(box)

@@ -4,6 +4,7 @@ What decides is how the forward of the class that uses the tensor cuts the outpu
 the attributes that give the sizes of the parts. A tensor of which neither the class nor the sizes tell is read as one
 matrix, with a note that `table` shows.
 """
+
 from __future__ import annotations
 
 import re
@@ -20,8 +21,21 @@ from .views import MatrixView
 UNKNOWN_PARTS = "one matrix; if fused, its parts are unknown"
 UNKNOWN_AXES = "which axes are in and out is unknown"
 TRANSPOSED = "the transpose of what the model uses"
-PER_HEAD = {"q_proj", "k_proj", "v_proj", "query", "key", "value", "to_q", "to_k", "to_v", "q_b_proj",
-            "q_proj_weight", "k_proj_weight", "v_proj_weight"}
+PER_HEAD = {
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "query",
+    "key",
+    "value",
+    "to_q",
+    "to_k",
+    "to_v",
+    "q_b_proj",
+    "q_proj_weight",
+    "k_proj_weight",
+    "v_proj_weight",
+}
 LOOKS_FUSED = re.compile(r".*(qkv|query_key|kv_proj|gate_up|c_attn).*", re.IGNORECASE)
 
 
@@ -261,7 +275,8 @@ def parts_of(place: Place) -> Parts | None:
     """The cut of the output axis: the first fact whose sizes fit, or a gated MLP by its sizes; else None."""
     for fact in FUSED:
         if place.owned_by(*fact.owner.split("|")) and any(
-                fnmatchcase(place.projection, name) for name in fact.projections.split("|")):
+            fnmatchcase(place.projection, name) for name in fact.projections.split("|")
+        ):
             parts = fact.parts(place)
             if parts.sizes and min(parts.sizes) > 0 and sum(parts.sizes) * parts.repeats == _out(place):
                 return parts
@@ -289,8 +304,11 @@ def _query_dim(place: Place) -> int:
 
 
 def _is_experts(place: Place) -> bool:
-    return hasattr(place.owner, "is_transposed") or "experts" in place.name.split(".") or (
-        "Experts" in type(place.module).__name__)
+    return (
+        hasattr(place.owner, "is_transposed")
+        or "experts" in place.name.split(".")
+        or ("Experts" in type(place.module).__name__)
+    )
 
 
 def _experts_store_out_in(place: Place) -> bool | None:

@@ -1,4 +1,5 @@
 """What a tensor is: a hidden matrix, an embedding, a head, or a vector in disguise."""
+
 from __future__ import annotations
 
 import re
@@ -9,15 +10,21 @@ from torch import Tensor, nn
 from .places import Place, is_layer_list, matrix_sizes, places, shape_of
 
 # What output layers are called. Inside of layers these names mean other things (a router's `classifier`).
-HEAD = re.compile(r"(?!pre_)(.*_)?(lm_heads?|heads?|classifier|score|logits?)|embed_out|output_layer|unembed(ding)?|"
-                  r"qa_outputs|seq_relationship")
+HEAD = re.compile(
+    r"(?!pre_)(.*_)?(lm_heads?|heads?|classifier|score|logits?)|embed_out|output_layer|unembed(ding)?|"
+    r"qa_outputs|seq_relationship"
+)
 COUNTED = re.compile(r"pos|wpe|type|segment|time|step")  # embeddings of what no model puts out
 # Bare parameters (held by no nn.Embedding, nn.Linear, …) that are looked up or added, and multiply nothing.
-EMBEDDING = re.compile(r"(?!.*(proj|kernel|weight)$)(.*_)?(embed|emb$|pos_|rel_pos|position|token|cls|latents?$|probe|prompt|"
-                       r"codevectors|codebook).*|.*(embed(ding)?s?|emb|table)")
+EMBEDDING = re.compile(
+    r"(?!.*(proj|kernel|weight)$)(.*_)?(embed|emb$|pos_|rel_pos|position|token|cls|latents?$|probe|prompt|"
+    r"codevectors|codebook).*|.*(embed(ding)?s?|emb|table)"
+)
 # Bare parameters that act elementwise: biases, gains, and the decay and skip of state space models.
-ELEMENTWISE = re.compile(r"(?!.*(proj|kernel|weight|matrix)$).*(bias|scale|gamma|beta|sink|lambda|temperature|alpha).*|"
-                         r"A_logs?|rpb|time_(mix|decay|first).*")
+ELEMENTWISE = re.compile(
+    r"(?!.*(proj|kernel|weight|matrix)$).*(bias|scale|gamma|beta|sink|lambda|temperature|alpha).*|"
+    r"A_logs?|rpb|time_(mix|decay|first).*"
+)
 
 
 def kinds(model: nn.Module) -> dict[int, str]:
@@ -44,8 +51,9 @@ def _kind(place: Place, heads: set[int]) -> str:
             return "embedding"
         if ELEMENTWISE.fullmatch(place.leaf) or "Norm" in type(module).__name__:
             return "vector"
-        if place.leaf in ("A", "D", "Ds") and any(name.startswith(("dt_", "A_log")) for name in (
-                *module._parameters, *module._modules)):  # of a state space model; LoRA calls its factors A and B
+        if place.leaf in ("A", "D", "Ds") and any(
+            name.startswith(("dt_", "A_log")) for name in (*module._parameters, *module._modules)
+        ):  # of a state space model; LoRA calls its factors A and B
             return "vector"
     if isinstance(module, nn.modules.conv._ConvNd):
         group = module.out_channels // module.groups
@@ -59,15 +67,24 @@ def _heads(model: nn.Module, found: list[Place]) -> set[int]:
     """Ids of the matrices of output layers."""
     modules = [module for _, module in model.named_modules()]
     outputs = [output for module in modules for output in (*_declared(module), *_task_heads(module))]
-    named = [place.param for place in found
-             if HEAD.fullmatch(place.projection) and not place.bare and not place.in_layer]
+    named = [place.param for place in found if HEAD.fullmatch(place.projection) and not place.bare and not place.in_layer]
     named += [parameter for name, module in model.named_modules() for parameter in _list_of_heads(name, module)]
     heads = {id(param) for output in outputs for param in output.parameters() if len(shape_of(param)) > 1}
     heads |= {id(param) for param in named if len(shape_of(param)) > 1}
-    vocabularies = {module.num_embeddings for name, module in model.named_modules()
-                    if isinstance(module, nn.Embedding) and not COUNTED.search(name.rsplit(".", 1)[-1])}
-    heads |= {id(place.param) for place in found if isinstance(place.module, nn.Linear) and not place.in_layer
-              and len(place.shape) == 2 and place.shape[0] in vocabularies and place.shape[0] > place.shape[1]}
+    vocabularies = {
+        module.num_embeddings
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and not COUNTED.search(name.rsplit(".", 1)[-1])
+    }
+    heads |= {
+        id(place.param)
+        for place in found
+        if isinstance(place.module, nn.Linear)
+        and not place.in_layer
+        and len(place.shape) == 2
+        and place.shape[0] in vocabularies
+        and place.shape[0] > place.shape[1]
+    }
     if not heads:
         last = _last_linear(model)
         heads = {id(last.weight)} if last is not None else set()
@@ -113,12 +130,19 @@ def _last_linear(model: nn.Module) -> nn.Linear | None:
     module = model
     while not isinstance(module, nn.Linear):
         children = [child for child in module.children() if next(child.parameters(), None) is not None]
-        if not children or is_layer_list(module) or isinstance(module, nn.MultiheadAttention) or (
-                hasattr(module, "base_model_prefix")):
+        if (
+            not children
+            or is_layer_list(module)
+            or isinstance(module, nn.MultiheadAttention)
+            or (hasattr(module, "base_model_prefix"))
+        ):
             return None
         last = children[-1]
-        if not isinstance(last, nn.Linear) and any(type(child) is type(last) for child in children[:-1]) and (
-                not isinstance(last, nn.Sequential)):
+        if (
+            not isinstance(last, nn.Linear)
+            and any(type(child) is type(last) for child in children[:-1])
+            and (not isinstance(last, nn.Sequential))
+        ):
             return None  # one of many equal layers
         module = last
     inputs = next((sizes[0] for m in model.modules() if (sizes := matrix_sizes(m))), 0)

@@ -3,6 +3,7 @@
 What is decided for a parameter is recorded on the parameter itself (a `Tag`), since that is all that survives
 the way through a DeepSpeed config, `zero.Init` and its flat partitions to the optimizer.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -39,8 +40,9 @@ def tag_of(param: Tensor) -> Tag | None:
     return getattr(param, TAG, None)
 
 
-def tag_model(model: nn.Module, *, per_head: bool = False, celo2: Iterable[str] = (), adamw: Iterable[str] = ()
-              ) -> dict[str, Tensor]:
+def tag_model(
+    model: nn.Module, *, per_head: bool = False, celo2: Iterable[str] = (), adamw: Iterable[str] = ()
+) -> dict[str, Tensor]:
     """Decide rule and matrix view of every trainable parameter and record them on it.
 
     Args: as `param_groups`. Returns the parameters by name, each once (tied ones under their first name).
@@ -54,8 +56,12 @@ def tag_model(model: nn.Module, *, per_head: bool = False, celo2: Iterable[str] 
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        matched = {(rule, pattern) for rule in patterns for pattern in patterns[rule]
-                   if fnmatchcase(name, pattern) or fnmatchcase(names[name], pattern)}
+        matched = {
+            (rule, pattern)
+            for rule in patterns
+            for pattern in patterns[rule]
+            if fnmatchcase(name, pattern) or fnmatchcase(names[name], pattern)
+        }
         used |= matched
         rules = {rule for rule, _ in matched}
         if len(rules) > 1:
@@ -67,13 +73,15 @@ def tag_model(model: nn.Module, *, per_head: bool = False, celo2: Iterable[str] 
         parameters[name] = param
     unused = sorted({(r, p) for r in patterns for p in patterns[r]} - used)
     if unused:
-        raise ValueError(f"{unused[0][0]}={unused[0][1]!r} matches no trainable parameter; names look like "
-                         f"{list(parameters)[:3]}")
+        raise ValueError(
+            f"{unused[0][0]}={unused[0][1]!r} matches no trainable parameter; names look like {list(parameters)[:3]}"
+        )
     return parameters
 
 
-def param_groups(model: nn.Module, *, per_head: bool = False, celo2: Iterable[str] = (), adamw: Iterable[str] = (),
-                 **options: Any) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, *, per_head: bool = False, celo2: Iterable[str] = (), adamw: Iterable[str] = (), **options: Any
+) -> list[dict[str, Any]]:
     """Sort a model's trainable parameters for `Celo2`: hidden matrices, embeddings and heads, 1-D tensors.
 
     Args:
@@ -93,8 +101,11 @@ def param_groups(model: nn.Module, *, per_head: bool = False, celo2: Iterable[st
         tag = tag_of(param)
         groups.setdefault((tag.rule, tag.kind == "vector"), []).append(param)
     others = {key: value for key, value in options.items() if key != "weight_decay"}
-    return [{"params": params, "rule": rule, **(options if rule == "celo2" else others)}
-            for (rule, _), params in groups.items() if params]
+    return [
+        {"params": params, "rule": rule, **(options if rule == "celo2" else others)}
+        for (rule, _), params in groups.items()
+        if params
+    ]
 
 
 def table(model: nn.Module) -> str:
@@ -126,8 +137,11 @@ def _describe(tag: Tag) -> str:
     if view.head_dim:
         words.append(f"heads of {view.head_dim}")
     elif view.split:
-        words.append(f"{len(view.split)} parts of {view.split[0]}" if len(set(view.split)) == 1
-                     else f"parts of {', '.join(map(str, view.split))}")
+        words.append(
+            f"{len(view.split)} parts of {view.split[0]}"
+            if len(set(view.split)) == 1
+            else f"parts of {', '.join(map(str, view.split))}"
+        )
     if view.repeats > 1:
         words.append(f"{view.repeats} times in turn")
     if view.batch:

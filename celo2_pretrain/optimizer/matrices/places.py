@@ -1,4 +1,5 @@
 """Where a parameter stands in a model: the module that holds it, and the module that uses it."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ class Place:
 
     @property
     def adapter(self) -> str:
-        """"lora_A" or "lora_B" for a factor of a LoRA update, else empty."""
+        """ "lora_A" or "lora_B" for a factor of a LoRA update, else empty."""
         return next((part for part in self.name.split(".") if part in ("lora_A", "lora_B")), "")
 
     @property

@@ -7,6 +7,7 @@ stack of them. A `MatrixView` says so; `blocks` turns it into `Block`s, each an 
 A rank under ZeRO holds a contiguous range of the flattened tensor. `pieces` cuts that range into
 rectangular boxes of a block, so that every pass of the update is plain dense arithmetic on boxes.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ class MatrixView:
         if self == MatrixView():
             return [Block(shape, tuple((0, size) for size in shape), tuple((axis,) for axis in range(len(shape))), 0)]
         self._check(shape)
-        lead, (a, b), kernel = shape[:self.batch], shape[self.batch:self.batch + 2], prod(shape[self.batch + 2:])
+        lead, (a, b), kernel = shape[: self.batch], shape[self.batch : self.batch + 2], prod(shape[self.batch + 2 :])
         blocks = []
         for cut in self._cuts(a if self.transpose else b):
             # Factor axes: the batch axes, then (out, in · kernel), or (in, out, kernel).
@@ -75,18 +76,24 @@ class MatrixView:
             raise ValueError(f"{self} has a negative number, or 0 as repeats or in split")
         dims = self.batch + 2
         if len(shape) < dims or (len(shape) > dims and not self.flatten):
-            raise ValueError(f"{self} describes a tensor of {dims}{' or more' if self.flatten else ''} dims (batch axes + "
-                             f"matrix), but the tensor has shape {tuple(shape)}")
+            raise ValueError(
+                f"{self} describes a tensor of {dims}{' or more' if self.flatten else ''} dims (batch axes + "
+                f"matrix), but the tensor has shape {tuple(shape)}"
+            )
         total = shape[self.batch + (0 if self.transpose else 1)]
         if self.head_dim and (total % self.head_dim or any(size % self.head_dim for size in self.split)):
-            raise ValueError(f"head_dim {self.head_dim} does not divide the output axis of shape {tuple(shape)}"
-                             + (f", or one of its parts {self.split}" if self.split else ""))
+            raise ValueError(
+                f"head_dim {self.head_dim} does not divide the output axis of shape {tuple(shape)}"
+                + (f", or one of its parts {self.split}" if self.split else "")
+            )
         if self.repeats > 1 and not self.split:
             raise ValueError(f"repeats {self.repeats} says how often split is repeated, but there is no split; give one")
         if self.split and self.repeats * sum(self.split) != total:
             times = f" × {self.repeats} repeats" if self.repeats > 1 else ""
-            raise ValueError(f"split sizes {self.split} add up to {sum(self.split)}{times}, but the output axis of shape "
-                             f"{tuple(shape)} has {total} elements")
+            raise ValueError(
+                f"split sizes {self.split} add up to {sum(self.split)}{times}, but the output axis of shape "
+                f"{tuple(shape)} has {total} elements"
+            )
 
     def _cuts(self, total: int) -> list[_Cut]:
         """How the output axis of `total` elements is cut, for each block. Equal parts are one block, stacked."""
@@ -150,7 +157,7 @@ class Block:
     def inner_axis(self) -> int | None:
         """-1 or -2: the matrix axis along which every piece has stride 1; None where there is none."""
         last = len(self.expand) - 1
-        for axis in (-1, -2)[:len(self.axes)]:
+        for axis in (-1, -2)[: len(self.axes)]:
             # Of merged axes the last one's stride counts, unless its size of 1 makes it that of another.
             if self.axes[axis][-1] == last and (len(self.axes[axis]) == 1 or self.sizes[last] > 1):
                 return axis
@@ -197,8 +204,8 @@ class Piece:
         """The box's part of a tensor in block axes, some of which may have size 1 (broadcast). Extra axes lead."""
         extra = x.ndim - len(self.box)
         index = [slice(None)] * extra + [
-            slice(0, 1) if x.shape[extra + axis] == 1 else slice(start, stop)
-            for axis, (start, stop) in enumerate(self.box)]
+            slice(0, 1) if x.shape[extra + axis] == 1 else slice(start, stop) for axis, (start, stop) in enumerate(self.box)
+        ]
         return x[tuple(index)]
 
 
@@ -228,7 +235,7 @@ def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[IndexRange]
 
 
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(prod(shape[axis + 1:]) for axis in range(len(shape)))
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def pieces(block: Block, start: int, stop: int, most: int = 1 << 20) -> list[Piece]:
@@ -245,8 +252,13 @@ def pieces(block: Block, start: int, stop: int, most: int = 1 << 20) -> list[Pie
             continue
         for box in _cut(stored, most, deep=block.inner_axis is None):
             for runs in product(*(_runs(block, axes, box, strides) for axes in block.axes)):
-                found.append(Piece(tuple((run.start, run.stop) for run in runs), sum(run.offset for run in runs) - start,
-                                   tuple(run.stride for run in runs)))
+                found.append(
+                    Piece(
+                        tuple((run.start, run.stop) for run in runs),
+                        sum(run.offset for run in runs) - start,
+                        tuple(run.stride for run in runs),
+                    )
+                )
     return found
 
 
@@ -260,7 +272,7 @@ def _cut(box: IndexRange, most: int, deep: bool) -> Iterator[IndexRange]:
     inner = prod(y - x for x, y in box) // (b - a)
     rows = max(1, most // max(1, inner))
     for start in range(a, b, rows):
-        part = (*box[:outer], (start, min(start + rows, b)), *box[outer + 1:])
+        part = (*box[:outer], (start, min(start + rows, b)), *box[outer + 1 :])
         if deep and inner > most:
             yield from _cut(part, most, deep)
         else:
@@ -288,8 +300,11 @@ def _runs(block: Block, axes: tuple[int, ...], box: IndexRange, strides: tuple[i
         elif len(runs) == 1 and run.stop - run.start == count and stride == count * run.stride:
             runs = [_Run(begin, (b - low) * count, offset, run.stride)]
         else:
-            runs = [_Run((i - low) * count + run.start, (i - low) * count + run.stop, i * stride + run.offset, run.stride)
-                    for i in range(a, b) for run in runs]
+            runs = [
+                _Run((i - low) * count + run.start, (i - low) * count + run.stop, i * stride + run.offset, run.stride)
+                for i in range(a, b)
+                for run in runs
+            ]
         count *= block.sizes[axis]
     return runs
 
@@ -306,5 +321,3 @@ def cut_first_axis(piece: Piece, start: int, stop: int) -> Piece | None:
 def whole(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A scalar counts as a vector of one element."""
     return tuple(shape) or (1,)
-
-

@@ -10,6 +10,7 @@
 Anything else is refused by name: a wrong guess would be a silently wrong step. Whatever was recognised is
 checked once over all ranks: the slices of every tensor must cover it exactly once.
 """
+
 from __future__ import annotations
 
 import gc
@@ -93,7 +94,7 @@ class Slice:
 
     def of(self, flat: Tensor) -> Tensor:
         """This slice of a flat tensor that lies like the storage."""
-        return flat[self.offset:self.offset + self.stop - self.start]
+        return flat[self.offset : self.offset + self.stop - self.start]
 
 
 @dataclass
@@ -148,7 +149,11 @@ def adopt(originals: Sequence[Original], held: Sequence[Tensor]) -> None:
     present = {id(original.param) for original in originals}
     for original, param in zip(originals, held):
         known = original.param
-        if id(param) not in present and (known is None or isinstance(param, DTensor)) and whole(tuple(param.shape)) == original.shape:
+        if (
+            id(param) not in present
+            and (known is None or isinstance(param, DTensor))
+            and whole(tuple(param.shape)) == original.shape
+        ):
             original.param = param
 
 
@@ -160,35 +165,47 @@ def _given(originals: list[Original]) -> list[Layout]:
         param = original.param
         refuse_unknown(original.name, param)
         if hasattr(param, "ds_id"):
-            raise LayoutError(f"{original.name!r} is a ZeRO-3 parameter, but DeepSpeed's ZeRO-3 optimizer does not drive "
-                              "this step; pass the optimizer to deepspeed.initialize and call engine.step()")
+            raise LayoutError(
+                f"{original.name!r} is a ZeRO-3 parameter, but DeepSpeed's ZeRO-3 optimizer does not drive "
+                "this step; pass the optimizer to deepspeed.initialize and call engine.step()"
+            )
         if isinstance(param, DTensor):
             group, start, stop = _dtensor_rows(original)
             if group is not None:
                 sharded.setdefault((group, _replicas(param)), []).append(Slice(original, start, stop, 0, param))
                 continue
         plain.setdefault(param.device, []).append(Slice(original, 0, prod(original.shape), 0, param))
-    return [*(Layout("whole", slices) for slices in plain.values()),
-            *(Layout("DTensor", slices, group, replicas=replicas) for (group, replicas), slices in sharded.items())]
+    return [
+        *(Layout("whole", slices) for slices in plain.values()),
+        *(Layout("DTensor", slices, group, replicas=replicas) for (group, replicas), slices in sharded.items()),
+    ]
 
 
 def refuse_unknown(name: str, param: Tensor) -> None:
     """Raise LayoutError for a tensor that stands for others, or for a part of one, and doesn't say which."""
     kind = type(param).__name__
     if kind == "FlatParameter" or getattr(param, "_is_flat_param", False):
-        raise LayoutError(f"{name!r} is a flat parameter of FSDP1, which hides the tensors' shapes; use FSDP2 "
-                          "(torch.distributed.fsdp.fully_shard) instead")
+        raise LayoutError(
+            f"{name!r} is a flat parameter of FSDP1, which hides the tensors' shapes; use FSDP2 "
+            "(torch.distributed.fsdp.fully_shard) instead"
+        )
     if getattr(param, "_fsdp_flattened", False):
-        raise LayoutError(f"{name!r} was flattened by FSDP1 (FullyShardedDataParallel), also with use_orig_params=True: on "
-                          f"this rank it has shape {tuple(param.shape)}, whatever the matrix's; use FSDP2 "
-                          "(torch.distributed.fsdp.fully_shard) instead")
+        raise LayoutError(
+            f"{name!r} was flattened by FSDP1 (FullyShardedDataParallel), also with use_orig_params=True: on "
+            f"this rank it has shape {tuple(param.shape)}, whatever the matrix's; use FSDP2 "
+            "(torch.distributed.fsdp.fully_shard) instead"
+        )
     if kind in ("ShardedTensor", "ShardedParameter", "ColoParameter", "ColoTensor"):
-        raise LayoutError(f"{name!r} is a {kind}, of which Celo2 can't tell which part of a tensor it is; it supports "
-                          "FSDP2's DTensors and DeepSpeed's ZeRO 0-3")
+        raise LayoutError(
+            f"{name!r} is a {kind}, of which Celo2 can't tell which part of a tensor it is; it supports "
+            "FSDP2's DTensors and DeepSpeed's ZeRO 0-3"
+        )
     for mark in ("tensor_model_parallel", "model_parallel", "ds_is_replaced_module"):
         if getattr(param, mark, False):
-            raise LayoutError(f"{name!r} is split by tensor parallelism ({mark}); Celo2 supports data-parallel "
-                              "sharding (ZeRO 0-3, FSDP2) only")
+            raise LayoutError(
+                f"{name!r} is split by tensor parallelism ({mark}); Celo2 supports data-parallel "
+                "sharding (ZeRO 0-3, FSDP2) only"
+            )
 
 
 def check_gradient(name: str, param: Tensor) -> None:
@@ -197,8 +214,10 @@ def check_gradient(name: str, param: Tensor) -> None:
         raise ValueError("Celo2 doesn't support sparse gradients; use sparse=False in the embedding")
     ours, theirs = (getattr(x, "placements", None) for x in (param, param.grad))
     if ours != theirs:
-        raise LayoutError(f"{name!r} has placements {ours}, its gradient {theirs}: tensor parallelism leaves gradients that are "
-                          "not summed over its ranks; Celo2 supports data-parallel sharding (ZeRO 0-3, FSDP2) only")
+        raise LayoutError(
+            f"{name!r} has placements {ours}, its gradient {theirs}: tensor parallelism leaves gradients that are "
+            "not summed over its ranks; Celo2 supports data-parallel sharding (ZeRO 0-3, FSDP2) only"
+        )
 
 
 def flattened_by_fsdp1() -> bool:
@@ -214,20 +233,24 @@ def flattened_by_fsdp1() -> bool:
 def _replicas(param: DTensor) -> tuple[Any, ...]:
     """The groups of ranks over which a DTensor is replicated, one for each such axis of its mesh."""
     mesh = param.device_mesh
-    return tuple(mesh.get_group(axis) for axis, placement in enumerate(param.placements)
-                 if isinstance(placement, Replicate) and mesh.size(axis) > 1)
+    return tuple(
+        mesh.get_group(axis)
+        for axis, placement in enumerate(param.placements)
+        if isinstance(placement, Replicate) and mesh.size(axis) > 1
+    )
 
 
 def _dtensor_rows(original: Original) -> tuple[Any, int, int]:
     """(process group, start, stop) of the flat range that this rank holds; group None where it holds everything."""
     param = original.param
-    cut = [(axis, placement) for axis, placement in enumerate(param.placements)
-           if not isinstance(placement, Replicate)]
+    cut = [(axis, placement) for axis, placement in enumerate(param.placements) if not isinstance(placement, Replicate)]
     if not cut:
         return None, 0, prod(original.shape)
     if len(cut) > 1 or type(cut[0][1]) is not Shard or cut[0][1].dim != 0:
-        raise LayoutError(f"{original.name!r} has DTensor placements {param.placements}; Celo2 supports FSDP2's "
-                          "sharding of dim 0 (Shard(0), with Replicate for hybrid sharding), not tensor parallelism")
+        raise LayoutError(
+            f"{original.name!r} has DTensor placements {param.placements}; Celo2 supports FSDP2's "
+            "sharding of dim 0 (Shard(0), with Replicate for hybrid sharding), not tensor parallelism"
+        )
     axis = cut[0][0]
     mesh = param.device_mesh
     rows, parts, rank = original.shape[0], mesh.size(axis), mesh.get_local_rank(axis)
@@ -236,8 +259,10 @@ def _dtensor_rows(original: Original) -> tuple[Any, int, int]:
     inner = prod(original.shape[1:])
     held = param.to_local().numel()
     if held != (last - first) * inner:
-        raise LayoutError(f"{original.name!r}: the local shard has {held} elements where rows {first} to {last} of "
-                          f"shape {original.shape} have {(last - first) * inner}")
+        raise LayoutError(
+            f"{original.name!r}: the local shard has {held} elements where rows {first} to {last} of "
+            f"shape {original.shape} have {(last - first) * inner}"
+        )
     return mesh.get_group(axis), first * inner, last * inner
 
 
@@ -247,24 +272,31 @@ def _replaced(originals: list[Original], held: Sequence[Tensor], params: Sequenc
         raise LayoutError("the group holds parameters that the optimizer was not constructed with")
     first = originals[0].param
     if first is None:
-        raise LayoutError(f"{originals[0].name!r} of shape {originals[0].shape} is gone, and the group holds other tensors, "
-                          f"of shapes {[tuple(p.shape) for p in held[:4]]}: make the optimizer from the model's present "
-                          "parameters")
+        raise LayoutError(
+            f"{originals[0].name!r} of shape {originals[0].shape} is gone, and the group holds other tensors, "
+            f"of shapes {[tuple(p.shape) for p in held[:4]]}: make the optimizer from the model's present "
+            "parameters"
+        )
     zero3 = getattr(first, "_z3_optimizer", None)
     if zero3 is not None:
         return _zero3(originals, params, zero3)
     if hasattr(first, "_hp_mapping"):
         return _zero12(originals, params)
     if len(held) == len(originals) and all(
-            whole(tuple(param.shape)) == original.shape for param, original in zip(held, originals)):
+        whole(tuple(param.shape)) == original.shape for param, original in zip(held, originals)
+    ):
         if first.dtype == torch.float16:
-            raise LayoutError("fp16 without ZeRO: DeepSpeed 0.19 divides the gradients by a loss scale that the loss was "
-                              "never multiplied by; set \"zero_optimization\": {\"stage\": 1}, or use bf16")
+            raise LayoutError(
+                "fp16 without ZeRO: DeepSpeed 0.19 divides the gradients by a loss scale that the loss was "
+                'never multiplied by; set "zero_optimization": {"stage": 1}, or use bf16'
+            )
         place = {id(param): original for original, param in zip(originals, held)}
         return Layout("whole", [Slice(place[id(param)], 0, prod(place[id(param)].shape), 0, param) for param in params])
-    raise LayoutError(f"the group holds {len(held)} tensors of shapes {[tuple(p.shape) for p in held[:4]]} instead "
-                      f"of the {len(originals)} parameters it was constructed with, put there by a wrapper that Celo2 "
-                      "doesn't know; supported: DeepSpeed ZeRO 0-3 (with or without offload), DDP, FSDP2")
+    raise LayoutError(
+        f"the group holds {len(held)} tensors of shapes {[tuple(p.shape) for p in held[:4]]} instead "
+        f"of the {len(originals)} parameters it was constructed with, put there by a wrapper that Celo2 "
+        "doesn't know; supported: DeepSpeed ZeRO 0-3 (with or without offload), DDP, FSDP2"
+    )
 
 
 def _zero12(originals: list[Original], params: Sequence[Tensor]) -> Layout:
@@ -298,9 +330,11 @@ def _reordered(originals: list[Original], flat: Tensor) -> bool:
     if len({original.param.untyped_storage().data_ptr() for original in originals}) > 1:
         return False
     low = dist.get_rank(originals[0].param._dp_group) * flat.numel()
-    return any(low + mapping.hp_fragment_address.start - mapping.lp_fragment_address.start != begin
-               for original, begin in zip(originals, _begins(originals))
-               if (mapping := original.param._hp_mapping) is not None)
+    return any(
+        low + mapping.hp_fragment_address.start - mapping.lp_fragment_address.start != begin
+        for original, begin in zip(originals, _begins(originals))
+        if (mapping := original.param._hp_mapping) is not None
+    )
 
 
 def _by_storage(originals: list[Original], flat: Tensor) -> Layout:
@@ -318,8 +352,10 @@ def _zero3(originals: list[Original], params: Sequence[Tensor], zero3: Any) -> L
     if len(params) != 1:
         raise LayoutError(f"expected one flat slice a step from ZeRO-3, got {len(params)} tensors")
     if getattr(zero3, "offload_optimizer", False) and getattr(zero3, "partial_offload", 1.0) < 1.0:
-        raise LayoutError("ZeRO-Offload++ (offload_optimizer.ratio < 1) steps a part of the parameters with AdamW behind "
-                          "the optimizer's back; set \"ratio\": 1.0")
+        raise LayoutError(
+            "ZeRO-Offload++ (offload_optimizer.ratio < 1) steps a part of the parameters with AdamW behind "
+            'the optimizer\'s back; set "ratio": 1.0'
+        )
     flat = params[0]
     number = next((i for i, x in enumerate(zero3.fp32_partitioned_groups_flat) if x is flat), None)
     if number is None:
@@ -352,13 +388,17 @@ def _check_cover(layout: Layout) -> None:
     for number, held in enumerate(layout.slices):
         there = local(held.storage).numel()
         if held.start < held.stop and held.offset + held.stop - held.start > there:
-            raise LayoutError(f"{held.name!r}: elements {held.start} to {held.stop} should lie at {held.offset} of a tensor "
-                              f"that has only {there} elements on this rank ({layout.kind})")
+            raise LayoutError(
+                f"{held.name!r}: elements {held.start} to {held.stop} should lie at {held.offset} of a tensor "
+                f"that has only {there} elements on this rank ({layout.kind})"
+            )
         spans = sorted((start, stop) for start, stop in layout.ranges[:, number].tolist() if start < stop)
         ends = [0, *(stop for _, stop in spans)]
         if [start for start, _ in spans] != ends[:-1] or ends[-1] != prod(held.shape):
-            raise LayoutError(f"{held.name!r} of shape {held.shape} is not held exactly once by the "
-                              f"{layout.world} ranks ({layout.kind}): they hold the flat ranges {spans}")
+            raise LayoutError(
+                f"{held.name!r} of shape {held.shape} is not held exactly once by the "
+                f"{layout.world} ranks ({layout.kind}): they hold the flat ranges {spans}"
+            )
 
 
 def collective_device(process_group: Any, device: torch.device) -> torch.device:
@@ -378,8 +418,9 @@ def called_to_initialize() -> bool:
     for _ in range(12):
         if frame is None:
             return False
-        if (frame.f_code.co_name == "initialize_optimizer_states"
-                and frame.f_globals.get("__name__", "").startswith("deepspeed.runtime.")):
+        if frame.f_code.co_name == "initialize_optimizer_states" and frame.f_globals.get("__name__", "").startswith(
+            "deepspeed.runtime."
+        ):
             return True
         frame = frame.f_back
     return False

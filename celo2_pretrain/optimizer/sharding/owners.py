@@ -1,4 +1,5 @@
 """Who orthogonalises which matrix: each unit, one or more matrices of a block, has one owner among the ranks."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """A layout made ready for the passes: which pieces a rank holds, which slices form a bucket, and who owns which matrix."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -31,7 +32,9 @@ class Plan:
     parts: list[Part]
     buckets: list[list[int]]  # slices whose directions exist at the same time
     units: list[list[Unit]]  # of each bucket; empty without orthogonalisation
-    factored: dict[int, tuple[int, int]] = field(default_factory=dict)  # columns of v_row, v_col by the storage's id; 0 for vectors
+    factored: dict[int, tuple[int, int]] = field(
+        default_factory=dict
+    )  # columns of v_row, v_col by the storage's id; 0 for vectors
     memory: dict[int, Tensor] = field(default_factory=dict)  # on the CPU: for directions, kept from step to step
 
     def parts_of(self, bucket: list[int]) -> list[int]:
@@ -45,8 +48,10 @@ class Plan:
         if not parts:
             return (0, 0), (0, 0)
         row, col = parts[0].row_at, parts[0].col_at
-        return ((row, row + sum(prod(part.shape.row) for part in parts)),
-                (col, col + sum(prod(part.shape.col) for part in parts)))
+        return (
+            (row, row + sum(prod(part.shape.row) for part in parts)),
+            (col, col + sum(prod(part.shape.col) for part in parts)),
+        )
 
     def parts_in(self, storage: Tensor) -> list[Part]:
         return [part for part in self.parts if self.layout.slices[part.held].storage is storage]
@@ -60,8 +65,9 @@ def make_plan(layout: Layout, orthogonalize: bool, bucket_size: int) -> Plan:
     for number, held in enumerate(layout.slices):
         for block in held.original.view.blocks(held.shape):
             shape, storage = BlockShape(block), id(held.storage)
-            plan.parts.append(Part(number, shape, pieces(block, held.start, held.stop),
-                                   rows.get(storage, 0), cols.get(storage, 0)))
+            plan.parts.append(
+                Part(number, shape, pieces(block, held.start, held.stop), rows.get(storage, 0), cols.get(storage, 0))
+            )
             rows[storage] = rows.get(storage, 0) + prod(shape.row)
             cols[storage] = cols.get(storage, 0) + prod(shape.col)
     plan.factored = {storage: (rows[storage], cols[storage]) for storage in rows}
@@ -74,8 +80,13 @@ def make_plan(layout: Layout, orthogonalize: bool, bucket_size: int) -> Plan:
         size += prod(held.shape)
     if orthogonalize and any(part.shape.matrix for part in plan.parts):
         for bucket in plan.buckets:
-            plan.units.append([unit for part in map(plan.parts.__getitem__, plan.parts_of(bucket))
-                               for unit in units_of(bucket.index(part.held), part.shape, part.held, layout)])
+            plan.units.append(
+                [
+                    unit
+                    for part in map(plan.parts.__getitem__, plan.parts_of(bucket))
+                    for unit in units_of(bucket.index(part.held), part.shape, part.held, layout)
+                ]
+            )
         choose_owners(plan.units, layout.world)
     return plan
 

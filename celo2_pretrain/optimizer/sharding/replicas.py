@@ -4,6 +4,7 @@ Whole tensors (DDP, ZeRO-0) are replicated with all their states; under ZeRO-1/2
 Hybrid sharding (HSDP) replicates each slice, with its states, over an axis of the mesh.
 Ranks that drift apart train on without an error; DeepSpeed had such bugs (issues 7807, 8090).
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -60,9 +61,11 @@ def check_replicas(layout: Layout, state: Mapping[Tensor, dict[str, Any]]) -> No
         differs = dict(zip(names, _most(torch.tensor(list(differs.values())), group).tolist()))
     differing = [name for name, flag in differs.items() if flag]
     if differing:
-        raise DriftError(f"ranks have drifted apart: {'; '.join(differing[:3])}"
-                         + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
-                         + " differ between ranks; go back to the last checkpoint")
+        raise DriftError(
+            f"ranks have drifted apart: {'; '.join(differing[:3])}"
+            + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
+            + " differ between ranks; go back to the last checkpoint"
+        )
 
 
 def _most(x: Tensor, group: Any) -> Tensor:

@@ -1,4 +1,5 @@
 """Axes and sizes of a block, as the passes and the plan need them."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -63,4 +64,4 @@ class BlockShape:
         return block.inner_axis
 
     def _without(self, axis: int) -> tuple[int, ...]:
-        return (*self.full[:axis], 1, *self.full[axis + 1:])
+        return (*self.full[:axis], 1, *self.full[axis + 1 :])

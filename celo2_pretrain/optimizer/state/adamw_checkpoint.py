@@ -3,6 +3,7 @@
 Files are opened memory-mapped and with torch's `weights_only` unpickler, which builds nothing but tensors, containers
 and the four DeepSpeed classes below.
 """
+
 from __future__ import annotations
 
 import pickle
@@ -45,16 +46,20 @@ class AdamWCheckpoint:
     Raises StateError for what is no such checkpoint, lacks files, or holds the state of another optimizer.
     """
 
-    def __init__(self, folder: str | Path, tag: str | None = None, names: Sequence[str] | None = None,
-                 trained: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        tag: str | None = None,
+        names: Sequence[str] | None = None,
+        trained: Collection[str] | None = None,
+    ) -> None:
         self.folder = _find(Path(folder), tag)
         self._where = repr(str(self.folder))
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._fragments: dict[str, list[Fragment]] = {}
         self._facts: dict[str, tuple[float, dict[str, Any]]] = {}  # step and options of the param group
         if any(re.search(r"mp_rank_0*[1-9]", path.name) for path in self.folder.iterdir()):
-            raise StateError(f"{self._where} is of a run with tensor or pipeline parallelism, which is not "
-                             "supported")
+            raise StateError(f"{self._where} is of a run with tensor or pipeline parallelism, which is not supported")
         files = sorted(self.folder.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
         models = sorted(self.folder.glob("*mp_rank_00_model_states.pt"), key=_rank_of)
         if not models:
@@ -65,13 +70,17 @@ class AdamWCheckpoint:
             return
         missing = set(range(model["dp_world_size"])) - {_rank_of(path) for path in files}
         if missing:
-            raise StateError(f"{self._where} lacks the optim_states file of rank {min(missing)}: copy the "
-                             "checkpoint again, with all ranks' files")
+            raise StateError(
+                f"{self._where} lacks the optim_states file of rank {min(missing)}: copy the "
+                "checkpoint again, with all ranks' files"
+            )
         saved = [load_plain(path) for path in files]
         if len(files) > 1 and saved[0].get("ds_config", {}).get("zero_optimization", {}).get("round_robin_gradients"):
-            raise StateError(f"{self._where} was saved with round_robin_gradients, where DeepSpeed records the "
-                             "tensors' places wrong: load it in DeepSpeed, call save_state(engine, …), and convert "
-                             "that")
+            raise StateError(
+                f"{self._where} was saved with round_robin_gradients, where DeepSpeed records the "
+                "tensors' places wrong: load it in DeepSpeed, call save_state(engine, …), and convert "
+                "that"
+            )
         ranks = [state["optimizer_state_dict"] for state in saved]
         self.shapes = {name: whole(tuple(shape)) for group in model["param_shapes"] for name, shape in group.items()}
         self._fragments = {name: [] for name in self.shapes}
@@ -83,20 +92,27 @@ class AdamWCheckpoint:
         for name, parts in self._fragments.items():
             held = sum(part.count for part in parts)
             if held != prod(self.shapes[name]):
-                raise StateError(f"{self._where} holds {held} elements of {name!r} of shape {self.shapes[name]}: "
-                                 "files of different checkpoints seem mixed")
+                raise StateError(
+                    f"{self._where} holds {held} elements of {name!r} of shape {self.shapes[name]}: "
+                    "files of different checkpoints seem mixed"
+                )
 
     def rename(self, names: Iterable[str]) -> None:
         """Call the parameters by these names where both mean the same parameter, whatever wrapped the model."""
         new = match(self.shapes, names)
         self.shapes, self._fragments, self._facts = (
             {new.get(name, name): value for name, value in some.items()}
-            for some in (self.shapes, self._fragments, self._facts))
+            for some in (self.shapes, self._fragments, self._facts)
+        )
 
     def read(self, name: str) -> dict[str, Tensor]:
         """`param`, `exp_avg` and `exp_avg_sq` of one parameter, float32, in its full shape."""
-        return {key: torch.cat([part.tensors[key].reshape(-1)[part.start:part.start + part.count].float()
-                                for part in self._fragments[name]]).view(self.shapes[name]) for key in KEYS}
+        return {
+            key: torch.cat(
+                [part.tensors[key].reshape(-1)[part.start : part.start + part.count].float() for part in self._fragments[name]]
+            ).view(self.shapes[name])
+            for key in KEYS
+        }
 
     def step(self, name: str) -> float:
         return self._facts[name][0]
@@ -108,10 +124,11 @@ class AdamWCheckpoint:
     def _zero12(self, state: dict[str, Any]) -> None:
         base = state["base_optimizer_state"]
         if not isinstance(base, dict):
-            raise StateError(f"{self._where} is an elastic checkpoint; save it without \"elastic_checkpoint\"")
+            raise StateError(f'{self._where} is an elastic checkpoint; save it without "elastic_checkpoint"')
         for number, mapping in enumerate(state["param_slice_mappings"]):
-            tensors, fact = self._group(base, number, state["single_partition_of_fp32_groups"][number],
-                                        base["param_groups"][number])
+            tensors, fact = self._group(
+                base, number, state["single_partition_of_fp32_groups"][number], base["param_groups"][number]
+            )
             for name, place in mapping.items():
                 self._fragments[name].append(Fragment(tensors, place.start, place.numel))
                 self._facts[name] = fact
@@ -130,8 +147,7 @@ class AdamWCheckpoint:
                 self._facts[name] = fact
                 offset += size
 
-    def _without_zero(self, model: dict[str, Any], names: Sequence[str] | None,
-                      trained: Collection[str] | None) -> None:
+    def _without_zero(self, model: dict[str, Any], names: Sequence[str] | None, trained: Collection[str] | None) -> None:
         saved = model["optimizer"]
         if not saved:
             raise StateError(f"{self._where} holds no optimizer state")
@@ -145,14 +161,17 @@ class AdamWCheckpoint:
                 names = [name for name in names if name in known]
             count = len(names) if fused else sum(len(group["params"]) for group in groups)
             if len(groups) > 1 or len(names) != count:
-                raise StateError(f"{self._where} was saved without ZeRO, so it doesn't say which of its {count} "
-                                 f"optimizer states ({len(groups)} param groups) is whose: pass names=[…], the "
-                                 "parameters' names in the order in which the optimizer was given them")
+                raise StateError(
+                    f"{self._where} was saved without ZeRO, so it doesn't say which of its {count} "
+                    f"optimizer states ({len(groups)} param groups) is whose: pass names=[…], the "
+                    "parameters' names in the order in which the optimizer was given them"
+                )
         known = match(names, model["module"])
         unknown = [name for name in names if name not in known]
         if unknown:
-            raise StateError(f"names has {unknown[0]!r}, but the checkpoint's model has names like "
-                             f"{list(model['module'])[:2]}")
+            raise StateError(
+                f"names has {unknown[0]!r}, but the checkpoint's model has names like {list(model['module'])[:2]}"
+            )
         names = [known[name] for name in names]
         self.shapes = {name: whole(tuple(model["module"][name].shape)) for name in names}
         if fused:
@@ -161,8 +180,9 @@ class AdamWCheckpoint:
         else:
             owner = [group for group in groups for _ in group["params"]]
             if len(names) != len(owner):
-                raise StateError(f"{len(names)} names were passed, but {self._where} has the optimizer state of "
-                                 f"{len(owner)} parameters")
+                raise StateError(
+                    f"{len(names)} names were passed, but {self._where} has the optimizer state of {len(owner)} parameters"
+                )
             masters = saved.get("fp32_groups")  # in 16 bits; else the model's parameters are float32 themselves
             masters = [x for group in masters for x in group] if masters else [model["module"][name] for name in names]
             held = [(number, master.numel()) for number, master in enumerate(masters)]
@@ -176,21 +196,27 @@ class AdamWCheckpoint:
                 self._facts[name] = fact
                 offset += prod(self.shapes[name])
             if offset != size or (not fused and whole(tuple(tensors["exp_avg"].shape)) != self.shapes[name]):
-                raise StateError(f"optimizer state {number} of {self._where} has shape "
-                                 f"{tuple(tensors['exp_avg'].shape)}, which the parameters at its place don't have: "
-                                 "pass names=[…] in the order in which the optimizer was given its parameters")
+                raise StateError(
+                    f"optimizer state {number} of {self._where} has shape "
+                    f"{tuple(tensors['exp_avg'].shape)}, which the parameters at its place don't have: "
+                    "pass names=[…] in the order in which the optimizer was given its parameters"
+                )
         if left:
-            raise StateError(f"{self._where} has no optimizer state for {left[0]!r}: pass names=[…] as the "
-                             "optimizer was given its parameters")
+            raise StateError(
+                f"{self._where} has no optimizer state for {left[0]!r}: pass names=[…] as the "
+                "optimizer was given its parameters"
+            )
 
-    def _group(self, base: dict[str, Any], number: int, master: Tensor, group: dict[str, Any]
-               ) -> tuple[dict[str, Tensor], tuple[float, dict[str, Any]]]:
+    def _group(
+        self, base: dict[str, Any], number: int, master: Tensor, group: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], tuple[float, dict[str, Any]]]:
         state = base["state"].get(number, {})
         if not {"exp_avg", "exp_avg_sq"} <= state.keys():
-            raise StateError(f"{self._where} was not saved by AdamW: its optimizer state has {sorted(state)[:6]} "
-                             "instead of exp_avg and exp_avg_sq" + (
-                                 "; a Celo2 state is converted by save_state and to_adamw" if "momentum_0" in state
-                                 else ""))
+            raise StateError(
+                f"{self._where} was not saved by AdamW: its optimizer state has {sorted(state)[:6]} "
+                "instead of exp_avg and exp_avg_sq"
+                + ("; a Celo2 state is converted by save_state and to_adamw" if "momentum_0" in state else "")
+            )
         step = float(state.get("step", group.get("step", 0)))
         options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
         return {"param": master, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}, (step, options)
@@ -204,8 +230,7 @@ class SavedAdamW:
         self.folder = self.reader.folder
         other = next((name for name, entry in self.reader.tensors.items() if entry["rule"] != "adamw"), None)
         if other is not None:
-            raise StateError(f"{str(folder)!r} is a Celo2 state already ({other!r} has the learned rule): "
-                             "load_state takes it")
+            raise StateError(f"{str(folder)!r} is a Celo2 state already ({other!r} has the learned rule): load_state takes it")
         self.reader.verify()
         self._index()
 
@@ -225,8 +250,7 @@ class SavedAdamW:
 
     def options(self, name: str) -> dict[str, Any]:
         if "betas" not in self._options.get(name, {}):
-            raise StateError(f"{str(self.folder)!r} doesn't say with which betas AdamW ran; save it from an engine with "
-                             "AdamW")
+            raise StateError(f"{str(self.folder)!r} doesn't say with which betas AdamW ran; save it from an engine with AdamW")
         return self._options[name]
 
 
@@ -235,8 +259,10 @@ def _find(folder: Path, tag: str | None) -> Path:
         return folder  # the tagged folder itself
     if tag is None:
         if not (folder / "latest").is_file():
-            raise StateError(f"no DeepSpeed checkpoint in {str(folder)!r}: it has no file 'latest'; give the folder "
-                             "that engine.save_checkpoint was given, or a tag")
+            raise StateError(
+                f"no DeepSpeed checkpoint in {str(folder)!r}: it has no file 'latest'; give the folder "
+                "that engine.save_checkpoint was given, or a tag"
+            )
         tag = (folder / "latest").read_text().strip()
     if not (folder / tag).is_dir():
         raise StateError(f"{str(folder)!r} has no checkpoint {tag!r}")
@@ -263,8 +289,11 @@ def load_plain(path: Path, map_location: Any = "cpu", mmap: bool = True) -> dict
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"the class {found[1]}" if found else "something that is not plain data"
-        raise StateError(f"{path} holds {what}, which is not unpickled for safety; take such client state out of the "
-                         "checkpoint, or load it in DeepSpeed and call save_state(engine, …)") from None
+        raise StateError(
+            f"{path} holds {what}, which is not unpickled for safety; take such client state out of the "
+            "checkpoint, or load it in DeepSpeed and call save_state(engine, …)"
+        ) from None
     except (OSError, RuntimeError) as error:
-        raise StateError(f"{path} is damaged ({str(error).splitlines()[0]}); copy it again, or use another "
-                         "checkpoint") from None
+        raise StateError(
+            f"{path} is damaged ({str(error).splitlines()[0]}); copy it again, or use another checkpoint"
+        ) from None

@@ -1,4 +1,5 @@
 """Work that all ranks do together, so that an error on one of them is an error on all."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -7,6 +7,7 @@
 
 A folder under its final name is whole: it is written as `<folder>.incomplete` and renamed at the end.
 """
+
 from __future__ import annotations
 
 import json
@@ -58,8 +59,13 @@ def begin(folder: Path) -> None:
     unfinished.mkdir(parents=True, exist_ok=True)
 
 
-def write_ranges(folder: Path, prefix: str, ranges: Iterable[tuple[str, int, int]],
-                 fetch: Callable[[str, int, int], dict[str, Tensor]], most: int = FILE_BYTES) -> dict[str, Any]:
+def write_ranges(
+    folder: Path,
+    prefix: str,
+    ranges: Iterable[tuple[str, int, int]],
+    fetch: Callable[[str, int, int], dict[str, Tensor]],
+    most: int = FILE_BYTES,
+) -> dict[str, Any]:
     """Write flat ranges of tensors, about `most` bytes a file.
 
     Args:
@@ -130,21 +136,25 @@ class StateReader:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if building(self.folder).is_dir() and not self.folder.exists():
-            raise StateError(f"{str(folder)!r} was not finished (only {building(self.folder).name!r} exists): "
-                             "its save was interrupted; use an earlier checkpoint")
+            raise StateError(
+                f"{str(folder)!r} was not finished (only {building(self.folder).name!r} exists): "
+                "its save was interrupted; use an earlier checkpoint"
+            )
         if not (self.folder / INDEX).is_file():
-            raise StateError(f"no optimizer state at {str(folder)!r}: it has no {INDEX}; give the folder that "
-                             "save_state wrote")
+            raise StateError(
+                f"no optimizer state at {str(folder)!r}: it has no {INDEX}; give the folder that save_state wrote"
+            )
         try:
             index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
         except (ValueError, RecursionError, OSError) as error:
             raise StateError(f"{self.folder / INDEX} is damaged ({error}); use another checkpoint") from None
         if not isinstance(index, dict) or index.get("format") != FORMAT:
-            raise StateError(f"{self.folder / INDEX} is not of the format {FORMAT!r}; give the folder that save_state "
-                             "wrote")
+            raise StateError(f"{self.folder / INDEX} is not of the format {FORMAT!r}; give the folder that save_state wrote")
         if index.get("version") != VERSION:
-            raise StateError(f"{str(folder)!r} has format version {short(index.get('version'))}, this program reads version "
-                             f"{VERSION}: load it with the version of Celo2-Pretrain that wrote it")
+            raise StateError(
+                f"{str(folder)!r} has format version {short(index.get('version'))}, this program reads version "
+                f"{VERSION}: load it with the version of Celo2-Pretrain that wrote it"
+            )
         try:
             check_index(index)
         except ValueError as error:
@@ -156,8 +166,10 @@ class StateReader:
         self.loss_scale: dict[str, Any] | None = index.get("loss_scale")  # of an fp16 run with a dynamic one
         missing = [name for name in self.files if not (self.folder / name).is_file()]
         if missing:
-            raise StateError(f"{str(folder)!r} lacks {missing[0]!r} ({len(missing)} of {len(self.files)} files are "
-                             "missing): copy the folder again, or use another checkpoint")
+            raise StateError(
+                f"{str(folder)!r} lacks {missing[0]!r} ({len(missing)} of {len(self.files)} files are "
+                "missing): copy the folder again, or use another checkpoint"
+            )
         self._held: dict[str, list[tuple[int, int, str]]] = {name: [] for name in self.tensors}
         for file, entry in self.files.items():
             for name, (start, stop) in entry["ranges"].items():
@@ -166,8 +178,10 @@ class StateReader:
             held.sort()
             ends = [0, *(stop for _, stop, _ in held)]
             if [start for start, _, _ in held] != ends[:-1] or ends[-1] != prod(self.tensors[name]["shape"]):
-                raise StateError(f"{str(folder)!r} does not hold {short(name)} exactly once: its files have the flat ranges "
-                                 f"{short([list(x[:2]) for x in held])} of {prod(self.tensors[name]['shape'])} elements")
+                raise StateError(
+                    f"{str(folder)!r} does not hold {short(name)} exactly once: its files have the flat ranges "
+                    f"{short([list(x[:2]) for x in held])} of {prod(self.tensors[name]['shape'])} elements"
+                )
         self._saved_names: dict[str, str] = {}  # by the names that `rename` gave
         self._open = lru_cache(maxsize=8)(lambda file: safe_open(self.folder / file, framework="pt"))
 
@@ -183,8 +197,10 @@ class StateReader:
         """Compare the checksums of every `parts`-th file. Raises StateError naming a damaged file."""
         for file in sorted(self.files)[part::parts]:
             if sha256(self.folder / file) != self.files[file]["sha256"]:
-                raise StateError(f"{self.folder / file} is damaged (its sha256 is not the index's): copy it again, or "
-                                 "use another checkpoint")
+                raise StateError(
+                    f"{self.folder / file} is damaged (its sha256 is not the index's): copy it again, or "
+                    "use another checkpoint"
+                )
 
     def check_options(self, now: dict[str, dict[str, Any]]) -> None:
         """Raises StateError for saved options that the optimizer's groups, `now` by parameter name, can't take."""

@@ -1,4 +1,5 @@
 """What an optimizer holds on this rank, tensor by tensor, in whatever form a wrapper keeps it: for `state`."""
+
 from __future__ import annotations
 
 import hashlib
@@ -66,8 +67,10 @@ def examine(optimizer: Any) -> tuple[torch.optim.Optimizer, Any, list[Held]]:
         raise TypeError(f"expected a Celo2 or a DeepSpeed engine, got {type(optimizer).__name__}")
     for part in (optimizer, wrapper):
         if getattr(part, "swap_optimizer", False):
-            raise StateError("the optimizer's states are offloaded to NVMe, which can't be read here; use "
-                             "engine.save_checkpoint, or offload to the CPU")
+            raise StateError(
+                "the optimizer's states are offloaded to NVMe, which can't be read here; use "
+                "engine.save_checkpoint, or offload to the CPU"
+            )
     held = list(of_celo2(inner) if isinstance(inner, Celo2) else _of_adamw(inner, wrapper, optimizer))
     names = [h.name for h in held]
 
@@ -82,8 +85,10 @@ def examine(optimizer: Any) -> tuple[torch.optim.Optimizer, Any, list[Held]]:
     everyone = gather(hashlib.sha256(json.dumps([h.describe() | {"name": h.name} for h in held]).encode()).hexdigest())
     if any(other != everyone[0] for other in everyone):
         rank = next(rank for rank, other in enumerate(everyone) if other != everyone[0])
-        raise StateError(f"rank {rank} has other parameters than rank 0 (names, order, shapes, rules or views); "
-                         "construct model and optimizer alike on all ranks")
+        raise StateError(
+            f"rank {rank} has other parameters than rank 0 (names, order, shapes, rules or views); "
+            "construct model and optimizer alike on all ranks"
+        )
     return inner, wrapper, held
 
 
@@ -94,14 +99,16 @@ def of_celo2(optimizer: Celo2) -> Iterator[Held]:
             optimizer._init_state(group, param, plans)
         for plan in plans:
             for number, piece in enumerate(plan.layout.slices):
-                yield Held(group, group["rule"], piece, plan.layout.kind, optimizer.state[piece.storage],
-                           *plan.columns(number))
+                yield Held(
+                    group, group["rule"], piece, plan.layout.kind, optimizer.state[piece.storage], *plan.columns(number)
+                )
 
 
 def at_rest(optimizer: Celo2) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
     """(param group, tensors as a step would find them); between steps ZeRO-3 leaves the groups empty."""
-    originals = [original for group in optimizer.param_groups for original in optimizer.originals_of(group)
-                 if original.trainable]
+    originals = [
+        original for group in optimizer.param_groups for original in optimizer.originals_of(group) if original.trainable
+    ]
     zero3 = getattr(originals[0].param, "_z3_optimizer", None) if originals else None
     if zero3 is not None:
         for number, flat in enumerate(zero3.fp32_partitioned_groups_flat):
@@ -116,18 +123,26 @@ def at_rest(optimizer: Celo2) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
 def _of_adamw(optimizer: torch.optim.Optimizer, wrapper: Any, engine: Any) -> Iterator[Held]:
     """The same for AdamW under DeepSpeed (or given named parameters), whose original parameters the wrapper keeps."""
     if not hasattr(engine, "module") and not all("param_names" in group for group in optimizer.param_groups):
-        raise StateError(f"the parameters of {type(optimizer).__name__} have no names: pass the DeepSpeed engine, or "
-                         "construct the optimizer from model.named_parameters()")
-    named = (list(engine.module.named_parameters()) if hasattr(engine, "module") else
-             [pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"])])
+        raise StateError(
+            f"the parameters of {type(optimizer).__name__} have no names: pass the DeepSpeed engine, or "
+            "construct the optimizer from model.named_parameters()"
+        )
+    named = (
+        list(engine.module.named_parameters())
+        if hasattr(engine, "module")
+        else [pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"])]
+    )
     forms = canonical_names(name for name, _ in named)
     names = {param: forms[name] for name, param in named}
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO-3
-        found = [(optimizer.param_groups[wrapper.sub_group_to_group_id[number]], wrapper.fp16_groups[number], [flat])
-                 for number, flat in enumerate(wrapper.fp32_partitioned_groups_flat)]
+        found = [
+            (optimizer.param_groups[wrapper.sub_group_to_group_id[number]], wrapper.fp16_groups[number], [flat])
+            for number, flat in enumerate(wrapper.fp32_partitioned_groups_flat)
+        ]
     else:
-        kept = next((getattr(wrapper, key) for key in ("bit16_groups", "bf16_groups", "fp16_groups")
-                     if hasattr(wrapper, key)), None)
+        kept = next(
+            (getattr(wrapper, key) for key in ("bit16_groups", "bf16_groups", "fp16_groups") if hasattr(wrapper, key)), None
+        )
         found = []
         for number, group in enumerate(optimizer.param_groups):
             params = [param for param in group["params"] if param.requires_grad]
@@ -138,6 +153,9 @@ def _of_adamw(optimizer: torch.optim.Optimizer, wrapper: Any, engine: Any) -> It
                 storage, state = piece.storage, optimizer.state[piece.storage]
                 if "exp_avg" not in state:
                     whole = isinstance(optimizer, torch.optim.Adam)  # DeepSpeed's own count in a plain int
-                    state.update(step=torch.zeros((), dtype=torch.float32) if whole else 0,
-                                 exp_avg=torch.zeros_like(storage), exp_avg_sq=torch.zeros_like(storage))
+                    state.update(
+                        step=torch.zeros((), dtype=torch.float32) if whole else 0,
+                        exp_avg=torch.zeros_like(storage),
+                        exp_avg_sq=torch.zeros_like(storage),
+                    )
                 yield Held(group, "adamw", piece, layout.kind, state)

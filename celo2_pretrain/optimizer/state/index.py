@@ -2,6 +2,7 @@
 
 The checks raise ValueError that says what is wrong with it; numbers and names come from a file that may be damaged.
 """
+
 from __future__ import annotations
 
 import math
@@ -38,8 +39,11 @@ def view_of(entry: dict[str, Any]) -> MatrixView:
     for key, value in entry.items():
         if key not in defaults:
             raise ValueError(f"a view has no {short(key)}, only {', '.join(defaults)}")
-        good = (isinstance(value, list) and all(type(size) is int for size in value) if key == "split"
-                else type(value) is type(defaults[key]))
+        good = (
+            isinstance(value, list) and all(type(size) is int for size in value)
+            if key == "split"
+            else type(value) is type(defaults[key])
+        )
         if not good:
             raise ValueError(f"{key} of a view can't be {short(value)}")
     return MatrixView(**{**entry, "split": tuple(entry.get("split", ()))})
@@ -66,8 +70,11 @@ def check_index(index: dict) -> None:
             raise ValueError(f"file {short(file)} leads out of the folder or has another kind of name")
         part(entry, "sha256", str, f"file {file}")
         for name, ends in part(entry, "ranges", dict, f"file {file}").items():
-            if name not in index["tensors"] or not (isinstance(ends, list) and len(ends) == 2) or not all(
-                    type(end) is int and 0 <= end < 2**60 for end in ends):
+            if (
+                name not in index["tensors"]
+                or not (isinstance(ends, list) and len(ends) == 2)
+                or not all(type(end) is int and 0 <= end < 2**60 for end in ends)
+            ):
                 raise ValueError(f"file {file} has the range {short(ends)} of {short(name)}")
     if "extra" not in index:
         raise ValueError("it has no extra")

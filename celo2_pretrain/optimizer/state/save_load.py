@@ -4,6 +4,7 @@ Each rank writes the ranges that it holds and reads the ranges that it needs, te
 4 ranks under ZeRO-2 goes on with 2 ranks under ZeRO-3, with offload, FSDP2, or one plain process. What is written
 where is in `files`. AdamW under DeepSpeed is saved and restored the same way (`takeover` converts between them).
 """
+
 from __future__ import annotations
 
 import json
@@ -32,8 +33,19 @@ from .index import view_of
 
 logger = logging.getLogger(__name__)
 
-OPTIONS = ("lr", "initial_lr", "weight_decay", "adamw_weight_decay", "orthogonalize", "newton_schulz", "adamw_lr_multiplier",
-           "adamw_betas", "adamw_eps", "betas", "eps")  # of a param group, as far as it has them
+OPTIONS = (
+    "lr",
+    "initial_lr",
+    "weight_decay",
+    "adamw_weight_decay",
+    "orthogonalize",
+    "newton_schulz",
+    "adamw_lr_multiplier",
+    "adamw_betas",
+    "adamw_eps",
+    "betas",
+    "eps",
+)  # of a param group, as far as it has them
 SCALE = ("cur_scale", "cur_iter", "last_overflow_iter")  # of a dynamic loss scale
 
 
@@ -55,18 +67,23 @@ def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:
     def fetch(name: str, start: int, stop: int) -> dict[str, Tensor]:
         h = by_name[name]
         low = h.slice.offset + start - h.slice.start
-        cut = {key: whole.reshape(-1)[low:low + stop - start] for key in (*h.keys, "packed")
-               if (whole := h.tensor(key)) is not None}
+        cut = {
+            key: whole.reshape(-1)[low : low + stop - start]
+            for key in (*h.keys, "packed")
+            if (whole := h.tensor(key)) is not None
+        }
         if "packed" in cut:
             cut |= unpack_range(cut["packed"], h.slice, start, *h.factored)
-        return {key: cut[key].to("cpu", torch.float32, copy=True) if key in cut else torch.zeros(stop - start)
-                for key in h.keys}
+        return {
+            key: cut[key].to("cpu", torch.float32, copy=True) if key in cut else torch.zeros(stop - start) for key in h.keys
+        }
 
     def write() -> dict[str, Any]:
         unfinished = state_files.building(folder)
         if not unfinished.is_dir():
-            raise StateError(f"{str(unfinished)!r}, which rank 0 made, is not there: the ranks need a "
-                             "file system that they share")
+            raise StateError(
+                f"{str(unfinished)!r}, which rank 0 made, is not there: the ranks need a file system that they share"
+            )
         files = state_files.write_ranges(unfinished, f"rank_{this_rank():05d}", shares, fetch)
         if this_rank() == 0:
             digest = state_files.write_tensors(unfinished / SHARED, _shared(inner, held))
@@ -82,9 +99,13 @@ def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:
     together(begin)
     try:
         files = gather(together(write))
-        index = {"tensors": {h.name: h.describe() for h in held}, "groups": _options(held), "extra": extra,
-                 "loss_scale": {key: getattr(scaler, key) for key in SCALE if hasattr(scaler, key)} if scaler else None,
-                 "files": {name: entry for some in files for name, entry in some.items()}}
+        index = {
+            "tensors": {h.name: h.describe() for h in held},
+            "groups": _options(held),
+            "extra": extra,
+            "loss_scale": {key: getattr(scaler, key) for key in SCALE if hasattr(scaler, key)} if scaler else None,
+            "files": {name: entry for some in files for name, entry in some.items()},
+        }
         together(lambda: state_files.finish(folder, index) if this_rank() == 0 else None)
     except BaseException:
         if this_rank() == 0:
@@ -113,8 +134,10 @@ def load_state(optimizer: Any, folder: str | Path, verify: bool = True) -> Any:
         reader = StateReader(folder)
         _compare(reader, held)
         if any(h.kind.startswith("ZeRO-1/2") for h in held) and not hasattr(wrapper, "update_lp_params"):
-            raise StateError("the optimizer is driven by DeepSpeed's ZeRO: pass the engine, so that the model's own "
-                             "parameters can be refreshed too")
+            raise StateError(
+                "the optimizer is driven by DeepSpeed's ZeRO: pass the engine, so that the model's own "
+                "parameters can be refreshed too"
+            )
         if verify:
             reader.verify(this_rank(), world_size())
         _check_factored(reader, held)
@@ -130,8 +153,10 @@ def load_state(optimizer: Any, folder: str | Path, verify: bool = True) -> Any:
         if (theta := reader.theta()) is not None and isinstance(inner, Celo2):
             inner.mlp, old, inner._mlps = load_weights(theta), inner.mlp, {}
             if any(not torch.equal(a, b) for a, b in zip(inner.mlp, old)):
-                logger.warning("the restored state was made with other weights (theta) than the optimizer was given; "
-                               "going on with the restored ones")
+                logger.warning(
+                    "the restored state was made with other weights (theta) than the optimizer was given; "
+                    "going on with the restored ones"
+                )
 
     reader = together(open_)
     held = _take_views(inner, held, reader)
@@ -181,8 +206,9 @@ def _shared(optimizer: torch.optim.Optimizer, held: Iterable[Held]) -> dict[str,
 def _options(held: list[Held]) -> list[dict[str, Any]]:
     groups: dict[int, dict[str, Any]] = {}
     for h in held:
-        options = {key: float(value) if isinstance(value, Tensor) else value
-                   for key, value in h.group.items() if key in OPTIONS}
+        options = {
+            key: float(value) if isinstance(value, Tensor) else value for key, value in h.group.items() if key in OPTIONS
+        }
         groups.setdefault(id(h.group), {"options": options, "names": []})["names"].append(h.name)
     return list(groups.values())
 
@@ -204,27 +230,39 @@ def _compare(reader: StateReader, held: list[Held]) -> None:
     reader.rename(h.name for h in held)
     saved, where = reader.tensors, str(reader.folder)
     if missing := [h.name for h in held if h.name not in saved]:
-        raise StateError(f"{where!r} has no parameter {missing[0]!r} ({len(missing)} of the optimizer's {len(held)} "
-                         f"are missing); it has names like {list(saved)[:2]}: load it into the model it was saved from")
+        raise StateError(
+            f"{where!r} has no parameter {missing[0]!r} ({len(missing)} of the optimizer's {len(held)} "
+            f"are missing); it has names like {list(saved)[:2]}: load it into the model it was saved from"
+        )
     if extra := sorted(set(saved) - {h.name for h in held}):
-        raise StateError(f"{where!r} has the parameter {extra[0]!r}, which the optimizer does not train ({len(extra)} "
-                         "such): load it into the model it was saved from, with the same parameters frozen")
+        raise StateError(
+            f"{where!r} has the parameter {extra[0]!r}, which the optimizer does not train ({len(extra)} "
+            "such): load it into the model it was saved from, with the same parameters frozen"
+        )
     for h in held:
         ours, theirs = h.describe(), saved[h.name]
         for key in ("shape", "rule", "vector"):  # the state's view is taken over
             if ours[key] == theirs[key]:
                 continue
-            raise StateError(f"{where!r} has {h.name!r} with {key} {short(theirs[key])}, the optimizer with {ours[key]!r}: "
-                             "construct model and param groups as when it was saved" + (
-                                 f", e.g. by param_groups(model, {theirs[key]}=[{h.name!r}]) (from_adamw and to_adamw convert "
-                                 "the state of a whole run)" if key == "rule" else ""))
+            raise StateError(
+                f"{where!r} has {h.name!r} with {key} {short(theirs[key])}, the optimizer with {ours[key]!r}: "
+                "construct model and param groups as when it was saved"
+                + (
+                    f", e.g. by param_groups(model, {theirs[key]}=[{h.name!r}]) (from_adamw and to_adamw convert "
+                    "the state of a whole run)"
+                    if key == "rule"
+                    else ""
+                )
+            )
     options = {name: group["options"] for group in reader.groups for name in group["names"]}
     first: dict[int, Held] = {}
     for h in held:
         other = first.setdefault(id(h.group), h)
         if options.get(other.name) != options.get(h.name):
-            raise StateError(f"{other.name!r} and {h.name!r} are in one param group now, but {where!r} has different "
-                             "options for them: make the same param groups as when it was saved")
+            raise StateError(
+                f"{other.name!r} and {h.name!r} are in one param group now, but {where!r} has different "
+                "options for them: make the same param groups as when it was saved"
+            )
     reader.check_options({h.name: h.group for h in held})
 
 
@@ -241,8 +279,10 @@ def _check_factored(reader: StateReader, held: list[Held]) -> None:
         for key, columns in zip(("v_row", "v_col"), sizes):
             there = tuple(reader.shared(f"{h.name}|{key}").shape)
             if there != (3, columns):
-                raise StateError(f"{str(reader.folder)!r} is damaged: {key} of {h.name!r} has shape {there}, its matrices need "
-                                 f"{(3, columns)}; use another checkpoint")
+                raise StateError(
+                    f"{str(reader.folder)!r} is damaged: {key} of {h.name!r} has shape {there}, its matrices need "
+                    f"{(3, columns)}; use another checkpoint"
+                )
 
 
 def _take_views(optimizer: torch.optim.Optimizer, held: list[Held], reader: StateReader) -> list[Held]:
@@ -260,8 +300,13 @@ def _take_views(optimizer: torch.optim.Optimizer, held: list[Held], reader: Stat
                 if key in state and state[key].shape[1] != columns:
                     state[key] = state[key].new_zeros(3, columns)  # to be read
     if this_rank() == 0:
-        logger.warning("%d tensors (%s) consist of other matrices in %s than Celo2 would read now: they are read as there, so "
-                       "that the run goes on as it began", len(changed), ", ".join(h.name for h in changed[:3]), reader.folder)
+        logger.warning(
+            "%d tensors (%s) consist of other matrices in %s than Celo2 would read now: they are read as there, so "
+            "that the run goes on as it began",
+            len(changed),
+            ", ".join(h.name for h in changed[:3]),
+            reader.folder,
+        )
     return list(of_celo2(optimizer))
 
 
@@ -272,8 +317,12 @@ def _restore(h: Held, reader: StateReader) -> None:
     start, stop = h.slice.start, h.slice.stop
     read = lambda key: reader.read(h.name, key, start, stop)  # noqa: E731
     for key in (("param", "packed") if "packed" in h.state else h.keys) if start < stop else ():
-        target, values = h.tensor(key), read(key) if key != "packed" else pack_range(
-            {key: read(key) for key in ACCUMULATORS}, h.slice, start, *h.factored)
+        target, values = (
+            h.tensor(key),
+            read(key)
+            if key != "packed"
+            else pack_range({key: read(key) for key in ACCUMULATORS}, h.slice, start, *h.factored),
+        )
         if target.is_contiguous():
             h.slice.of(target.view(-1)).copy_(values)
         else:  # a whole tensor that lies transposed

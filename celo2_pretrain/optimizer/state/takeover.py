@@ -14,6 +14,7 @@ Celo2's accumulators are not bias-corrected, so they get what t steps at that av
 `to_adamw` is the inverse (from momentum_0 and rms), so there and back is exact up to round-off. Tensors under the AdamW
 rule keep exp_avg, exp_avg_sq and step as they are.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -35,8 +36,9 @@ from .adamw_checkpoint import AdamWCheckpoint, SavedAdamW
 from .files import INDEX, SHARED, StateError, StateReader
 
 
-def from_adamw(checkpoint: str | Path, folder: str | Path, optimizer: Any, tag: str | None = None,
-               names: Sequence[str] | None = None) -> dict[str, float]:
+def from_adamw(
+    checkpoint: str | Path, folder: str | Path, optimizer: Any, tag: str | None = None, names: Sequence[str] | None = None
+) -> dict[str, float]:
     """Convert the state of an AdamW run into one that `load_state` gives to Celo2 in any world. One process calls it.
 
     Args:
@@ -50,8 +52,11 @@ def from_adamw(checkpoint: str | Path, folder: str | Path, optimizer: Any, tag: 
     Raises StateError for a checkpoint that can't be read, or that doesn't have just the optimizer's parameters.
     """
     optimizer, targets = _targets(optimizer)
-    source = (SavedAdamW(checkpoint) if (Path(checkpoint) / INDEX).is_file() else
-              AdamWCheckpoint(checkpoint, tag, names, trained=targets.keys()))
+    source = (
+        SavedAdamW(checkpoint)
+        if (Path(checkpoint) / INDEX).is_file()
+        else AdamWCheckpoint(checkpoint, tag, names, trained=targets.keys())
+    )
     _compare(source, targets)
     update = {"squares": 0.0, "elements": 0, "lr": 0.0, "adamw_lr": 0.0}
 
@@ -75,8 +80,9 @@ def from_adamw(checkpoint: str | Path, folder: str | Path, optimizer: Any, tag: 
     return rates
 
 
-def to_adamw(state: str | Path, folder: str | Path, betas: tuple[float, float] = (0.9, 0.95), steps: int | None = None
-             ) -> None:
+def to_adamw(
+    state: str | Path, folder: str | Path, betas: tuple[float, float] = (0.9, 0.95), steps: int | None = None
+) -> None:
     """Convert a Celo2 state into one that `load_state` gives to a DeepSpeed engine with AdamW in any world.
 
     Args:
@@ -88,21 +94,30 @@ def to_adamw(state: str | Path, folder: str | Path, betas: tuple[float, float] =
     """
     reader = StateReader(state)
     reader.verify()
-    counts = [float(reader.shared(f"{name}|step"))
-              for name, entry in reader.tensors.items() if entry["rule"] == "adamw"]
+    counts = [float(reader.shared(f"{name}|step")) for name, entry in reader.tensors.items() if entry["rule"] == "adamw"]
     taken = float(steps) if steps is not None else max(counts, default=0.0)
     if taken < 1 and len(counts) < len(reader.tensors):
-        raise StateError(f"{str(state)!r} doesn't say how many steps were taken (no tensor under the AdamW rule that "
-                         "was stepped): pass steps=…")
+        raise StateError(
+            f"{str(state)!r} doesn't say how many steps were taken (no tensor under the AdamW rule that "
+            "was stepped): pass steps=…"
+        )
 
     def convert(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if reader.tensors[name]["rule"] == "adamw":
-            return ({key: reader.whole(name, key) for key in element_keys("adamw", False)},
-                    {"step": reader.shared(f"{name}|step")})
+            return (
+                {key: reader.whole(name, key) for key in element_keys("adamw", False)},
+                {"step": reader.shared(f"{name}|step")},
+            )
         mean = reader.whole(name, "momentum_0") / (1 - MOMENTUM_DECAYS[0] ** taken)
-        square = reader.whole(name, "rms") / (1 - RMS_DECAY ** taken)
-        return ({"param": reader.whole(name, "param"), "exp_avg": mean * (1 - betas[0] ** taken),
-                 "exp_avg_sq": square * (1 - betas[1] ** taken)}, {"step": torch.tensor(taken)})
+        square = reader.whole(name, "rms") / (1 - RMS_DECAY**taken)
+        return (
+            {
+                "param": reader.whole(name, "param"),
+                "exp_avg": mean * (1 - betas[0] ** taken),
+                "exp_avg_sq": square * (1 - betas[1] ** taken),
+            },
+            {"step": torch.tensor(taken)},
+        )
 
     entries = {name: (entry["shape"], "adamw", MatrixView()) for name, entry in reader.tensors.items()}
     _write(Path(folder), entries, convert, {}, lambda: reader.extra)
@@ -110,9 +125,11 @@ def to_adamw(state: str | Path, folder: str | Path, betas: tuple[float, float] =
 
 def describe(rates: dict[str, float]) -> str:
     """`learning_rates` in words."""
-    return (f"AdamW's last step had RMS {rates['update_rms']:.2f} × lr {rates['adamw_matrix_lr']:.2g} on the matrices "
-            f"that Celo2 takes over, Celo2's has RMS 1 × lr: lr={rates['lr']:.2g} goes on with steps of the same size, and "
-            f"adamw_lr_multiplier={rates['adamw_lr_multiplier']:.3g} keeps AdamW's rate for the other tensors")
+    return (
+        f"AdamW's last step had RMS {rates['update_rms']:.2f} × lr {rates['adamw_matrix_lr']:.2g} on the matrices "
+        f"that Celo2 takes over, Celo2's has RMS 1 × lr: lr={rates['lr']:.2g} goes on with steps of the same size, and "
+        f"adamw_lr_multiplier={rates['adamw_lr_multiplier']:.3g} keeps AdamW's rate for the other tensors"
+    )
 
 
 def _learning_rates(update: dict[str, float]) -> dict[str, float]:
@@ -132,23 +149,30 @@ def _targets(optimizer: Any) -> tuple[Celo2, dict[str, tuple[Original, str]]]:
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Celo2):
         raise TypeError(f"expected the Celo2 (or its engine) that will go on, got {type(optimizer).__name__}")
-    return optimizer, {original.name: (original, group["rule"]) for group in optimizer.param_groups
-                       for original in optimizer.originals_of(group) if original.trainable}
+    return optimizer, {
+        original.name: (original, group["rule"])
+        for group in optimizer.param_groups
+        for original in optimizer.originals_of(group)
+        if original.trainable
+    }
 
 
 def _compare(source: AdamWCheckpoint | SavedAdamW, targets: dict[str, tuple[Original, str]]) -> None:
     source.rename(targets)
     where = str(source.folder)
-    for few, many, words in ((source.shapes, targets, "the checkpoint has no"),
-                             (targets, source.shapes, "Celo2 was not given the")):
+    for few, many, words in (
+        (source.shapes, targets, "the checkpoint has no"),
+        (targets, source.shapes, "Celo2 was not given the"),
+    ):
         missing = [name for name in many if name not in few]
         if missing:
-            raise StateError(f"{where!r}: {words} parameter {missing[0]!r} ({len(missing)} such; names there are like "
-                             f"{list(few)[:2]}): construct Celo2 over the same model, by param_groups(model)")
+            raise StateError(
+                f"{where!r}: {words} parameter {missing[0]!r} ({len(missing)} such; names there are like "
+                f"{list(few)[:2]}): construct Celo2 over the same model, by param_groups(model)"
+            )
     for name, (original, _) in targets.items():
         if source.shapes[name] != original.shape:
-            raise StateError(f"{where!r} has {name!r} with shape {source.shapes[name]}, the model with "
-                             f"{original.shape}")
+            raise StateError(f"{where!r} has {name!r} with shape {source.shapes[name]}, the model with {original.shape}")
         if source.step(name) < 1:
             raise StateError(f"{where!r}: AdamW has not stepped {name!r} yet, so there is nothing to take over")
 
@@ -157,27 +181,33 @@ def _unbiased(values: dict[str, Tensor], step: float, betas: Sequence[float]) ->
     return values["exp_avg"] / (1 - betas[0] ** step), values["exp_avg_sq"] / (1 - betas[1] ** step)
 
 
-def _seed(original: Original, param: Tensor, mean: Tensor, square: Tensor, step: float
-          ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _seed(
+    original: Original, param: Tensor, mean: Tensor, square: Tensor, step: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Celo2's states for one tensor: by element, and the factored ones, from the unbiased moments m̂ and v̂."""
-    elements = {"param": param, "rms": square * (1 - RMS_DECAY ** step)}
-    elements |= {f"momentum_{k}": mean * (1 - decay ** step) for k, decay in enumerate(MOMENTUM_DECAYS)}
+    elements = {"param": param, "rms": square * (1 - RMS_DECAY**step)}
+    elements |= {f"momentum_{k}": mean * (1 - decay**step) for k, decay in enumerate(MOMENTUM_DECAYS)}
     rows, cols = [], []
     for block in original.view.blocks(original.shape):
         shape = BlockShape(block)
         if not shape.matrix:
-            elements |= {f"v_full_{k}": square * (1 - decay ** step) for k, decay in enumerate(FACTORED_DECAYS)}
+            elements |= {f"v_full_{k}": square * (1 - decay**step) for k, decay in enumerate(FACTORED_DECAYS)}
             return elements, {}
         d1, d0 = block.factored
         v = block.select(square)
         rows.append(v.mean(d0).flatten())
         cols.append(v.mean(d1).flatten())
-    weight = torch.tensor([1 - decay ** step for decay in FACTORED_DECAYS])[:, None]
+    weight = torch.tensor([1 - decay**step for decay in FACTORED_DECAYS])[:, None]
     return elements, {"v_row": weight * torch.cat(rows), "v_col": weight * torch.cat(cols)}
 
 
-def _write(folder: Path, entries: dict[str, tuple[list[int], str, MatrixView]], convert: Callable,
-           shared: dict[str, Tensor], extra: Callable[[], Any]) -> None:
+def _write(
+    folder: Path,
+    entries: dict[str, tuple[list[int], str, MatrixView]],
+    convert: Callable,
+    shared: dict[str, Tensor],
+    extra: Callable[[], Any],
+) -> None:
     """Write a state: `convert(name)` gives a tensor's states by element, and those that are the same on all ranks."""
     folder = folder.absolute()
     state_files.begin(folder)

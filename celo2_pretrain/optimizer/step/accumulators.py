@@ -1,4 +1,5 @@
 """What Celo2 keeps of a tensor from step to step: names, shapes, and zeros to begin with."""
+
 from __future__ import annotations
 
 from math import prod
@@ -40,12 +41,17 @@ def init_state(param: Tensor, parts: list[Part], zeros_like: Any, dtype: torch.d
     if vectors:
         return {**state, **{f"v_full_{k}": zeros_like(param, dtype) for k in range(3)}}
     device = local(param).device
-    return {**state, "v_row": torch.zeros(3, sum(prod(part.shape.row) for part in parts), device=device),
-            "v_col": torch.zeros(3, sum(prod(part.shape.col) for part in parts), device=device)}
+    return {
+        **state,
+        "v_row": torch.zeros(3, sum(prod(part.shape.row) for part in parts), device=device),
+        "v_col": torch.zeros(3, sum(prod(part.shape.col) for part in parts), device=device),
+    }
 
 
 def row_col(part: Part, v_row: Tensor, v_col: Tensor) -> tuple[Tensor, Tensor]:
     """A block's views (3, *row), (3, *col) of what holds the factored second moments of its storage."""
     shape = part.shape
-    return (v_row[:, part.row_at:part.row_at + prod(shape.row)].unflatten(1, shape.row),
-            v_col[:, part.col_at:part.col_at + prod(shape.col)].unflatten(1, shape.col))
+    return (
+        v_row[:, part.row_at : part.row_at + prod(shape.row)].unflatten(1, shape.row),
+        v_col[:, part.col_at : part.col_at + prod(shape.col)].unflatten(1, shape.col),
+    )

@@ -2,6 +2,7 @@
 
 AdamW is elementwise, so a flat partition is stepped as it lies.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -39,11 +40,23 @@ def _torch_adamw(group: dict[str, Any], params: list[Tensor], grads: list[Tensor
     masters = [p.to(torch.float32) for p in params]
     beta1, beta2 = group["adamw_betas"]
     fused = all(p.device.type in ("cpu", "cuda") for p in masters)
-    adamw(masters, [g.to(torch.float32) for g in grads], [local(s["exp_avg"]) for s in states],
-          [local(s["exp_avg_sq"]) for s in states], [], [s["step"] for s in states], fused=fused,
-          foreach=False if fused else None, amsgrad=False, beta1=beta1, beta2=beta2,
-          lr=group["lr"] * group["adamw_lr_multiplier"], weight_decay=decay_of(group, hidden=False), eps=group["adamw_eps"],
-          maximize=False)
+    adamw(
+        masters,
+        [g.to(torch.float32) for g in grads],
+        [local(s["exp_avg"]) for s in states],
+        [local(s["exp_avg_sq"]) for s in states],
+        [],
+        [s["step"] for s in states],
+        fused=fused,
+        foreach=False if fused else None,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"] * group["adamw_lr_multiplier"],
+        weight_decay=decay_of(group, hidden=False),
+        eps=group["adamw_eps"],
+        maximize=False,
+    )
     for p, master in zip(params, masters):
         if p is not master:
             p.copy_(master)

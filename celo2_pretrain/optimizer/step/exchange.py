@@ -4,6 +4,7 @@ Each *unit* (one or more matrices of one block) has one owner. Directions travel
 back normalised, bucket by bucket, by all-to-all; a unit that lies whole on one rank doesn't travel. Only the
 direction travels, never p, m or v, and nobody ever holds more than its bucket's share.
 """
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -77,9 +78,14 @@ class Exchange:
         if not self._travels:
             return
         to, come = self.counts()
-        parts = [part.of(self.directions[unit.held]).reshape(-1)
-                 for owner in range(self.world) if owner != self.rank
-                 for unit in self.away if unit.owner == owner for part in unit.parts[self.rank]]
+        parts = [
+            part.of(self.directions[unit.held]).reshape(-1)
+            for owner in range(self.world)
+            if owner != self.rank
+            for unit in self.away
+            if unit.owner == owner
+            for part in unit.parts[self.rank]
+        ]
         self._all_to_all(torch.cat(parts) if parts else self._empty(), to, come)
 
     def turn(self, coefficients: Sequence[Triple], dtype: torch.dtype) -> None:
@@ -97,7 +103,7 @@ class Exchange:
                     if rank == self.rank:
                         source = part.of(self.directions[unit.held])
                     else:
-                        source = received[cursor[rank]:cursor[rank] + part.numel].view(part.shape)
+                        source = received[cursor[rank] : cursor[rank] + part.numel].view(part.shape)
                         cursor[rank] += part.numel
                     to_fill.append((_inside(matrices[number], unit, part), source))
         _copy(to_fill)
@@ -141,8 +147,10 @@ class Exchange:
                 torch.mul(x, (norm.square() / prod(x.shape[-2:]) + NORM_EPS).rsqrt(), out=stack)
             return matrices
         done = dict(enumerate(matrices))
-        _on_cores(lambda number: done.update({number: normalize(newton_schulz(done[number], coefficients, dtype), (-2, -1))}),
-                  sorted(done, key=lambda k: -self.mine[k].cost))
+        _on_cores(
+            lambda number: done.update({number: normalize(newton_schulz(done[number], coefficients, dtype), (-2, -1))}),
+            sorted(done, key=lambda k: -self.mine[k].cost),
+        )
         return [done[number] for number in range(len(matrices))]
 
     def finish(self) -> None:
@@ -156,8 +164,7 @@ class Exchange:
                     if unit.owner != owner:
                         continue
                     for part in unit.parts[self.rank]:
-                        part.of(self.directions[unit.held]).copy_(
-                            received[cursor:cursor + part.numel].view(part.shape))
+                        part.of(self.directions[unit.held]).copy_(received[cursor : cursor + part.numel].view(part.shape))
                         cursor += part.numel
 
 

@@ -1,4 +1,5 @@
 """Which gradients no step can be taken with."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

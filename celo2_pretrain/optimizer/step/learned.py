@@ -2,6 +2,7 @@
 
 `LearnedStep` carries a plan (sharding/plan.py) out. It doesn't know what a wrapper or a parameter group is.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -43,8 +44,7 @@ class LearnedStep:
             if "step" in state:
                 state["step"] += 1
                 steps[key] = int(state["step"])
-        self.tensors = [_tensors(held, self.state[held.storage], steps.get(id(held.storage)))
-                        for held in self.layout.slices]
+        self.tensors = [_tensors(held, self.state[held.storage], steps.get(id(held.storage))) for held in self.layout.slices]
         packed = [part for part, t in zip(self.plan.parts, self._tensors_of(self.plan.parts)) if t.packed]
         old = self._scales(packed)
         self._accumulate()
@@ -53,8 +53,10 @@ class LearnedStep:
             self.backend.repack(packed, self._tensors_of(packed), list(old.values()), list(self.scales.values()))
         self.factors = [self.backend.factor(part.shape, *self._row_col(part)) for part in self.plan.parts]
         squares = self._norms()
-        self.layers = [self.backend.first_layer(square, *self._row_col(part), part.shape, self.mlp)
-                       for part, square in zip(self.plan.parts, squares)]
+        self.layers = [
+            self.backend.first_layer(square, *self._row_col(part), part.shape, self.mlp)
+            for part, square in zip(self.plan.parts, squares)
+        ]
         if self.plan.units:
             self._orthogonalized()
         else:
@@ -77,8 +79,7 @@ class LearnedStep:
         """Pass A and its all-reduce: row and column sums of all tensors in one flat buffer."""
         parts = self.plan.parts
         sums, chunks = self._zeros([size for part in parts for size in (prod(part.shape.row), prod(part.shape.col))])
-        totals = [(chunks[2 * k].view(part.shape.row), chunks[2 * k + 1].view(part.shape.col))
-                  for k, part in enumerate(parts)]
+        totals = [(chunks[2 * k].view(part.shape.row), chunks[2 * k + 1].view(part.shape.col)) for k, part in enumerate(parts)]
         self.backend.accumulate(parts, self._tensors_of(parts), totals)
         reduce(sums, self.layout)
         self.backend.update_factored(parts, totals, [self._row_col(part) for part in parts])
@@ -99,7 +100,7 @@ class LearnedStep:
         memory = self.plan.memory.get(turn)  # the kernel gives fresh memory page by page: a fifth of Celo2-base's time
         if memory is None or memory.numel() < sum(sizes):
             memory = self.plan.memory[turn] = torch.empty(sum(sizes))
-        return list(memory[:sum(sizes)].split(sizes))
+        return list(memory[: sum(sizes)].split(sizes))
 
     def _directions(self, bucket: list[int], turn: int = 0) -> dict[int, Tensor]:
         """Pass C: this rank's part of the direction for each slice of a bucket, flat, float32; see `_empty`."""
@@ -107,8 +108,14 @@ class LearnedStep:
         out = dict(zip(bucket, self._empty(sizes, turn)))
         numbers = self.plan.parts_of(bucket)
         parts = [self.plan.parts[k] for k in numbers]
-        self.backend.direction(parts, self._tensors_of(parts), [self.factors[k] for k in numbers],
-                               [self.layers[k] for k in numbers], self.mlp, [out[part.held] for part in parts])
+        self.backend.direction(
+            parts,
+            self._tensors_of(parts),
+            [self.factors[k] for k in numbers],
+            [self.layers[k] for k in numbers],
+            self.mlp,
+            [out[part.held] for part in parts],
+        )
         return out
 
     def _orthogonalized(self) -> None:
@@ -179,8 +186,15 @@ def _tensors(held: Slice, state: Mapping[str, Tensor], step: int | None) -> Tens
         keys = (*(key_of(held.name, k) for k in range(4)), turn_of(step))
     elif step is not None:
         keys = tuple(key_of(held.name, step, k) for k in range(4))
-    return Tensors(flat(held.storage), flat(held.storage.grad), several("momentum"),
-                   flat(state["packed" if packed else "rms"]), several("v_full"), held.start, keys)
+    return Tensors(
+        flat(held.storage),
+        flat(held.storage.grad),
+        several("momentum"),
+        flat(state["packed" if packed else "rms"]),
+        several("v_full"),
+        held.start,
+        keys,
+    )
 
 
 def reduce(x: Tensor, layout: Layout, op: Any = dist.ReduceOp.SUM) -> None:

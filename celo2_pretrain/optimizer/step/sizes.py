@@ -3,6 +3,7 @@
 `check_step` looks before every step, whatever happened to the tensors since the last one; `check_state` also at a state
 that is loaded.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -32,17 +33,23 @@ def check_step(plans: Sequence[Plan], rule: str, state: Mapping[Tensor, Mapping[
         for held in plan.layout.slices:
             storage, there = held.storage, local(held.storage)
             if plan.layout.kind in ("whole", "DTensor") and whole(tuple(storage.shape)) != held.shape:
-                raise ValueError(f"{held.name!r} has shape {tuple(storage.shape)} now, but the optimizer was made for "
-                                 f"{held.shape}: make a new optimizer when a parameter changes its shape")
+                raise ValueError(
+                    f"{held.name!r} has shape {tuple(storage.shape)} now, but the optimizer was made for "
+                    f"{held.shape}: make a new optimizer when a parameter changes its shape"
+                )
             if held.start < held.stop and held.offset + held.stop - held.start > there.numel():
-                raise ValueError(f"{held.name!r}: its elements end at {held.offset + held.stop - held.start} of a tensor that has "
-                                 f"only {there.numel()} now: make a new optimizer when a parameter changes its shape")
+                raise ValueError(
+                    f"{held.name!r}: its elements end at {held.offset + held.stop - held.start} of a tensor that has "
+                    f"only {there.numel()} now: make a new optimizer when a parameter changes its shape"
+                )
             if id(storage) not in checked:
                 checked.add(id(storage))
                 grad = local(storage.grad)
                 if grad.shape != there.shape or grad.device != there.device:
-                    raise ValueError(f"{held.name!r} has a gradient of shape {tuple(grad.shape)} on {grad.device}, but is of "
-                                     f"shape {tuple(there.shape)} on {there.device}")
+                    raise ValueError(
+                        f"{held.name!r} has a gradient of shape {tuple(grad.shape)} on {grad.device}, but is of "
+                        f"shape {tuple(there.shape)} on {there.device}"
+                    )
                 check_state(held.name, state[storage], storage, rule, plan.factored.get(id(storage)))
 
 
@@ -64,11 +71,15 @@ def check_state(name: str, state: Mapping[str, Any], param: Tensor, rule: str, f
         value = _expect(name, key, state, there.shape, there.device)
         dtype = dtype or value.dtype
         if value.dtype != dtype or dtype not in (PACKED if keys is WORDS else FLOATS if rule == "celo2" else SINGLE):
-            raise ValueError(f"the state {key!r} of {name!r} has dtype {value.dtype}, which Celo2 does not write there: load a "
-                             "state that Celo2 saved")
+            raise ValueError(
+                f"the state {key!r} of {name!r} has dtype {value.dtype}, which Celo2 does not write there: load a "
+                "state that Celo2 saved"
+            )
     if rule == "adamw" and not (isinstance(state.get("step"), Tensor) and state["step"].numel() == 1):
-        raise ValueError(f"the state of {name!r} has step={state.get('step')!r}, which must be a tensor of one element: load a "
-                         "state that Celo2 saved")
+        raise ValueError(
+            f"the state of {name!r} has step={state.get('step')!r}, which must be a tensor of one element: load a "
+            "state that Celo2 saved"
+        )
     if rule == "celo2" and not vector:
         for key, columns in zip(("v_row", "v_col"), factored or (None, None)):
             if columns is None:
@@ -81,16 +92,23 @@ def _expect(name: str, key: str, state: Mapping[str, Any], shape: Sequence[int],
     """The local part of a state, which has this shape and lies contiguously on this device."""
     value = state.get(key)
     if not isinstance(value, Tensor):
-        raise ValueError(f"the state of {name!r} has no {key!r}, but {sorted(map(str, state))}: it is another optimizer's, or "
-                         "was saved under another rule; load a state of the same groups (from_adamw converts AdamW's)")
+        raise ValueError(
+            f"the state of {name!r} has no {key!r}, but {sorted(map(str, state))}: it is another optimizer's, or "
+            "was saved under another rule; load a state of the same groups (from_adamw converts AdamW's)"
+        )
     value = local(value)
     if value.shape != shape:
-        raise ValueError(f"the state {key!r} of {name!r} has shape {tuple(value.shape)}, but the tensor needs "
-                         f"{tuple(shape)}: load a state of the same model, made with the same param groups")
+        raise ValueError(
+            f"the state {key!r} of {name!r} has shape {tuple(value.shape)}, but the tensor needs "
+            f"{tuple(shape)}: load a state of the same model, made with the same param groups"
+        )
     if value.device != device:
-        raise ValueError(f"the state {key!r} of {name!r} is on {value.device}, the parameter on {device}: move the model before "
-                         "the optimizer takes a step, or load the state again")
+        raise ValueError(
+            f"the state {key!r} of {name!r} is on {value.device}, the parameter on {device}: move the model before "
+            "the optimizer takes a step, or load the state again"
+        )
     if not value.is_contiguous():
-        raise ValueError(f"the state {key!r} of {name!r} does not lie contiguously (strides {value.stride()}): make it "
-                         "contiguous")
+        raise ValueError(
+            f"the state {key!r} of {name!r} does not lie contiguously (strides {value.stride()}): make it contiguous"
+        )
     return value

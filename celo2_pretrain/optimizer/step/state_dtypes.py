@@ -3,6 +3,7 @@
 float32 and bfloat16 are casts. Packed words (kernels/packed.py) need the factored second moments, which say what a
 word's fields are multiples of; what they give as float32 is packed again into the very same words.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -54,8 +55,9 @@ def pack_range(values: Mapping[str, Tensor], held: Slice, start: int, v_row: Ten
     return words
 
 
-def set_state_dtype(state: dict[str, Any], dtype: torch.dtype, storage: Tensor, plans: list[Plan],
-                    zeros_like: Callable[..., Tensor]) -> None:
+def set_state_dtype(
+    state: dict[str, Any], dtype: torch.dtype, storage: Tensor, plans: list[Plan], zeros_like: Callable[..., Tensor]
+) -> None:
     """Convert the accumulators of a storage of matrices, in place of what they were saved in."""
     if dtype_of(state) != dtype:
         if WORD in (dtype, dtype_of(state)):
@@ -68,8 +70,9 @@ def set_state_dtype(state: dict[str, Any], dtype: torch.dtype, storage: Tensor, 
         state["step"] = state.get("step", torch.zeros(())).to("cpu", torch.float32)
 
 
-def _repack(state: dict[str, Any], dtype: torch.dtype, storage: Tensor, plans: list[Plan],
-            zeros_like: Callable[..., Tensor]) -> None:
+def _repack(
+    state: dict[str, Any], dtype: torch.dtype, storage: Tensor, plans: list[Plan], zeros_like: Callable[..., Tensor]
+) -> None:
     """To or from packed words, one tensor's slice after the other."""
     old = {key: local(state.pop(key)).detach().reshape(-1) for key in (*ACCUMULATORS, "packed") if key in state}
     new = {key: zeros_like(storage, dtype) for key in (("packed",) if dtype == WORD else ACCUMULATORS)}

@@ -10,6 +10,7 @@
 
 `save`, `load` and `finish` are called by every rank.
 """
+
 import json
 import os
 import re
@@ -49,15 +50,26 @@ def describe(config: Config, index: dict, world_size: int) -> dict:
         **{f"model.{k}": v for k, v in as_tree(config.model).items() if k not in NOT_OF_THE_MODEL},
         "model.vocab_size": config.model.vocab_size or index["vocab_size"],  # null is the data's
         "data.path's tokenizer": index["tokenizer"]["sha256"][:12],
-        "optimizer.name": config.optimizer.name, "optimizer.weights": config.optimizer.weights,
+        "optimizer.name": config.optimizer.name,
+        "optimizer.weights": config.optimizer.weights,
         "optimizer.state_dtype": config.optimizer.state_dtype,
-        "train.seed": config.train.seed, "train.precision": config.train.precision,
-        "train.zero_stage": config.train.zero_stage, "number of ranks": world_size,
+        "train.seed": config.train.seed,
+        "train.precision": config.train.precision,
+        "train.zero_stage": config.train.zero_stage,
+        "number of ranks": world_size,
     }
 
 
-def save(engine, config: Config, description: dict, step: int, samples: int, extra: dict,
-         print_line: Callable[[str], None] = print, beat: Callable[[], None] = lambda: None) -> Path | None:
+def save(
+    engine,
+    config: Config,
+    description: dict,
+    step: int,
+    samples: int,
+    extra: dict,
+    print_line: Callable[[str], None] = print,
+    beat: Callable[[], None] = lambda: None,
+) -> Path | None:
     """Write a checkpoint of what the run is in after `step` steps.
 
     Args:
@@ -142,6 +154,7 @@ def not_saved(config: Config, final: Path, error: StateError, last: bool, print_
 
 def write(engine, files: Files, config: Config, folder: Path, state: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """All of a checkpoint but its manifest; returns the manifest's entries. Raises StateError, alike on all ranks."""
+
     def prepare() -> None:
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -185,8 +198,10 @@ def any_world_entries(folder: Path) -> dict[str, dict[str, Any]]:
     index = folder / ANY_WORLD / state_files.INDEX
     digests = {name: entry["sha256"] for name, entry in json.loads(index.read_bytes())["files"].items()}
     digests[state_files.INDEX] = sha256(index)
-    return {f"{ANY_WORLD}/{name}": {"size": (folder / ANY_WORLD / name).stat().st_size, "sha256": digest}
-            for name, digest in digests.items()}
+    return {
+        f"{ANY_WORLD}/{name}": {"size": (folder / ANY_WORLD / name).stat().st_size, "sha256": digest}
+        for name, digest in digests.items()
+    }
 
 
 def publish(temporary: Path, final: Path, step: int, entries: dict[str, dict[str, Any]]) -> None:
@@ -212,8 +227,11 @@ def prune(newest: Path, keep_last: int, keep_every: int, print_line: Callable[[s
     abandoned, once the run has come as far again."""
     old = [path for path in in_order(newest.parent) if step_of(path) < step_of(newest)]
     doomed = [path for path in old[: max(0, len(old) - keep_last + 1)] if not keep_every or step_of(path) % keep_every]
-    abandoned = [path for path in newest.parent.glob(f"{ABANDONED}step_*")
-                 if (number := path.name.rpartition("_")[2]).isdecimal() and int(number) <= step_of(newest)]
+    abandoned = [
+        path
+        for path in newest.parent.glob(f"{ABANDONED}step_*")
+        if (number := path.name.rpartition("_")[2]).isdecimal() and int(number) <= step_of(newest)
+    ]
     for path in (*doomed, *abandoned):
         try:
             remove(path)
@@ -246,9 +264,11 @@ def go_on_from(checkpoint: Path, print_line: Callable[[str], None]) -> None:
         shutil.rmtree(to, ignore_errors=True)
         os.rename(path, to)
     if later:
-        print_line(f"going on from {checkpoint.name}: what was saved later is now "
-                   f"{', '.join(ABANDONED + path.name for path in later)}, which are removed when the run has come as far "
-                   "again")
+        print_line(
+            f"going on from {checkpoint.name}: what was saved later is now "
+            f"{', '.join(ABANDONED + path.name for path in later)}, which are removed when the run has come as far "
+            "again"
+        )
 
 
 def load(engine, checkpoint: Path, other_world: bool) -> None:
@@ -272,15 +292,20 @@ def load(engine, checkpoint: Path, other_world: bool) -> None:
     except (RuntimeError, ValueError, KeyError) as error:  # DeepSpeed's or torch's, of tensors that aren't where they were
         if not_of_the_files(error):
             raise
-        raise UserError(f"cannot resume from {checkpoint}: its tensors don't fit this model and optimizer "
-                        f"({type(error).__name__}: {one_line(error)}); resume with the versions that origin.jsonl names, "
-                        f"or choose another run_dir=…") from error
+        raise UserError(
+            f"cannot resume from {checkpoint}: its tensors don't fit this model and optimizer "
+            f"({type(error).__name__}: {one_line(error)}); resume with the versions that origin.jsonl names, "
+            f"or choose another run_dir=…"
+        ) from error
 
 
 def not_of_the_files(error: Exception) -> bool:
     """Whether it is the machine's: another rank that is gone, a GPU, memory."""
-    return (lost_connection(error) or isinstance(error, torch.OutOfMemoryError)
-            or bool(re.search("can't allocate memory|CUDA|NCCL", str(error))))
+    return (
+        lost_connection(error)
+        or isinstance(error, torch.OutOfMemoryError)
+        or bool(re.search("can't allocate memory|CUDA|NCCL", str(error)))
+    )
 
 
 def forget_gradients(engine) -> None:

@@ -1,4 +1,5 @@
 """How DeepSpeed writes and reads the files of a checkpoint here: hashed and synced, and nothing of them executed."""
+
 import random
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class Files(CheckpointEngine):
             return
         try:
             self.written[Path(path).relative_to(self.folder).as_posix()] = write_file(
-                Path(path), lambda file: torch.save(state_dict, file))
+                Path(path), lambda file: torch.save(state_dict, file)
+            )
         except Exception as error:
             self.error = error
 
@@ -72,8 +74,11 @@ def files_of(engine) -> Files:
 def random_states() -> dict:
     """This process's random states, in types that torch.load(weights_only=True) reads."""
     kind, keys, *rest = np.random.get_state()
-    states = {"python": random.getstate(), "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
-              "torch": torch.get_rng_state()}
+    states = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states

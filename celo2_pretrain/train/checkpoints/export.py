@@ -1,4 +1,5 @@
 """From a run's checkpoint to a plain transformers model, in memory or as a Hugging Face folder."""
+
 import contextlib
 import io
 import logging
@@ -51,8 +52,10 @@ def load_trained(path: str):
     index = mixture.index
     description = select.read_state(folder, {})["description"]
     if description["data.path's tokenizer"] != index["tokenizer"]["sha256"][:12]:
-        raise UserError(f"{mixture.paths[0]} was prepared again with another tokenizer since {folder} was written: "
-                        f"prepare it with the old one")
+        raise UserError(
+            f"{mixture.paths[0]} was prepared again with another tokenizer since {folder} was written: "
+            f"prepare it with the old one"
+        )
     model = build_model(config.model, index["vocab_size"], index["eos_id"], pretrained=False)
     weights = {name: tensor.float() for name, tensor in master_weights(folder).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -60,7 +63,8 @@ def load_trained(path: str):
         missing = [name for name in missing if name != "lm_head.weight"]
     if missing or unexpected:
         raise UserError(
-            f"{folder} holds another model than config.yaml says: missing {missing[:3]}, unexpected {unexpected[:3]}")
+            f"{folder} holds another model than config.yaml says: missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
     model.tie_weights()
     if config.data.mask_documents:
         mask_documents(model, index["eos_id"])

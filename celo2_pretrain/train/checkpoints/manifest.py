@@ -2,6 +2,7 @@
 
 A folder is compared with it in two steps: `structure` looks at names and sizes only, `damage` reads the files.
 """
+
 import hashlib
 import json
 import os
@@ -90,8 +91,10 @@ def write(folder: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
     """Make `folder` whole. Raises Damaged when `files` aren't the files that lie there."""
     found = listing(folder)
     if found != files.keys():
-        raise Damaged(f"{sorted(found ^ files.keys())[0]} was written by no rank, or is not there: the ranks need a file "
-                      f"system that they share")
+        raise Damaged(
+            f"{sorted(found ^ files.keys())[0]} was written by no rank, or is not there: the ranks need a file "
+            f"system that they share"
+        )
     content = {"format": FORMAT, "step": step, "files": dict(sorted(files.items()))}
     write_file(folder / NAME, lambda file: file.write(as_text(content).encode()))
     for parent, _, _ in os.walk(folder):

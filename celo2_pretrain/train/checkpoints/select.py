@@ -1,4 +1,5 @@
 """Which checkpoint a run goes on from: the one that was named, or the newest whole one; and whether it fits the run."""
+
 import json
 import re
 from collections.abc import Callable
@@ -122,8 +123,12 @@ def verify(checkpoint: Path) -> None:
         raise damaged(checkpoint, found)
 
 
-def newest_good(run_dir: str | Path, shared: bool = False, print_line: Callable[[str], None] = print,
-                beat: Callable[[], None] = lambda: None) -> Path | None:
+def newest_good(
+    run_dir: str | Path,
+    shared: bool = False,
+    print_line: Callable[[str], None] = print,
+    beat: Callable[[], None] = lambda: None,
+) -> Path | None:
     """The newest whole checkpoint of a run, None where there is none. It isn't newer than the one that `latest` names.
 
     Args:
@@ -150,8 +155,10 @@ def automatic(run_dir: str, overwrite: bool, print_line: Callable[[str], None]) 
         print_line(f"reading the newest checkpoint of {run_dir}, to see whether it is whole")
     found = newest_good(run_dir, shared=True, print_line=print_line)
     if found is None and in_order(Path(run_dir, "checkpoints")) and not overwrite:
-        raise UserError(f"{Path(run_dir, 'checkpoints')} has no whole checkpoint: pass --overwrite to begin anew in its "
-                        f"place, or choose another run_dir=…")
+        raise UserError(
+            f"{Path(run_dir, 'checkpoints')} has no whole checkpoint: pass --overwrite to begin anew in its "
+            f"place, or choose another run_dir=…"
+        )
     return found
 
 

@@ -4,6 +4,7 @@
 
 The copy is a thread of rank 0. It gives the checkpoint its name, and has `latest` name it, as a save without staging does.
 """
+
 import hashlib
 import os
 import shutil
@@ -31,8 +32,10 @@ def check_staging(staging: str | None, world_size: int) -> None:
     try:
         Path(staging).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"checkpoint.staging={staging!r} can't be made: {error.strerror}; give a folder on fast storage, such as "
-                        "/dev/shm/celo2") from None
+        raise UserError(
+            f"checkpoint.staging={staging!r} can't be made: {error.strerror}; give a folder on fast storage, such as "
+            "/dev/shm/celo2"
+        ) from None
     if not os.access(staging, os.W_OK):
         raise UserError(f"checkpoint.staging={staging!r} can't be written: give a folder on fast storage that can")
 
@@ -48,6 +51,7 @@ def settle(print_line: Callable[[str], None], beat: Callable[[], None] = lambda:
     Nothing is exchanged, as the others may be anywhere. A rank without the thread looks at the folder, which goes when
     the copy ends, and stays as long: a launcher ends all ranks when one has left.
     """
+
     def copying() -> bool:
         return Copy.under_way.thread.is_alive() if Copy.under_way else Copy.folder is not None and Copy.folder.exists()
 

@@ -1,4 +1,5 @@
 """How a rank tells its supervisor the exit code that it ends with: launchers give exit codes of their own."""
+
 import contextlib
 import os
 

@@ -4,6 +4,7 @@ The rank that fails writes its traceback to run_dir/error_rank_N.txt and one lin
 connections break. Each rank looks at that file while it trains, and whoever loses a connection looks there for the reason:
 it ends with one line, wherever it is, also where NCCL would wait or the other node's launcher knows nothing.
 """
+
 import contextlib
 import os
 import re
@@ -125,8 +126,10 @@ def end(run_dir: str, rank: int, error: Exception) -> None:
         text = line if lost else f"{line}; its own error is {told}{written}"
         time.sleep(FOLLOW_SECONDS)
     elif lost:
-        text = (f"error on rank {rank}: the connection to another rank broke, and that rank left no message: it was killed "
-                f"(for memory? `dmesg` on its node tells), or its node is gone. {told}{written}")
+        text = (
+            f"error on rank {rank}: the connection to another rank broke, and that rank left no message: it was killed "
+            f"(for memory? `dmesg` on its node tells), or its node is gone. {told}{written}"
+        )
     else:
         # Drift and a lack of memory come from the machine, not from a line of code.
         told_whole = isinstance(error, (DriftError, MemoryError))

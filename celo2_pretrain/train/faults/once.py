@@ -1,4 +1,5 @@
 """How the ranks of a node say a thing once: whoever makes an empty file named after the words says them."""
+
 import contextlib
 import hashlib
 import os
@@ -37,7 +38,7 @@ def may_say(text: str) -> bool:
 
 
 def where_found() -> str:
-    """" (found on rank 3)" for all but the first rank of a node, which speaks for the others too."""
+    """ " (found on rank 3)" for all but the first rank of a node, which speaks for the others too."""
     return "" if os.environ.get("LOCAL_RANK", "0") == "0" else f" (found on rank {os.environ.get('RANK', '?')})"
 
 

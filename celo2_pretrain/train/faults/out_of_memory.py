@@ -1,4 +1,5 @@
 """Out of memory: what to do about it, in one line."""
+
 import contextlib
 
 import torch
@@ -28,5 +29,7 @@ def explained(config: Config):
         if config.optimizer.name != "adamw" and config.optimizer.state_dtype == "fp32":
             less.append("optimizer.state_dtype=bf16")
         less.append("deepspeed.zero_optimization.offload_optimizer.device=cpu")
-        raise MemoryError(f"out of memory ({' '.join('. '.join(first).split())}): try {', '.join(less)}; "
-                          f"`celo2-pretrain plan` says what each takes") from error
+        raise MemoryError(
+            f"out of memory ({' '.join('. '.join(first).split())}): try {', '.join(less)}; "
+            f"`celo2-pretrain plan` says what each takes"
+        ) from error

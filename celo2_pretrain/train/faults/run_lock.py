@@ -2,6 +2,7 @@
 
 The kernel lets go of it when the process ends, however that is. The file stays: who removed it could let two runs in.
 """
+
 import fcntl
 import os
 import socket
@@ -55,11 +56,14 @@ class RunLock:
             here = holder.endswith(f" on {socket.gethostname()}")
             if here or time.monotonic() >= until:
                 os.close(file)
-                raise InUse(f"run_dir {str(self.run_dir)!r} is in use by another run (process {holder}): wait for its end or "
-                            f"stop it (touch {self.run_dir}/STOP), or choose another run_dir=…")
+                raise InUse(
+                    f"run_dir {str(self.run_dir)!r} is in use by another run (process {holder}): wait for its end or "
+                    f"stop it (touch {self.run_dir}/STOP), or choose another run_dir=…"
+                )
             if not told:
-                print_notice(f"waiting up to {LEASE_SECONDS:g} s for process {holder} to let go of {self.run_dir}: its node "
-                             "may be gone")
+                print_notice(
+                    f"waiting up to {LEASE_SECONDS:g} s for process {holder} to let go of {self.run_dir}: its node may be gone"
+                )
             told = True
             time.sleep(LOOK_SECONDS)
         self.file = file

@@ -1,4 +1,5 @@
 """What a rank and its supervisor both know of stopping: the signals, and the stop file."""
+
 import os
 import signal
 from pathlib import Path

@@ -1,9 +1,10 @@
 """When a run has to stop: a signal or a file asks for it, all ranks agree on it, and the run saves and exits with code 75.
 
-    SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, the first SIGINT   finish the step, save, exit 75; before the first step: exit 75 at once
-    the second SIGINT                                     end at once, with code 130
-    the file train.stop_file (run_dir/STOP)               as SIGTERM, without any signal that a launcher could get wrong
+SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, the first SIGINT   finish the step, save, exit 75; before the first step: exit 75 at once
+the second SIGINT                                     end at once, with code 130
+the file train.stop_file (run_dir/STOP)               as SIGTERM, without any signal that a launcher could get wrong
 """
+
 import contextlib
 import os
 import signal
@@ -65,10 +66,14 @@ class StopRequests:
             leave_lost_terminal()
             name = signal.Signals(byte[0]).name
             if interrupts > 1:
-                self._leave(INTERRUPTED, "interrupted a second time: ended at once, nothing was saved since the last checkpoint")
+                self._leave(
+                    INTERRUPTED, "interrupted a second time: ended at once, nothing was saved since the last checkpoint"
+                )
             if not self.at_boundaries:
-                self._leave(EXIT_STOPPED, f"stopped by {name} before the first step: nothing to save; start again with the "
-                                          f"same command")
+                self._leave(
+                    EXIT_STOPPED,
+                    f"stopped by {name} before the first step: nothing to save; start again with the same command",
+                )
             if self.reason is None:
                 self.reason = name
                 self._say(f"{name}: finishing the step, then saving")

@@ -6,6 +6,7 @@ Not started again is what another start would not mend, or what was wished:
 Launchers give exit codes of their own, so each rank also notes its code in the file that CELO2_SUPERVISOR names. The same
 variable tells the processes of a start from all others, whatever started them.
 """
+
 import contextlib
 import os
 import shlex
@@ -33,8 +34,10 @@ LOOK_SECONDS = 0.5
 def parse_ranks(text: str | None, launch: str | None, config: Config) -> list[int]:
     """`--ranks 8,8,4` as numbers; [] where it isn't given. Raises UserError, also where the configuration can't be run so."""
     if (text is None) != ("{ranks}" not in (launch or "")):
-        raise UserError("--ranks and {ranks} in --launch need each other, for example --ranks 8,4 --launch "
-                        "'deepspeed --no_local_rank --num_gpus {ranks} launch/pretrain.py'")
+        raise UserError(
+            "--ranks and {ranks} in --launch need each other, for example --ranks 8,4 --launch "
+            "'deepspeed --no_local_rank --num_gpus {ranks} launch/pretrain.py'"
+        )
     if text is None:
         return []
     try:
@@ -251,8 +254,10 @@ def supervise(args, config: Config) -> int:
     Raises UserError when the driver can't be started.
     """
     if "RANK" in os.environ:
-        raise UserError("--max-restarts is not for the ranks of a launcher: celo2-pretrain train --max-restarts N --launch "
-                        "'…' starts the launcher")
+        raise UserError(
+            "--max-restarts is not for the ranks of a launcher: celo2-pretrain train --max-restarts N --launch "
+            "'…' starts the launcher"
+        )
     if args.max_restarts < 0:
         raise UserError(f"--max-restarts {args.max_restarts}: must be at least 0")
     ranks = parse_ranks(args.ranks, args.launch, config)
@@ -284,8 +289,10 @@ def supervise(args, config: Config) -> int:
                 elif len(ranks) > 1:
                     ranks = ranks[1:]
                 with_ranks = f" with {ranks[0]} rank(s)" if ranks else ""
-                print_notice(f"{failed}; starting again in {wait:g} s{with_ranks}, "
-                             f"{f'from {saved}' if saved else 'as before: it had saved nothing'}")
+                print_notice(
+                    f"{failed}; starting again in {wait:g} s{with_ranks}, "
+                    f"{f'from {saved}' if saved else 'as before: it had saved nothing'}"
+                )
                 pause(wait, signals)
                 wait, restarts = min(2 * wait, LONGEST_WAIT), restarts + 1
                 if not signals.to_stop():

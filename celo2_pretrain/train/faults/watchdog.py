@@ -1,8 +1,9 @@
 """A run that hangs ends: a thread in each rank dumps all stacks when nothing has moved for train.watchdog_seconds.
 
-    run_dir/.hung               written by the rank that found it first; the others dump theirs and end too
-    run_dir/stacks_rank_N.txt   the Python stacks of all of rank N's threads, where they hang
+run_dir/.hung               written by the rank that found it first; the others dump theirs and end too
+run_dir/stacks_rank_N.txt   the Python stacks of all of rank N's threads, where they hang
 """
+
 import faulthandler
 import os
 import threading
@@ -79,7 +80,9 @@ class Watchdog:
             os._exit(EXIT_HUNG)
         except OSError as error:
             print_notice(f"error: cannot write the stacks: {error}")
-        print_notice(f"error: rank {self.rank} made no progress in {self.seconds:g} s (train.watchdog_seconds), while "
-                     f"{self.doing}: {self.run_dir}/stacks_rank_*.txt show where; go on with --resume")
+        print_notice(
+            f"error: rank {self.rank} made no progress in {self.seconds:g} s (train.watchdog_seconds), while "
+            f"{self.doing}: {self.run_dir}/stacks_rank_*.txt show where; go on with --resume"
+        )
         time.sleep(GRACE_SECONDS)
         os._exit(EXIT_HUNG)

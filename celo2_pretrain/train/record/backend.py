@@ -1,4 +1,5 @@
 """What computes Celo2's passes is recorded once, when its first step chooses it."""
+
 import contextlib
 import logging
 

@@ -1,4 +1,5 @@
 """What a logged step tells beside its loss: norms by rule, time by phase, memory, and the share of the device's peak."""
+
 import contextlib
 import math
 
@@ -18,8 +19,9 @@ LARGEST_EXPONENT = 700.0  # exp of more is no float
 class Insight:
     """Watches the steps that are logged, and no others. Every rank has one, and calls its methods alike."""
 
-    def __init__(self, engine, optimizer: torch.optim.Optimizer, config: Config, parameters: int, flops_per_token: float,
-                 peak: Peak):
+    def __init__(
+        self, engine, optimizer: torch.optim.Optimizer, config: Config, parameters: int, flops_per_token: float, peak: Peak
+    ):
         """
         Args:
             optimizer: what `engine` wraps.
@@ -53,8 +55,13 @@ class Insight:
     def mark(self, phase: str) -> None:
         """The next of timers.PHASES begins."""
         self.timers.mark(phase)
-        if (phase == "optimizer" and self._watched and self.norms and not self._tells_norm
-                and self.engine.is_gradient_accumulation_boundary()):
+        if (
+            phase == "optimizer"
+            and self._watched
+            and self.norms
+            and not self._tells_norm
+            and self.engine.is_gradient_accumulation_boundary()
+        ):
             squares = [sum_of_squares(p.grad) for p in self.engine.module.parameters() if p.grad is not None]
             self._unclipped = float(torch.stack(squares).sum()) ** 0.5
 
@@ -84,14 +91,18 @@ class Insight:
         squares = self.norms.squares if self.norms else None
         if squares is None:  # nothing was stepped; the collective has the same size nevertheless
             squares = torch.zeros(SUMS, dtype=torch.float64)
-        total = torch.cat([torch.tensor(list(times.values()), dtype=torch.float64, device=self.engine.device),
-                           squares.to(self.engine.device)])
+        total = torch.cat(
+            [
+                torch.tensor(list(times.values()), dtype=torch.float64, device=self.engine.device),
+                squares.to(self.engine.device),
+            ]
+        )
         dist.all_reduce(total)
         total = total.tolist()
         norm = self.engine.get_global_grad_norm() if self._tells_norm else self._unclipped
         if norm is not None:
             out["grad_norm"] = float(norm)
-        out |= by_rule(total[len(times):], self.parameters, None if norm is None else float(norm))
+        out |= by_rule(total[len(times) :], self.parameters, None if norm is None else float(norm))
         return out | {f"time/{phase}": round(seconds / world, 5) for phase, seconds in zip(times, total)}
 
 

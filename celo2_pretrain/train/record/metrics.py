@@ -1,4 +1,5 @@
 """What a run tells: metrics.jsonl for programs (docs/insight.md lists its fields), a bar or plain lines for people."""
+
 import json
 import math
 import re
@@ -14,16 +15,21 @@ from celo2_pretrain.common.durable import write_atomically
 from celo2_pretrain.common.errors import one_line
 from celo2_pretrain.common.json_file import parse_json
 
-NUMBERS = re.compile(r"loss|val_loss|val_bits_per_byte|lr|grad_norm|tokens|tokens_per_s|seconds|"
-                     r"(time|update_norm|weight_norm)/.*")
+NUMBERS = re.compile(
+    r"loss|val_loss|val_bits_per_byte|lr|grad_norm|tokens|tokens_per_s|seconds|"
+    r"(time|update_norm|weight_norm)/.*"
+)
 
 
 def is_record(tree) -> bool:
     """Is it a line of metrics.jsonl: a step, and numbers (or null) where there must be some?"""
     if not isinstance(tree, dict) or type(tree.get("step")) is not int or not 0 <= tree["step"] < 2**53:
         return False
-    return all(isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
-               for name, value in tree.items() if NUMBERS.fullmatch(name) and (value is not None or name == "val_loss"))
+    return all(
+        isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
+        for name, value in tree.items()
+        if NUMBERS.fullmatch(name) and (value is not None or name == "val_loss")
+    )
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
@@ -90,16 +96,20 @@ class Metrics:
         step = record["step"]
         if "val_loss" in record:
             self.val_loss = record["val_loss"]
-            self.print_line(f"step {step:>6}/{self.max_steps}  validation loss {record['val_loss']:.4f}"
-                            f"  ({record['val_bits_per_byte']:.3f} bits per byte)")
+            self.print_line(
+                f"step {step:>6}/{self.max_steps}  validation loss {record['val_loss']:.4f}"
+                f"  ({record['val_bits_per_byte']:.3f} bits per byte)"
+            )
         elif self.terminal:
             shown = f"loss {record['loss']:.3f}, lr {record['lr']:.1e}, {record['tokens_per_s']:,.0f} tokens/s"
             self.bar.set_postfix_str(shown if self.val_loss is None else f"{shown}, val {self.val_loss:.3f}")
         else:
             left = round((time.monotonic() - self.started) / max(1, step - self.start_step) * (self.max_steps - step))
             mfu = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
-            print_line(f"step {step:>6}/{self.max_steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}"
-                       f"  {record['tokens_per_s']:>7,.0f} tokens/s{mfu}  {left // 60}m{left % 60:02}s left")
+            print_line(
+                f"step {step:>6}/{self.max_steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}"
+                f"  {record['tokens_per_s']:>7,.0f} tokens/s{mfu}  {left // 60}m{left % 60:02}s left"
+            )
 
     def event(self, record: dict) -> None:
         """Write a record with "step" and "event" (docs/bad_numbers.md), and say its "why"."""

@@ -3,6 +3,7 @@
 They are taken around the optimizer's own step, from the float32 weights that it steps: DeepSpeed hands it one group (or
 ZeRO-3 sub-group) after the other, and a copy of what this rank holds of that one lives until it has been stepped.
 """
+
 import torch
 from torch import Tensor
 
@@ -35,8 +36,12 @@ class Norms:
     @staticmethod
     def _held(optimizer) -> list[tuple[int, Tensor]]:
         """(rule's number, tensor) of everything that this call steps."""
-        return [(RULES.index(group.get("rule", "adamw")), param) for group in optimizer.param_groups
-                for param in group["params"] if param.grad is not None]
+        return [
+            (RULES.index(group.get("rule", "adamw")), param)
+            for group in optimizer.param_groups
+            for param in group["params"]
+            if param.grad is not None
+        ]
 
     @torch.no_grad()
     def _about_to_step(self, optimizer, *_) -> None:
@@ -80,12 +85,12 @@ def by_rule(total: list[float], parameters: int, grad_norm: float | None) -> dic
             which all were scaled by one factor.
     """
     copies = max(1, round(total[-1] / parameters))  # padding is far less than one copy
-    sums = {kind: [square / copies for square in total[k * len(RULES):(k + 1) * len(RULES)]] for k, kind in enumerate(KINDS)}
+    sums = {kind: [square / copies for square in total[k * len(RULES) : (k + 1) * len(RULES)]] for k, kind in enumerate(KINDS)}
     clipped = sum(sums["grad"]) ** 0.5
     unclip = grad_norm / clipped if grad_norm is not None and clipped > 0 else 1.0
     out = {}
     for kind, squares in sums.items():
         for rule, square, weight in zip(RULES, squares, sums["weight"]):
             if weight > 0:  # a run without this rule has no such line
-                out[f"{kind}_norm/{rule}"] = square ** 0.5 * (unclip if kind == "grad" else 1.0)
+                out[f"{kind}_norm/{rule}"] = square**0.5 * (unclip if kind == "grad" else 1.0)
     return out

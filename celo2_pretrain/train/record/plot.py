@@ -1,4 +1,5 @@
 """Curves of one or more runs in one picture: a panel for each kind of figure, a colour for each run."""
+
 import itertools
 import math
 from pathlib import Path
@@ -25,8 +26,11 @@ AXES = {"step": "step", "tokens": "tokens", "time": "hours of training"}
 
 def read_run(run: str) -> list[dict]:
     """The records of a run, each with `hours` of training until then. Raises UserError where there are none."""
-    records = [record for record in read_metrics(run)
-               if any(isinstance(loss := record.get(name), (int, float)) and math.isfinite(loss) for name in ("loss", "val_loss"))]
+    records = [
+        record
+        for record in read_metrics(run)
+        if any(isinstance(loss := record.get(name), (int, float)) and math.isfinite(loss) for name in ("loss", "val_loss"))
+    ]
     if not records:
         raise UserError(f"{run!r} has no metrics.jsonl with losses: give folders of runs")
     seconds = 0.0
@@ -44,8 +48,11 @@ def labels(runs: list[str]) -> list[str]:
 
 def curve(records: list[dict], field: str, x: str) -> list[tuple[float, float]]:
     where = {"time": "hours"}.get(x, x)
-    return [(record[where], record[field]) for record in records
-            if all(record.get(name) is not None and math.isfinite(record[name]) for name in (where, field))]
+    return [
+        (record[where], record[field])
+        for record in records
+        if all(record.get(name) is not None and math.isfinite(record[name]) for name in (where, field))
+    ]
 
 
 def top_of(losses: list[float]) -> float:
@@ -83,8 +90,11 @@ def plot_runs(runs: list[str], out: str, title: str = "", x: str = "step") -> No
         if not any(curve(records, field, x) for field in ("loss", "val_loss")):
             raise UserError(f"--x {x}: the records of {run!r} don't tell it (an older run?): use --x step")
     # A panel that no run has anything for is left out: older runs have no norms, one rank has nothing to wait for.
-    panels = {name: fields for name, fields in PANELS.items()
-              if any(y for records in read for field in fields for _, y in curve(records, field, x))}
+    panels = {
+        name: fields
+        for name, fields in PANELS.items()
+        if any(y for records in read for field in fields for _, y in curve(records, field, x))
+    }
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, grid = new_figure(out, nrows=rows, ncols=columns, squeeze=False, figsize=(5 * columns, 3.4 * rows))
@@ -109,8 +119,15 @@ def draw(axes, name: str, fields: tuple[str, ...], read: list[list[dict]], names
             if field == "val_loss":
                 label = f"{label} ({points[-1][1]:.3f})"
             style = STYLES.get(rule, "-")
-            axes.plot(*zip(*points), color=f"C{number}", linewidth=1.2, linestyle=style, marker="o" if len(points) < 12 else None,
-                      markersize=3, label=f"{label}, {rule}" if rule in STYLES else label)
+            axes.plot(
+                *zip(*points),
+                color=f"C{number}",
+                linewidth=1.2,
+                linestyle=style,
+                marker="o" if len(points) < 12 else None,
+                markersize=3,
+                label=f"{label}, {rule}" if rule in STYLES else label,
+            )
             tops.append(top_of([y for _, y in points]))
     if "loss" in name:
         low = axes.get_ylim()[0]

@@ -1,8 +1,9 @@
 """A trace of some steps on demand: torch.profiler's, as chrome://tracing and ui.perfetto.dev show it.
 
-    profile.steps=10-12          steps 10 to 12
-    echo 3 > run_dir/PROFILE     three steps of a running run, from the next line of metrics on; rank 0 only
+profile.steps=10-12          steps 10 to 12
+echo 3 > run_dir/PROFILE     three steps of a running run, from the next line of metrics on; rank 0 only
 """
+
 import os
 import re
 from pathlib import Path

@@ -3,6 +3,7 @@
 On a CPU these are seconds of this process. On a GPU they are seconds of the compute stream, between events that are
 recorded in passing and read after the step: nothing waits for the GPU. Only steps that are logged are timed.
 """
+
 import contextlib
 import time
 from collections.abc import Callable
@@ -12,12 +13,36 @@ import torch.distributed as dist
 
 PHASES = ("data", "forward", "backward", "optimizer")
 COMMUNICATION = "communication"
-COLLECTIVES = tuple(name for name in (
-    "allreduce", "allreduce_coalesced", "reduce", "broadcast", "allgather", "allgather_coalesced", "_allgather_base",
-    "allgather_into_tensor_coalesced", "all_gather_single", "all_gather_single_coalesced", "gather", "scatter",
-    "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single", "reduce_scatter_single_coalesced",
-    "reduce_scatter_tensor_coalesced", "alltoall", "alltoall_base", "all_to_all_single", "send", "recv", "barrier",
-    "_end_coalescing") if hasattr(dist.ProcessGroup, name))  # torch renames them now and then
+COLLECTIVES = tuple(
+    name
+    for name in (
+        "allreduce",
+        "allreduce_coalesced",
+        "reduce",
+        "broadcast",
+        "allgather",
+        "allgather_coalesced",
+        "_allgather_base",
+        "allgather_into_tensor_coalesced",
+        "all_gather_single",
+        "all_gather_single_coalesced",
+        "gather",
+        "scatter",
+        "reduce_scatter",
+        "_reduce_scatter_base",
+        "reduce_scatter_single",
+        "reduce_scatter_single_coalesced",
+        "reduce_scatter_tensor_coalesced",
+        "alltoall",
+        "alltoall_base",
+        "all_to_all_single",
+        "send",
+        "recv",
+        "barrier",
+        "_end_coalescing",
+    )
+    if hasattr(dist.ProcessGroup, name)
+)  # torch renames them now and then
 
 
 class Clock:

@@ -1,4 +1,5 @@
 """TensorBoard and Weights & Biases: where the records of metrics.jsonl also go, under the same names."""
+
 import logging
 import secrets
 from importlib.util import find_spec
@@ -13,8 +14,10 @@ WANDB_ID = "wandb_id"  # in the run folder: a resumed run goes on in the same ru
 
 def check_installed(config: Config) -> None:
     """Raises UserError where a tracker's package is missing."""
-    wanted = {"tensorboard": ("track.tensorboard=true", config.track.tensorboard),
-              "wandb": (f"track.wandb_project={config.track.wandb_project}", bool(config.track.wandb_project))}
+    wanted = {
+        "tensorboard": ("track.tensorboard=true", config.track.tensorboard),
+        "wandb": (f"track.wandb_project={config.track.wandb_project}", bool(config.track.wandb_project)),
+    }
     for package, (key, on) in wanted.items():
         if on and find_spec(package) is None:
             raise UserError(f"{key} needs the package {package}: pip install 'celo2-pretrain[track]', or leave it out")
@@ -65,11 +68,19 @@ class WandB:
             id_file.write_text(secrets.token_hex(4) + "\n")
         try:
             self.run = wandb.init(
-                project=config.track.wandb_project, dir=str(folder), id=id_file.read_text().strip(), resume="allow",
-                name=folder.resolve().name, config=as_tree(config), settings=wandb.Settings(silent=True, console="off"))
+                project=config.track.wandb_project,
+                dir=str(folder),
+                id=id_file.read_text().strip(),
+                resume="allow",
+                name=folder.resolve().name,
+                config=as_tree(config),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
         except (wandb.Error, OSError) as error:
-            raise UserError(f"track.wandb_project={config.track.wandb_project}: Weights & Biases says: {one_line(error)}; "
-                            "run `wandb login`, or set WANDB_MODE=offline") from None
+            raise UserError(
+                f"track.wandb_project={config.track.wandb_project}: Weights & Biases says: {one_line(error)}; "
+                "run `wandb login`, or set WANDB_MODE=offline"
+            ) from None
         # Its own steps can't go back to a checkpoint; ours is a field like any other.
         self.run.define_metric("*", step_metric="step")
 
@@ -82,5 +93,8 @@ class WandB:
 
 def numbers(record: dict) -> dict[str, float]:
     """The record's numbers but the step."""
-    return {name: value for name, value in record.items()
-            if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)}
+    return {
+        name: value
+        for name, value in record.items()
+        if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }

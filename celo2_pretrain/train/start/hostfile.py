@@ -2,6 +2,7 @@
 
 DeepSpeed itself answers a bad file with a traceback, and trains on this machine alone where there is none.
 """
+
 import re
 import sys
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 An error is raised alike on all ranks that can know of it, and told once; what may still go well is a warning.
 """
+
 import hashlib
 import importlib.metadata
 import os
@@ -46,8 +47,10 @@ def check_run_dir(run_dir: str) -> None:
             folder = folder.parent
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"run_dir {shown(run_dir)} can't be {'written' if folder == Path(run_dir).absolute() else 'made'} "
-                        f"({shown(str(folder))}: {error.strerror}): choose another run_dir=…") from None
+        raise UserError(
+            f"run_dir {shown(run_dir)} can't be {'written' if folder == Path(run_dir).absolute() else 'made'} "
+            f"({shown(str(folder))}: {error.strerror}): choose another run_dir=…"
+        ) from None
 
 
 def check_node(config: Config, index: dict, replaced: bool) -> None:
@@ -83,8 +86,10 @@ def check_gpus() -> None:
     local, count = int(os.environ.get("LOCAL_RANK", 0)), accelerator.device_count()
     if local >= count:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
-        raise UserError(f"{ranks_here()} ranks on {socket.gethostname()}, but {count} GPU(s) are visible there "
-                        f"(CUDA_VISIBLE_DEVICES={visible}): start {count} ranks a node")
+        raise UserError(
+            f"{ranks_here()} ranks on {socket.gethostname()}, but {count} GPU(s) are visible there "
+            f"(CUDA_VISIBLE_DEVICES={visible}): start {count} ranks a node"
+        )
 
 
 def raise_open_files() -> None:
@@ -94,8 +99,10 @@ def raise_open_files() -> None:
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     if most < OPEN_FILES and os.environ.get("LOCAL_RANK", "0") == "0":
-        warn(f"{socket.gethostname()} allows {most} open files a process: with many ranks or shards {OPEN_FILES} are better "
-             f"(ulimit -n)")
+        warn(
+            f"{socket.gethostname()} allows {most} open files a process: with many ranks or shards {OPEN_FILES} are better "
+            f"(ulimit -n)"
+        )
 
 
 def state_bytes(config: Config) -> int:
@@ -112,8 +119,9 @@ def checkpoint_bytes(config: Config, parameters: int, hidden: int) -> tuple[int,
     states = [state_bytes(config)]
     if config.checkpoint.any_world:  # there they are float32 always
         states.append(8 if config.optimizer.name == "adamw" else STATE_BYTES["fp32"])
-    least, most = (sum(4 * parameters + hidden * each + (parameters - hidden) * bound(8, each) for each in states)
-                   for bound in (min, max))  # 4: float32 weights
+    least, most = (
+        sum(4 * parameters + hidden * each + (parameters - hidden) * bound(8, each) for each in states) for bound in (min, max)
+    )  # 4: float32 weights
     # The model's own file holds the weights again, but for those that are split or need no copy in float32.
     weights = 4 if config.train.precision == "fp32" else 2
     return least + parameters * (weights if config.train.zero_stage in (1, 2) else 0), most + 4 * parameters
@@ -123,19 +131,21 @@ def check_disk(config: Config, parameters: int, hidden: int, free: int) -> str |
     """A warning when `free` bytes may be less than two checkpoints. Raises UserError when not even one fits, unless the run
     is to go on without."""
     least, most = checkpoint_bytes(config, parameters, hidden)
-    has = (f"run_dir {config.run_dir!r} has {free / GB:.2f} GB free, and a checkpoint of {parameters / 1e6:,.0f} M parameters "
-           "takes")
+    has = (
+        f"run_dir {config.run_dir!r} has {free / GB:.2f} GB free, and a checkpoint of {parameters / 1e6:,.0f} M parameters "
+        "takes"
+    )
     if free < least:
-        text = (f"{has} at least {least / GB:.2f} GB: free some, or choose another run_dir"
-                + ("; checkpoint.any_world=false halves it" if config.checkpoint.any_world else ""))
+        text = f"{has} at least {least / GB:.2f} GB: free some, or choose another run_dir" + (
+            "; checkpoint.any_world=false halves it" if config.checkpoint.any_world else ""
+        )
         if config.checkpoint.on_error == "continue":
             return text
         raise UserError(text)
     if free < most:
         return f"{has} {least / GB:.2f} to {most / GB:.2f} GB: it may not fit"
     if free < 2 * most:
-        return (f"{has} up to {most / GB:.2f} GB: there may be no room for two, and a new one is written before an old one "
-                f"goes")
+        return f"{has} up to {most / GB:.2f} GB: there may be no room for two, and a new one is written before an old one goes"
     return None
 
 
@@ -159,11 +169,15 @@ def check_memory(config: Config, parameters: int, world_size: int) -> str | None
         shards = world_size if config.train.zero_stage else 1
         each += parameters * (4 + (4 + state_bytes(config)) / shards)  # gradients; master weights and accumulators
     need, limit, free = each * ranks_here(), *host_memory()
-    text = (f"{ranks_here()} rank(s) on {socket.gethostname()} need at least {need / GB:.2f} GB of its memory for "
-            f"{parameters / 1e6:,.0f} M parameters")
+    text = (
+        f"{ranks_here()} rank(s) on {socket.gethostname()} need at least {need / GB:.2f} GB of its memory for "
+        f"{parameters / 1e6:,.0f} M parameters"
+    )
     if need > limit:
-        raise UserError(f"{text}, and it has {limit / GB:.2f} GB (or its container may use no more): take fewer ranks a "
-                        f"node, or a smaller model")
+        raise UserError(
+            f"{text}, and it has {limit / GB:.2f} GB (or its container may use no more): take fewer ranks a "
+            f"node, or a smaller model"
+        )
     return f"{text}, and {free / GB:.2f} GB are free" if need > free else None
 
 
@@ -175,8 +189,10 @@ def host_memory() -> tuple[int, int]:
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         pass
-    for limit, used in (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-                        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
         try:
             most, now = int(Path(limit).read_text()), int(Path(used).read_text())
         except (OSError, ValueError):  # none, or "max"
@@ -195,8 +211,10 @@ def check_shared_memory(path: str = "/dev/shm") -> str | None:
     need = SHM_CPU_RANK * ranks if get_accelerator().device_name() == "cpu" else SHM_GPU_NODE
     if size >= need:
         return None
-    return (f"{path} has {size / MIB:,.0f} MiB, and {ranks} ranks may use {need / MIB:,.0f} MiB of it: give the container "
-            f"more (docker run --shm-size=1g)")
+    return (
+        f"{path} has {size / MIB:,.0f} MiB, and {ranks} ranks may use {need / MIB:,.0f} MiB of it: give the container "
+        f"more (docker run --shm-size=1g)"
+    )
 
 
 def facts(config: Config, index: dict) -> dict[str, str]:
@@ -204,8 +222,11 @@ def facts(config: Config, index: dict) -> dict[str, str]:
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     tokens = {name: index.get(name) for name in ("vocab_size", "tokenizer", "splits")}
     return {
-        "python": sys.version.split()[0], **found, "this package's code": code_digest(),
-        "the configuration": digest(dump_config(config)), "the data": digest(repr(tokens)),
+        "python": sys.version.split()[0],
+        **found,
+        "this package's code": code_digest(),
+        "the configuration": digest(dump_config(config)),
+        "the data": digest(repr(tokens)),
         "the backend": torch.distributed.get_backend(),
     }
 
@@ -233,9 +254,13 @@ def differences(found: list[dict[str, str]], hosts: list[str]) -> list[str]:
         for rank, of_rank in enumerate(found):
             first[of_rank[name]].append(rank)
         if len(first) > 1:
-            lines.append(f"{name} is " + ", ".join(f"{value} on rank {ranks[0]} ({hosts[ranks[0]]}"
-                                                   + (f" and {len(ranks) - 1} more)" if ranks[1:] else ")")
-                                                   for value, ranks in first.items()))
+            lines.append(
+                f"{name} is "
+                + ", ".join(
+                    f"{value} on rank {ranks[0]} ({hosts[ranks[0]]}" + (f" and {len(ranks) - 1} more)" if ranks[1:] else ")")
+                    for value, ranks in first.items()
+                )
+            )
     return lines
 
 
@@ -251,9 +276,10 @@ def check_ranks(config: Config, index: dict) -> None:
     try:
         torch.distributed.all_reduce(torch.ones((), device=accelerator.current_device_name()))
     except RuntimeError as error:
-        raise UserError(f"the ranks met, but can't exchange data by {torch.distributed.get_backend()}: {one_line(error)}; "
-                        f"NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME name the interface to take, NCCL_DEBUG=INFO tells more"
-                        ) from None
+        raise UserError(
+            f"the ranks met, but can't exchange data by {torch.distributed.get_backend()}: {one_line(error)}; "
+            f"NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME name the interface to take, NCCL_DEBUG=INFO tells more"
+        ) from None
     device = "CPU" if accelerator.device_name() == "cpu" else torch.cuda.get_device_name()
     gathered: list = [None] * world_size
     torch.distributed.barrier()  # so that the clocks are read at one time
@@ -263,12 +289,16 @@ def check_ranks(config: Config, index: dict) -> None:
     if wrong := differences(found, hosts):
         raise UserError("the ranks don't agree: " + "; ".join(wrong) + ": install and give the same on every node")
     if blind := ranks_without_folder(config.run_dir, tokens[0], rank, world_size):
-        raise UserError(f"run_dir {config.run_dir!r} is not the same folder on rank {blind[0]} ({hosts[blind[0]]}) as on "
-                        f"rank 0 ({hosts[0]}): give a path that all nodes share")
+        raise UserError(
+            f"run_dir {config.run_dir!r} is not the same folder on rank {blind[0]} ({hosts[blind[0]]}) as on "
+            f"rank 0 ({hosts[0]}): give a path that all nodes share"
+        )
     late = max(range(world_size), key=lambda other: abs(clocks[other] - clocks[0]))
     if rank == 0 and abs(clocks[late] - clocks[0]) > CLOCK_SECONDS:
-        warn(f"the clocks of {hosts[0]} and {hosts[late]} differ by {abs(clocks[late] - clocks[0]):.0f} s: times in logs "
-             f"and files will mislead; start a time service (chrony, ntpd) on every node")
+        warn(
+            f"the clocks of {hosts[0]} and {hosts[late]} differ by {abs(clocks[late] - clocks[0]):.0f} s: times in logs "
+            f"and files will mislead; start a time service (chrony, ntpd) on every node"
+        )
     if rank == 0 and len(set(devices)) > 1:
         warn(f"the ranks have different devices ({', '.join(sorted(set(devices)))}): the slowest sets the pace")
 

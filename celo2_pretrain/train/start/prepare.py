@@ -1,4 +1,5 @@
 """Before the ranks meet: everything about a run that can be refused is refused here."""
+
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,8 +85,9 @@ def prepare(config: Config, resume: str | None, overwrite: bool, lock: RunLock) 
     mixture = open_mixture(config.data.path, config.data.mixture)
     index, size, context = mixture.index, config.train, config.model.context
     vocab_rows(config.model, index["vocab_size"])
-    loader = TrainLoader(mixture, context, size.micro_batch_size, max(BatchSizes(size, context).all()), size.seed, rank,
-                         world_size)
+    loader = TrainLoader(
+        mixture, context, size.micro_batch_size, max(BatchSizes(size, context).all()), size.seed, rank, world_size
+    )
     val_loader = ValLoader(mixture, context, size.micro_batch_size, config.eval.sequences, rank, world_size)
     description = checkpoint.describe(config, index, world_size)
 
@@ -96,12 +98,26 @@ def prepare(config: Config, resume: str | None, overwrite: bool, lock: RunLock) 
     model = build_seeded(config, index)
     parameters, per_token = sum(p.numel() for p in model.parameters()), flops_per_token(model, context)
     optimizer = build_optimizer(model, config.optimizer)  # reads the weights file, so it may refuse too
-    return Prepared(config, rank, world_size, ds_config, mixture, loader, val_loader, description, start, model, optimizer,
-                    parameters, per_token)
+    return Prepared(
+        config,
+        rank,
+        world_size,
+        ds_config,
+        mixture,
+        loader,
+        val_loader,
+        description,
+        start,
+        model,
+        optimizer,
+        parameters,
+        per_token,
+    )
 
 
-def find_start(config: Config, resume: str | None, overwrite: bool, lock: RunLock, description: dict[str, Any],
-               mixture: Mixture) -> Start | None:
+def find_start(
+    config: Config, resume: str | None, overwrite: bool, lock: RunLock, description: dict[str, Any], mixture: Mixture
+) -> Start | None:
     """The checkpoint that `resume` asks for, checked against this run; None where nothing is left to do."""
     print_once = print_line if lock.rank == 0 else lambda text: None
     automatic, checkpoints = resume == select.AUTO, Path(config.run_dir, "checkpoints")
@@ -115,8 +131,9 @@ def find_start(config: Config, resume: str | None, overwrite: bool, lock: RunLoc
         found = select.find(resume) if resume else None
     start = Start(found, own=found is not None and found.parent.resolve() == checkpoints.resolve(), verified=automatic)
     if start.own and not select.NAMED.fullmatch(found.name):
-        raise UserError(f"{found} has no checkpoint's name, as one that was given up: rename it to step_ and its step to "
-                        f"go on from it")
+        raise UserError(
+            f"{found} has no checkpoint's name, as one that was given up: rename it to step_ and its step to go on from it"
+        )
     if found:
         read_start(start, description, mixture.digest, lock.rank)
         if start.step >= config.train.max_steps and automatic:
@@ -129,8 +146,10 @@ def find_start(config: Config, resume: str | None, overwrite: bool, lock: RunLoc
                 f"give a larger one, for example train.max_steps={2 * start.step}"
             )
     if checkpoints.exists() and not (start.own or overwrite or automatic):
-        raise UserError(f"run_dir {config.run_dir!r} already holds a run: pass --resume to continue it, --overwrite to "
-                        f"replace it, or choose another run_dir=…")
+        raise UserError(
+            f"run_dir {config.run_dir!r} already holds a run: pass --resume to continue it, --overwrite to "
+            f"replace it, or choose another run_dir=…"
+        )
     return start
 
 
@@ -140,8 +159,10 @@ def read_start(start: Start, description: dict[str, Any], data: str, rank: int) 
     start.step, start.samples = state["step"], state["samples"]
     start.other_world, start.extra = state["other_world"], state["extra"]
     if rank == 0 and start.extra.get("data") not in (None, data):  # None: an older checkpoint's
-        warn(f"the data is not what {start.checkpoint} was trained on (prepared again, or mixed otherwise): its order is "
-             "another from here on, so that some windows come again and some never")
+        warn(
+            f"the data is not what {start.checkpoint} was trained on (prepared again, or mixed otherwise): its order is "
+            "another from here on, so that some windows come again and some never"
+        )
 
 
 def build_seeded(config: Config, index: dict[str, Any]) -> torch.nn.Module:

@@ -1,4 +1,5 @@
 """How the processes of a run meet: a launcher's ranks, or one process on its own."""
+
 import contextlib
 import io
 import logging
@@ -16,8 +17,11 @@ from celo2_pretrain.common.errors import UserError, one_line
 
 STALE_LOCK_SECONDS = 600  # a compilation, which another machine with the same home may be at, takes less
 STALE_LOAD_SECONDS = 30
-LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|gloo/transport|ncclRemoteError|remote process exit|"
-                  r"recvValue failed|sendBytes failed|failed to (recv|send), got", re.IGNORECASE)
+LOST = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|gloo/transport|ncclRemoteError|remote process exit|"
+    r"recvValue failed|sendBytes failed|failed to (recv|send), got",
+    re.IGNORECASE,
+)
 
 
 def world_from_environment() -> tuple[int, int]:
@@ -26,8 +30,10 @@ def world_from_environment() -> tuple[int, int]:
     Raises UserError for the tasks of an `srun` without a launcher in each: every one would take itself for rank 0.
     """
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
-        raise UserError(f"srun started {os.environ['SLURM_NTASKS']} tasks, but RANK and WORLD_SIZE are not set: start one "
-                        "task a node (srun --ntasks-per-node=1) with torchrun or deepspeed in it")
+        raise UserError(
+            f"srun started {os.environ['SLURM_NTASKS']} tasks, but RANK and WORLD_SIZE are not set: start one "
+            "task a node (srun --ntasks-per-node=1) with torchrun or deepspeed in it"
+        )
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -56,8 +62,13 @@ def join_ranks() -> None:
 
     logger.setLevel(logging.WARNING)
     if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(free_port())}
+        os.environ |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
     if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
         announce_compilation()
     # Or NCCL would put all of a node's ranks on the first GPU.
@@ -69,8 +80,10 @@ def join_ranks() -> None:
             if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error).lower():
                 raise
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise UserError(f"rank {os.environ['RANK']} can't meet the others at {where}: {one_line(error)}; "
-                            f"is that the first node's address and a free port there, and did every node start?") from None
+            raise UserError(
+                f"rank {os.environ['RANK']} can't meet the others at {where}: {one_line(error)}; "
+                f"is that the first node's address and a free port there, and did every node start?"
+            ) from None
     if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
         forget_shared_memory()
 
@@ -95,8 +108,11 @@ def announce_compilation() -> None:
             if old and not is_open(lock):
                 lock.unlink()
             elif os.environ["RANK"] == "0":
-                print("waiting for the process that compiles or loads DeepSpeed's communication; "
-                      f"if there is none, remove {lock}", flush=True)
+                print(
+                    "waiting for the process that compiles or loads DeepSpeed's communication; "
+                    f"if there is none, remove {lock}",
+                    flush=True,
+                )
     if not there and os.environ["RANK"] == "0":
         print("first run on this machine: DeepSpeed compiles its communication (about a minute) …", flush=True)
 

@@ -1,4 +1,5 @@
 """Which launcher started this process, and the command that goes on with its run."""
+
 import os
 import shlex
 import sys
@@ -25,9 +26,11 @@ def resume_command(config: Config, max_steps: int | None = None) -> str:
         if "SLURM_JOB_ID" in env and "SLURM_NODEID" in env:
             return f"sbatch --nodes {nodes} launch/slurm.sh {arguments}"
         if nodes > 1:
-            return (f"{variables}launch/torchrun.sh --nnodes {nodes} --node-rank {env['GROUP_RANK']} --master "
-                    f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} --nproc {here} {arguments}   (on each node, with its own "
-                    f"--node-rank)")
+            return (
+                f"{variables}launch/torchrun.sh --nnodes {nodes} --node-rank {env['GROUP_RANK']} --master "
+                f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} --nproc {here} {arguments}   (on each node, with its own "
+                f"--node-rank)"
+            )
         return f"{variables}torchrun --nproc_per_node {here} {'-m celo2_pretrain train' if by_module else script} {arguments}"
     if int(env.get("CROSS_SIZE", 1)) > 1:  # DeepSpeed's launcher sets it to the number of nodes
         return f"{variables}launch/multinode.sh --hostfile HOSTFILE {arguments}"

@@ -4,6 +4,7 @@ Every hidden matrix is the weight of an `nn.Linear` of its own (separate Q, K, V
 optimizers that orthogonalise or precondition matrices all see the same ones. Output layers are called `head`, position
 and token tables are `nn.Embedding`: those and the vectors are what `param_groups` leaves to AdamW.
 """
+
 from __future__ import annotations
 
 import math
@@ -107,8 +108,12 @@ class ConvNet(nn.Module):
     def __init__(self, classes: int, channels: int, width: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs, outputs, stride in ((channels, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1),
-                                        (2 * width, 4 * width, 2)):
+        for inputs, outputs, stride in (
+            (channels, width, 1),
+            (width, 2 * width, 2),
+            (2 * width, 2 * width, 1),
+            (2 * width, 4 * width, 2),
+        ):
             layers += [Convolution(inputs, outputs, stride), nn.GroupNorm(4, outputs), nn.ReLU()]
         self.layers, self.head = nn.Sequential(*layers), nn.Linear(4 * width, classes)
 

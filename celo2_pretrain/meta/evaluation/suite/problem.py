@@ -1,4 +1,5 @@
 """What is an evaluation task? Something that builds, from a seed, a model with a training loss and a measure of it."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

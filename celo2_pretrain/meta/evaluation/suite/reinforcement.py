@@ -4,6 +4,7 @@ An optimizer step is one minibatch. Every EPOCHS · MINIBATCHES steps the policy
 environments. The measure is the negative mean return per episode of the training games themselves, or for Atari (long
 episodes) the negative score per 1,000 steps, over the last RECENT of the play.
 """
+
 from __future__ import annotations
 
 import functools
@@ -108,8 +109,9 @@ def ppo(make, episodic: bool, width: int, seed: int) -> Problem:
 
     def loss(step: int) -> Tensor:
         if step % (EPOCHS * MINIBATCHES) == 0:
-            batches = [part for _ in range(EPOCHS)
-                       for part in torch.randperm(HORIZON * ENVS, generator=order).chunk(MINIBATCHES)]
+            batches = [
+                part for _ in range(EPOCHS) for part in torch.randperm(HORIZON * ENVS, generator=order).chunk(MINIBATCHES)
+            ]
             data[:] = play.rollout(), batches
         rollout, batches = data
         seen, actions, old, advantages, returns = (x[batches[step % (EPOCHS * MINIBATCHES)]] for x in rollout)
@@ -130,17 +132,57 @@ def ppo(make, episodic: bool, width: int, seed: int) -> Problem:
     return Problem(model, loss, measure)
 
 
-def task(name: str, about: str, make, steps: int, unit: str, needs, span: float, episodic: bool, width: int,
-         seconds: float) -> Task:
-    return Task(name, about, functools.partial(ppo, make, episodic, width), steps, unit, needs, lr_scale=0.3,
-                span=span, seconds=seconds)
+def task(
+    name: str, about: str, make, steps: int, unit: str, needs, span: float, episodic: bool, width: int, seconds: float
+) -> Task:
+    return Task(
+        name,
+        about,
+        functools.partial(ppo, make, episodic, width),
+        steps,
+        unit,
+        needs,
+        lr_scale=0.3,
+        span=span,
+        seconds=seconds,
+    )
 
 
 TASKS = (
-    task("ppo-cartpole", "PPO on CartPole-v1", functools.partial(make_control, "CartPole-v1"), 1200,
-         "− mean return (−500 at best)", GYM, 500.0, True, 64, 7),
-    task("ppo-acrobot", "PPO on Acrobot-v1", functools.partial(make_control, "Acrobot-v1"), 1000,
-         "− mean return (70 at best)", GYM, 430.0, True, 64, 7),
-    task("ppo-atari", "PPO on Atari Krull from its 128 bytes of memory", functools.partial(make_atari, "Krull"), 800,
-         "− score per 1,000 steps", ATARI, 2000.0, False, 128, 17),
+    task(
+        "ppo-cartpole",
+        "PPO on CartPole-v1",
+        functools.partial(make_control, "CartPole-v1"),
+        1200,
+        "− mean return (−500 at best)",
+        GYM,
+        500.0,
+        True,
+        64,
+        7,
+    ),
+    task(
+        "ppo-acrobot",
+        "PPO on Acrobot-v1",
+        functools.partial(make_control, "Acrobot-v1"),
+        1000,
+        "− mean return (70 at best)",
+        GYM,
+        430.0,
+        True,
+        64,
+        7,
+    ),
+    task(
+        "ppo-atari",
+        "PPO on Atari Krull from its 128 bytes of memory",
+        functools.partial(make_atari, "Krull"),
+        800,
+        "− score per 1,000 steps",
+        ATARI,
+        2000.0,
+        False,
+        128,
+        17,
+    ),
 )

@@ -1,4 +1,5 @@
 """Which tasks does the suite consist of? None is in meta-training, nor is its data."""
+
 from __future__ import annotations
 
 from . import reinforcement, text, vision

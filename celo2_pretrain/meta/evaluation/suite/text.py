@@ -1,4 +1,5 @@
 """Language models on text that every machine has: the sources of the installed Python's standard library."""
+
 from __future__ import annotations
 
 from functools import cache
@@ -33,6 +34,7 @@ def tokenizer() -> SentencePieceTokenizer:
 @cache
 def corpus(pieces: bool) -> tuple[Tensor, Tensor]:
     """(training, validation) ids, int64: sentencepiece's, or bytes."""
+
     def ids(texts: list[str]) -> Tensor:
         if pieces:
             return torch.tensor([i for text in tokenizer().encode(texts) for i in text])
@@ -46,8 +48,9 @@ def windows(data: Tensor, starts: Tensor) -> Tensor:
     return data[starts[:, None] + torch.arange(CONTEXT + 1)]
 
 
-def language_model(model: nn.Module, texts: tuple[Tensor, Tensor], batch: int, seed: int,
-                   validation: int = VALIDATION) -> Problem:
+def language_model(
+    model: nn.Module, texts: tuple[Tensor, Tensor], batch: int, seed: int, validation: int = VALIDATION
+) -> Problem:
     """Next-token prediction with `model`. `texts`: (training, validation) ids; `validation`: windows measured."""
     train, val = texts
     held_out = windows(val, torch.linspace(0, len(val) - CONTEXT - 1, validation).long())

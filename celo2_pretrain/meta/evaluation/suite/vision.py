@@ -3,6 +3,7 @@
 The photographs ship inside scikit-learn and scikit-image; meta-training uses others of theirs. Which photograph, and
 which way up? is learned from the left three quarters of each and measured on patches of the right quarter.
 """
+
 from __future__ import annotations
 
 from functools import cache
@@ -17,9 +18,14 @@ from torch import Tensor
 from .models import AutoEncoder, ConvNet, ViT
 from .problem import Problem, Task
 
-PHOTOS = (("sklearn", "datasets/images/china.jpg"), ("sklearn", "datasets/images/flower.jpg"),
-          ("skimage", "data/hubble_deep_field.jpg"), ("skimage", "data/ihc.png"),
-          ("skimage", "data/motorcycle_left.png"), ("skimage", "data/retina.jpg"))
+PHOTOS = (
+    ("sklearn", "datasets/images/china.jpg"),
+    ("sklearn", "datasets/images/flower.jpg"),
+    ("skimage", "data/hubble_deep_field.jpg"),
+    ("skimage", "data/ihc.png"),
+    ("skimage", "data/motorcycle_left.png"),
+    ("skimage", "data/retina.jpg"),
+)
 NEEDS = (("sklearn", "scikit-learn"), ("skimage", "scikit-image"), ("PIL", "pillow"))
 SIDE, HELD_OUT = 16, 512
 
@@ -50,7 +56,7 @@ def patches(generator: torch.Generator, count: int, held_out: bool) -> tuple[Ten
         border = width * 3 // 4  # what lies right of it is held out
         first, last = (border, width - SIDE) if held_out else (0, border - SIDE)
         top, left = int(down * (height - SIDE + 1)), first + int(right * (last - first + 1))
-        out[k] = photos[photo][:, top:top + SIDE, left:left + SIDE]
+        out[k] = photos[photo][:, top : top + SIDE, left : left + SIDE]
     return out, which
 
 
@@ -100,9 +106,23 @@ def build_autoencoder(seed: int) -> Problem:
 
 
 TASKS = (
-    Task("vit-photos", "ViT, 2 layers of 64: which photograph is a colour patch of, and which way up?",
-         build_vit, 400, "nats", NEEDS, seconds=12),
+    Task(
+        "vit-photos",
+        "ViT, 2 layers of 64: which photograph is a colour patch of, and which way up?",
+        build_vit,
+        400,
+        "nats",
+        NEEDS,
+        seconds=12,
+    ),
     Task("conv-photos", "convolutional net: the same of grey patches", build_conv, 600, "nats", NEEDS, seconds=9),
-    Task("autoencoder-photos", "auto-encoder 256-128-64-16 with tanh, on grey patches", build_autoencoder, 1000,
-         "share of the variance lost", NEEDS, seconds=10),
+    Task(
+        "autoencoder-photos",
+        "auto-encoder 256-128-64-16 with tanh, on grey patches",
+        build_autoencoder,
+        1000,
+        "share of the variance lost",
+        NEEDS,
+        seconds=10,
+    ),
 )
