@@ -1,6 +1,6 @@
-"""Lines for the user, each in one piece: a run's own on standard output, notices and errors on standard error.
+"""Print lines for the user: a run's own lines to standard output, notices and errors to standard error.
 
-Where a stream is gone (`| tee` that was interrupted) or full, nobody is told, and the run goes on.
+If a stream is closed (an interrupted `| tee`) or full, the line is lost and the run continues.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ def print_line(text: str) -> None:
 
 
 def print_notice(text: str) -> None:
-    """Print a line about the program's end, or a warning, after what was printed before."""
+    """Print a warning or the reason of the program's end, after all that was printed before."""
     flush(sys.stdout)
     _write(sys.stderr, f"celo2-pretrain: {text}\n")
 

@@ -70,7 +70,7 @@ def test_a_failed_run_goes_on_from_its_own_checkpoint(supervised):
     assert supervised.starts == [["--overwrite"], ["--overwrite"], auto, auto]
     assert "exit code 1; starting again in 0.1 s, as before: it had saved nothing" in supervised.told
     assert "exit code 1; rank 1 on here: ValueError: why; starting again in 0.1 s, from step_00000002" in supervised.told
-    assert "killed by SIGKILL (for memory? `dmesg` tells)" in supervised.told
+    assert "killed by SIGKILL (out of memory? see `dmesg`)" in supervised.told
     assert supervised.told.endswith("finished after 3 restart(s)\n") and "Traceback" not in supervised.told
     assert supervisor.FIRST_ERROR == failures.FIRST
 

@@ -1,8 +1,8 @@
-"""How an error on one rank ends all of them, with the first error on top.
+"""An error on one rank ends all ranks, and the first error is printed first.
 
 The rank that fails writes its traceback to run_dir/error_rank_N.txt and one line to run_dir/error_first.txt, before its
-connections break. Each rank looks at that file while it trains, and whoever loses a connection looks there for the reason:
-it ends with one line, wherever it is, also where NCCL would wait or the other node's launcher knows nothing.
+connections break. Every rank polls error_first.txt while it trains, and reads it when it loses a connection. It then ends
+with one line, even if NCCL would wait or the launcher of its node knows of no failure.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ from celo2_pretrain.train.start.ranks import join_ranks, lost_connection, world_
 
 FIRST = "error_first.txt"
 LOOK_SECONDS = 2.0  # between looks for another rank's error
-GRACE_SECONDS = 10  # for the other ranks to find out by themselves
-GRACE_AFTER_USER_ERROR = 120  # it may have come on all ranks: they end in order, and may have a checkpoint to finish
-REASON_SECONDS = 3.0  # for the reason of a lost connection to appear on a shared file system
+GRACE_SECONDS = 10  # for the other ranks to notice by themselves
+GRACE_AFTER_USER_ERROR = 120  # all ranks may have it: they end in order, and may have a checkpoint to finish
+REASON_SECONDS = 3.0  # until the reason of a lost connection must have appeared on a shared file system
 FOLLOW_SECONDS = 2.0  # behind the first rank, so that launchers report its exit code
 _left_training = threading.Event()
 
 
 @contextlib.contextmanager
 def ending_all_ranks(run_dir: str):
-    """While a run trains: an exception other than UserError and Stopped ends this process with code 1, and so all ranks.
+    """End all ranks with code 1 when an exception other than UserError and Stopped leaves the block.
 
-    A single process gets its exception back when it is written down.
+    A single process writes its traceback and raises the exception again.
     """
     rank, world_size = world_from_environment()
     try:
@@ -58,11 +58,11 @@ def ending_all_ranks(run_dir: str):
 
 
 def join_and_look(run_dir: str) -> None:
-    """Join the ranks; from then on, end this process when another one leaves an error in `run_dir`. Once in a process."""
+    """Join the ranks, and from then on end this process when another rank leaves an error in `run_dir`. Once per process."""
     if torch.distributed.is_initialized():
         return
     rank, world_size = world_from_environment()
-    if rank == 0:  # an earlier run's errors, before any rank could take them for this one's
+    if rank == 0:  # remove an earlier run's errors before any rank reads them
         for path in Path(run_dir).glob("error_*.txt"):
             if path.name == FIRST or re.fullmatch(r"error_rank_\d+\.txt", path.name):
                 path.unlink()
@@ -84,8 +84,8 @@ def write(run_dir: str, rank: int, error: BaseException) -> Path | None:
 
 
 def claim(run_dir: str, line: str, grace: int = GRACE_SECONDS, code: int = 1) -> bool:
-    """Whether this rank is the first of the run to fail; `line` then tells the others, who have `grace` seconds to end
-    and then do so with exit code `code`."""
+    """Whether this rank is the first to fail. Then `line` is written for the other ranks, which have `grace` seconds to
+    end by themselves before they exit with `code`."""
     try:
         with open(Path(run_dir, FIRST), "x") as file:
             file.write(f"{' '.join(line.split())[:2000]}\n{grace} {code}\n")
@@ -97,25 +97,25 @@ def claim(run_dir: str, line: str, grace: int = GRACE_SECONDS, code: int = 1) ->
 
 
 def first(run_dir: str) -> tuple[str, int, int] | None:
-    """The line of the rank that failed first, seconds that others have, and the exit code; None where none has failed."""
+    """The line of the rank that failed first, the seconds that others have, and the exit code; None if no rank has failed."""
     try:
         line, numbers = Path(run_dir, FIRST).read_text().splitlines()
         grace, code = numbers.split()
         return line, int(grace), int(code)
-    except (OSError, ValueError):  # not there, or not yet whole
+    except (OSError, ValueError):  # missing, or not yet complete
         return None
 
 
 def end(run_dir: str, rank: int, error: Exception) -> None:
-    """Say what this rank knows of the failure, and leave at once, without waiting for what others would have to do."""
+    """Report what this rank knows of the failure and exit at once, without a collective that others must join."""
     with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends the others soon: this report comes first
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher soon terminates the ranks: report first
     lost = lost_connection(error)
     told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     path = write(run_dir, rank, error)
     written = f" (traceback in {path})" if path else ""
     code = 1
-    joined = torch.distributed.is_initialized()  # before, the folder may hold an earlier run's errors
+    joined = torch.distributed.is_initialized()  # until then the folder may hold an earlier run's errors
     if lost:
         until = time.monotonic() + REASON_SECONDS
         while not first(run_dir) and time.monotonic() < until:
@@ -128,10 +128,10 @@ def end(run_dir: str, rank: int, error: Exception) -> None:
     elif lost:
         text = (
             f"error on rank {rank}: the connection to another rank broke, and that rank left no message: it was killed "
-            f"(for memory? `dmesg` on its node tells), or its node is gone. {told}{written}"
+            f"(out of memory? see `dmesg` on its node), or its node is gone. {told}{written}"
         )
     else:
-        # Drift and a lack of memory come from the machine, not from a line of code.
+        # The cause of drift or a lack of memory is the machine, so a traceback doesn't help.
         told_whole = isinstance(error, (DriftError, MemoryError))
         where = "" if told_whole else "\n" + "".join(traceback.format_exception(error)).rstrip()
         text = f"error on rank {rank}: {told}{where}"
@@ -139,7 +139,7 @@ def end(run_dir: str, rank: int, error: Exception) -> None:
 
 
 def leave(text: str, code: int) -> None:
-    """Print `text` and end the process, whatever its other threads wait for; but a checkpoint's copy may come to its end."""
+    """Print `text`, let the copy of a checkpoint finish, and end the process without waiting for other threads."""
     print_notice(text)
     settle(print_notice)
     os._exit(code)

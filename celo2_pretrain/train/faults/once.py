@@ -1,4 +1,4 @@
-"""How the ranks of a node say a thing once: whoever makes an empty file named after the words says them."""
+"""Print a message once per node: the rank that creates an empty file named after the message prints it."""
 
 import contextlib
 import hashlib
@@ -7,14 +7,14 @@ import tempfile
 import time
 from pathlib import Path
 
-WAIT_SECONDS = 3.0  # that other ranks leave to local rank 0
+WAIT_SECONDS = 3.0  # for which the other ranks wait for local rank 0
 KEPT_SECONDS = 86400
 
 
 def may_say(text: str) -> bool:
-    """Whether this process is the one of its node's ranks that says `text`; without a launcher it always is.
+    """Whether this process is the rank of its node that prints `text`. Without a launcher it always is.
 
-    Local rank 0 comes first if it has the same to say within some seconds: it is not told apart then.
+    Local rank 0 takes precedence if it has the same message within WAIT_SECONDS; the message then names no rank.
     """
     if "LOCAL_RANK" not in os.environ:
         return True
@@ -29,7 +29,7 @@ def may_say(text: str) -> bool:
     except FileExistsError:
         return False
     except OSError:
-        return True  # said twice is better than not at all
+        return True  # a message printed twice is better than a lost one
     for old in path.parent.glob(f"{path.name[:11]}*"):
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > KEPT_SECONDS:
@@ -38,14 +38,14 @@ def may_say(text: str) -> bool:
 
 
 def where_found() -> str:
-    """ " (found on rank 3)" for all but the first rank of a node, which speaks for the others too."""
+    """ " (found on rank 3)"; empty for local rank 0, whose messages stand for all ranks of the node."""
     return "" if os.environ.get("LOCAL_RANK", "0") == "0" else f" (found on rank {os.environ.get('RANK', '?')})"
 
 
 def _claim(text: str) -> Path:
-    """The file that stands for `text` in this launch: the ranks of a node have one parent and one meeting point."""
+    """The file that stands for `text` in this launch, which is known by the ranks' parent process and rendezvous."""
     parent = os.getppid()
-    try:  # when it started, in clock ticks: process ids come again
+    try:  # its start time in clock ticks, because process ids are reused
         started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         started = ""

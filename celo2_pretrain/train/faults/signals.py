@@ -4,7 +4,7 @@ import os
 import signal
 from pathlib import Path
 
-SINCE = "CELO2_SUPERVISOR_SINCE"  # when it began: a stop file that is newer is for the run, whichever start is under way
+SINCE = "CELO2_SUPERVISOR_SINCE"  # when the supervisor began: a newer stop file is meant for this run
 INTERRUPTED = 130  # what shells give for SIGINT
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -18,12 +18,12 @@ def stop_file_is_new(path: Path, since: float) -> bool | None:
 
 
 def not_ignored() -> list[signal.Signals]:
-    """The signals to hear: what is ignored (by nohup, in a background job of a script) stays so."""
+    """The signals to handle. Ignored ones (under nohup, in a script's background job) stay ignored."""
     return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def leave_lost_terminal() -> None:
-    """Where the terminal is gone, as after SIGHUP, write to nothing: print would raise, and end a run before it has saved."""
+    """Replace a closed terminal (after SIGHUP) by /dev/null: print would raise and end the run before it has saved."""
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"")

@@ -1,10 +1,10 @@
 """`train --max-restarts N`: start the driver, and start it again from its last checkpoint when it fails.
 
-Not started again is what another start would not mend, or what was wished:
-    0 and the last step's checkpoint   finished            75    stopped on request
-    2                                  wrong input, told   130   interrupted
-Launchers give exit codes of their own, so each rank also notes its code in the file that CELO2_SUPERVISOR names. The same
-variable tells the processes of a start from all others, whatever started them.
+It does not start again after these exit codes:
+    0 and the last step's checkpoint   finished      75    stopped on request
+    2                                  wrong input   130   interrupted
+Launchers replace the exit codes of their ranks. Therefore each rank also writes its code to the file that CELO2_SUPERVISOR
+names. The same variable identifies all processes that belong to a start.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ LOOK_SECONDS = 0.5
 
 
 def parse_ranks(text: str | None, launch: str | None, config: Config) -> list[int]:
-    """`--ranks 8,8,4` as numbers; [] where it isn't given. Raises UserError, also where the configuration can't be run so."""
+    """`--ranks 8,8,4` as numbers; [] if not given. Raises UserError if bad, or if the configuration can't use them."""
     if (text is None) != ("{ranks}" not in (launch or "")):
         raise UserError(
             "--ranks and {ranks} in --launch need each other, for example --ranks 8,4 --launch "
@@ -49,18 +49,18 @@ def parse_ranks(text: str | None, launch: str | None, config: Config) -> list[in
     for number in ranks:
         accumulation_steps(config, number)
     if len(set(ranks)) > 1 and not config.checkpoint.any_world:
-        raise UserError(f"--ranks {text}: checkpoint.any_world=false saves nothing that goes on with another number")
+        raise UserError(f"--ranks {text}: checkpoint.any_world=false saves nothing that another number of ranks can resume")
     return ranks
 
 
 class StopSignals:
-    """The signals that ask this process to stop, while it is entered; and the stop file, which the ranks read and remove."""
+    """Context: records signals that ask this process to stop. Also knows the stop file, which the ranks read and remove."""
 
     def __init__(self, file: Path):
         self.file, self.since = file, time.time()
 
     def to_stop(self) -> bool:
-        """Also by a stop file that no rank has seen: the run failed before, or waits for its next start."""
+        """Whether to stop: a signal came, or a stop file that no rank has seen because none was running."""
         return bool(self.names or stop_file_is_new(self.file, self.since))
 
     def forget_file(self) -> None:
@@ -83,14 +83,14 @@ class StopSignals:
 
 
 class DriverStart:
-    """One start of the driver: all processes that come of `command`."""
+    """One start of the driver: all processes that `command` starts."""
 
     def __init__(self, command: list[str], notes: Path, supervised_since: float):
         self.notes, self.since = notes, time.time()
         notes.write_text("")
         self.signalled: set[int] = set()
         self.saw_ranks = False
-        try:  # a group of its own: Ctrl-C is for this process, which asks the ranks
+        try:  # a process group of its own: Ctrl-C reaches this process only, which asks the ranks
             env = os.environ | {NOTES: str(notes), SINCE: str(supervised_since)}
             self.process = subprocess.Popen(command, env=env, process_group=0)
         except OSError as error:
@@ -105,7 +105,7 @@ class DriverStart:
         return found
 
     def ask(self) -> None:
-        """Send SIGTERM once to each rank, not to launchers: those kill the ranks some seconds later, saved or not."""
+        """Send SIGTERM once to each rank. Launchers don't get it: they kill their ranks seconds later, saved or not."""
         parents, ranks = {}, set()
         for process in self.living():
             with contextlib.suppress(psutil.Error):
@@ -115,7 +115,7 @@ class DriverStart:
         self.saw_ranks |= bool(ranks)
         if ranks:
             targets = {pid for pid in ranks if parents[pid] not in ranks}
-        else:  # a driver without a launcher; or a launcher that hasn't started any yet, unless it is about to end
+        else:  # a driver without a launcher, or a launcher that hasn't started its ranks yet
             targets = set() if self.saw_ranks else parents.keys() - set(parents.values())
         for pid in targets - self.signalled:
             with contextlib.suppress(OSError):
@@ -131,7 +131,7 @@ class DriverStart:
             time.sleep(0.1)
 
     def wait(self, signals: StopSignals) -> int:
-        """Until all of its processes have ended: the exit code of the first."""
+        """Wait until all processes have ended; returns the exit code of the first one."""
         told, ended = False, None
         while self.process.poll() is None or self.living():
             ended = ended or (self.process.returncode is not None and time.monotonic())
@@ -150,9 +150,9 @@ class DriverStart:
 
 
 class Checkpoints:
-    """What the run has saved, as checkpoints/latest tells; what an earlier run saved doesn't count.
+    """What this run has saved, from checkpoints/latest. An earlier run's checkpoints don't count.
 
-    Each start that goes on with a checkpoint writes `latest` again, so that its time tells nothing: the manifest's does.
+    Uses the manifest's time: `latest` is rewritten on every resume, so its own time says nothing.
     """
 
     def __init__(self, run_dir: str):
@@ -160,7 +160,7 @@ class Checkpoints:
         self.old, self.new_run = self._read(), not self.path.parent.exists()
 
     def _read(self) -> tuple[str, int] | None:
-        """The checkpoint's name, and when it was written: one of the same step may have taken its place."""
+        """The checkpoint's name and time; the time, because another checkpoint of the same step may have replaced it."""
         try:
             name = self.path.read_text().strip()
         except (OSError, ValueError):
@@ -174,11 +174,11 @@ class Checkpoints:
         return found[0] if found and found != self.old else None
 
     def half_saved(self) -> bool:
-        """Whether this run has begun to save and `latest` doesn't tell of it: that looks like a run not to be replaced."""
+        """Whether this run began to save but `latest` names no checkpoint yet: it would be refused without --overwrite."""
         return self.new_run and self.path.parent.exists() and not self.newest()
 
     def finished(self, steps: int, auto: bool) -> bool:
-        """Whether the last step's checkpoint is there; with `auto` (--resume) an earlier run's counts, and is left alone."""
+        """Whether the last step's checkpoint exists. With `auto` (--resume auto) an earlier run's counts, too."""
         found = self._read()
         if found == self.old and not auto:
             return False
@@ -191,8 +191,8 @@ def arguments(args, run_dir: str, go_on: bool, replace: bool) -> list[str]:
 
     Args:
         args: what the command line asked for.
-        go_on: go on with what is in run_dir; else an earlier run there is treated as the command line says.
-        replace: what is in run_dir, also where the command line doesn't say so.
+        go_on: resume what is in run_dir. Otherwise the command line decides about an earlier run there.
+        replace: overwrite what is in run_dir, even if the command line doesn't say so.
     """
     resume, overwrite = ("auto", False) if go_on else (args.resume, args.overwrite or replace)
     out = ["--config", args.config] if args.config else []
@@ -205,7 +205,7 @@ def arguments(args, run_dir: str, go_on: bool, replace: bool) -> list[str]:
 
 
 def final_exit_code(code: int, noted: set[int], asked: bool, finished: bool) -> int | None:
-    """The exit code to end with; None for another start."""
+    """The exit code to end with; None to start again."""
     codes = noted | {code}
     if code == 0 and finished:
         return 0
@@ -217,7 +217,7 @@ def final_exit_code(code: int, noted: set[int], asked: bool, finished: bool) -> 
 
 
 def failure_reason(code: int, run_dir: str, since: float) -> str:
-    """Why a start failed, as far as this process knows."""
+    """Why a start failed, as far as this process can tell."""
     number = -code if code < 0 else code - 128 if 128 < code < 192 else 256 - code if code >= 192 else 0
     names = {int(number): number.name for number in signal.Signals}
     text = f"it was killed by {names[number]}" if code < 0 and number in names else f"exit code {code}"
@@ -228,11 +228,11 @@ def failure_reason(code: int, run_dir: str, since: float) -> str:
     elif code > 0 and number in names:
         text += f": a rank was ended by {names[number]}"
     if number == signal.SIGKILL:
-        text += " (for memory? `dmesg` tells)"
+        text += " (out of memory? see `dmesg`)"
     with contextlib.suppress(OSError, IndexError):
         path = Path(run_dir, FIRST_ERROR)
         if path.stat().st_mtime >= since - 1:  # file systems count in up to a second
-            text += f"; {path.read_text().splitlines()[0][:300]}"  # all of it is above, in the ranks' output
+            text += f"; {path.read_text().splitlines()[0][:300]}"  # the ranks have printed all of it
     return text
 
 
@@ -270,7 +270,7 @@ def supervise(args, config: Config) -> int:
             own = checkpoints.newest()
             command = [part.replace("{ranks}", str(ranks[0])) if ranks else part for part in launch]
             half_saved = restarts > 0 and not args.overwrite and checkpoints.half_saved()
-            # One that was begun from another run's checkpoint has nothing else to begin from.
+            # A run that began from another run's checkpoint must begin from that one again.
             replace = half_saved and args.resume not in (None, "auto") and not any(checkpoints.path.parent.glob("step_*"))
             command += arguments(args, config.run_dir, bool(own) or (half_saved and not replace), replace)
             print_notice(f"start {restarts + 1} of at most {args.max_restarts + 1}: {shlex.join(command)}")
@@ -307,4 +307,4 @@ def supervise(args, config: Config) -> int:
 
 
 def how_to_resume(saved: str | None) -> str:
-    return f"{saved} is its newest checkpoint: --resume auto goes on from it" if saved else "it has saved nothing"
+    return f"{saved} is its newest checkpoint: resume it with --resume auto" if saved else "it has saved nothing"
