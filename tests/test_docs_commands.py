@@ -9,7 +9,7 @@ import pytest
 from support.paths import ROOT, TESTS
 from support.shell_commands import commands, problem
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Pages whose bash blocks a test runs whole, as they are printed.
 RUN_WHOLE = {
     "data.md": "data/test_data_docs.py::test_commands_in_the_documents_run",
@@ -100,9 +100,32 @@ def test_python_in_the_pages_compiles_and_names_what_there_is(page):
                     assert hasattr(module, alias.name), f"from {node.module} import {alias.name}"
 
 
+def headings(page) -> dict[str, str]:
+    """The headings of a page by their anchors, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    found = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-"): heading for heading in found}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_the_pages_lead_somewhere(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if not target.startswith(("http:", "https:", "#", "mailto:")):
-            assert (page.parent / target.partition("#")[0]).exists(), target
+        if not target.startswith(("http:", "https:", "mailto:")):
+            path, _, anchor = target.partition("#")
+            there = page.parent / path if path else page
+            assert there.exists(), target
+            assert not anchor or anchor in headings(there), target
+
+
+def test_the_pages_and_sections_that_the_code_cites_exist():
+    cited = set()
+    for folder in ("celo2_pretrain", "kernels", "benchmarks", "launch", "tests"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".sh") and path.name != "test_docs_commands.py":
+                cited |= set(re.findall(r"docs/(\w+\.md)(?:, ([A-Z][\w ]+))?", path.read_text(encoding="utf-8")))
+    assert len(cited) > 10 and any(section for _, section in cited)
+    for page, section in cited:
+        there = ROOT / "docs" / page
+        assert there.exists(), page
+        assert not section or section in headings(there).values(), f"{page}, {section}"
