@@ -123,7 +123,7 @@ def test_the_pages_and_sections_that_the_code_cites_exist():
     for folder in ("celo2_pretrain", "kernels", "benchmarks", "launch", "tests"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".cpp", ".sh") and path.name != "test_docs_commands.py":
-                cited |= set(re.findall(r"docs/(\w+\.md)(?:, ([A-Z][\w ]+))?", path.read_text(encoding="utf-8")))
+                cited |= set(re.findall(r"docs/(\w+\.md)(?:, \"?([A-Z][\w ]+))?", path.read_text(encoding="utf-8")))
     assert len(cited) > 10 and any(section for _, section in cited)
     for page, section in cited:
         there = ROOT / "docs" / page
