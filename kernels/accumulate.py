@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .packed_triton import random_bits
-from .tiles import OPTIONS, PTR, Tiles, add_sums, find_tile, pointer
+from .tiles import G_AT, M0_AT, M0_KEY_AT, M1_AT, M2_AT, OPTIONS, PTR, START_AT, V_AT, Tiles, add_sums, find_tile, pointer
 
 STEP = 4  # rows at a time
 CLAMP = tl.constexpr(1000.0)
@@ -51,13 +51,13 @@ def accumulate_kernel(
     STEP: tl.constexpr,
 ):
     part, _, first, low, high, _, col_mask, _, _, at, stride = find_tile(tiles, boxes, ROWS, COLS, ALIGNED)
-    g_at = pointer(pointers, part, 0, G, ALIGNED) + at
-    m0_at = pointer(pointers, part, 2, S, ALIGNED) + at
-    m1_at = pointer(pointers, part, 3, S, ALIGNED) + at
-    m2_at = pointer(pointers, part, 4, S, ALIGNED) + at
-    v_at = pointer(pointers, part, 5, S, ALIGNED) + at
-    start = tl.load(pointers + part * PTR + 12) + at  # of the tile's corner in the whole tensor
-    key = pointers + part * PTR + 13
+    g_at = pointer(pointers, part, G_AT, G, ALIGNED) + at
+    m0_at = pointer(pointers, part, M0_AT, S, ALIGNED) + at
+    m1_at = pointer(pointers, part, M1_AT, S, ALIGNED) + at
+    m2_at = pointer(pointers, part, M2_AT, S, ALIGNED) + at
+    v_at = pointer(pointers, part, V_AT, S, ALIGNED) + at
+    start = tl.load(pointers + part * PTR + START_AT) + at  # of the tile's corner in the whole tensor
+    key = pointers + part * PTR + M0_KEY_AT
     m0_key, m1_key = tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32)
     m2_key, v_key = tl.load(key + 2).to(tl.uint32), tl.load(key + 3).to(tl.uint32)
     tile = tl.program_id(0).to(tl.int64)
@@ -91,7 +91,7 @@ def accumulate(tiles: Tiles, pointers: Tensor, totals: Tensor, g_dtype: tl.dtype
 
     Args:
         tiles: from `make_tiles`.
-        pointers: (parts, 22) int64, in the order of POINTERS.
+        pointers: (parts, 22) int64, a PointerRow each.
         totals: (parts, 2) int64, addresses of the (matrices, height) row sums and (matrices, width) column sums.
         g_dtype: of all parts' gradients.
         s_dtype: of all parts' m0, m1, m2, v: float32, bfloat16, or int32: packed.

@@ -13,7 +13,18 @@ from torch import Tensor
 
 from .features import FEATURES, col_scales, element_pointers, load_features, load_states, load_three, row_scales
 from .fold import HIDDEN, THETA_SECOND
-from .tiles import OPTIONS, Tiles, find_tile, pointer
+from .tiles import (
+    COL_BIAS_AT,
+    COL_FACTOR_AT,
+    OPTIONS,
+    OUT_AT,
+    ROW_BIAS_AT,
+    ROW_FACTOR_AT,
+    WEIGHT_AT,
+    Tiles,
+    find_tile,
+    pointer,
+)
 
 STEP = 2  # rows at a time: 128 registers; with 4, twice as many
 NAN = tl.constexpr(tl.PropagateNan.ALL)
@@ -67,14 +78,14 @@ def direction_kernel(
 ):
     part, matrix, first, low, high, columns, col_mask, height, width, at, stride = find_tile(tiles, boxes, ROWS, COLS, ALIGNED)
     elements = element_pointers(pointers, part, at, G, P, S, ALIGNED)
-    out = pointer(pointers, part, 6, tl.float32, ALIGNED) + at
-    row_factor = pointer(pointers, part, 7, tl.float32, False) + matrix * 3 * height
-    col_factor_at = pointer(pointers, part, 8, tl.float32, False) + matrix * 3 * width + columns
+    out = pointer(pointers, part, OUT_AT, tl.float32, ALIGNED) + at
+    row_factor = pointer(pointers, part, ROW_FACTOR_AT, tl.float32, False) + matrix * 3 * height
+    col_factor_at = pointer(pointers, part, COL_FACTOR_AT, tl.float32, False) + matrix * 3 * width + columns
     col_factor = load_three(col_factor_at, width, col_mask)
     col_scale = col_scales(pointers, part, matrix, columns, col_mask, width, S, col_factor)
-    w0 = pointer(pointers, part, 9, tl.float32, False) + matrix * FEATURES * HIDDEN
-    row_bias = pointer(pointers, part, 10, tl.float32, False) + matrix * HIDDEN * height
-    col_bias_at = pointer(pointers, part, 11, tl.float32, False) + matrix * HIDDEN * width + columns
+    w0 = pointer(pointers, part, WEIGHT_AT, tl.float32, False) + matrix * FEATURES * HIDDEN
+    row_bias = pointer(pointers, part, ROW_BIAS_AT, tl.float32, False) + matrix * HIDDEN * height
+    col_bias_at = pointer(pointers, part, COL_BIAS_AT, tl.float32, False) + matrix * HIDDEN * width + columns
     col_bias = ()
     for k in tl.static_range(HIDDEN):
         col_bias = col_bias + (tl.load(col_bias_at + k * width, mask=col_mask, other=0.0),)

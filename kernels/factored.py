@@ -6,36 +6,57 @@ beside the tensors, but several a tensor: one by one their launches would take l
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .accumulate import REST_0, REST_1, REST_2
 from .packed_triton import power_near_root
-from .tiles import OPTIONS
+from .tiles import OPTIONS, place
 
-# What a part's vectors are: a row of the vector table. Addresses, but for the pitches (elements from one decay to the
-# next in v_row and v_col), sizes, and counts. v_row has row_size elements a matrix and decay, v_col col_size.
-VECTORS = (
-    "v_row",
-    "v_col",
-    "row_pitch",
-    "col_pitch",
-    "row_size",
-    "col_size",
-    "row_total",
-    "col_total",
-    "row_factor",
-    "col_factor",
-    "weight",
-    "row_bias",
-    "col_bias",
-    "squares",
-    "matrices",
-    "row_scale",
-    "col_scale",
-)
-VEC = tl.constexpr(len(VECTORS))
+
+class VectorRow(NamedTuple):
+    """What a kernel is told of a part's vectors, int64: addresses, but for pitches, sizes and counts."""
+
+    v_row: int = 0  # (3, matrices · row_size) elements
+    v_col: int = 0
+    row_pitch: int = 0  # elements from one decay to the next
+    col_pitch: int = 0
+    row_size: int = 0  # elements for each matrix and decay
+    col_size: int = 0
+    row_total: int = 0
+    col_total: int = 0
+    row_factor: int = 0
+    col_factor: int = 0
+    weight: int = 0
+    row_bias: int = 0
+    col_bias: int = 0
+    squares: int = 0
+    matrices: int = 0  # their number
+    row_scale: int = 0
+    col_scale: int = 0
+
+
+VEC = tl.constexpr(len(VectorRow._fields))
+VEC_V_ROW = place(VectorRow, "v_row")
+VEC_V_COL = place(VectorRow, "v_col")
+VEC_ROW_PITCH = place(VectorRow, "row_pitch")
+VEC_COL_PITCH = place(VectorRow, "col_pitch")
+VEC_ROW_SIZE = place(VectorRow, "row_size")
+VEC_COL_SIZE = place(VectorRow, "col_size")
+VEC_ROW_TOTAL = place(VectorRow, "row_total")
+VEC_COL_TOTAL = place(VectorRow, "col_total")
+VEC_ROW_FACTOR = place(VectorRow, "row_factor")
+VEC_COL_FACTOR = place(VectorRow, "col_factor")
+VEC_WEIGHT = place(VectorRow, "weight")
+VEC_ROW_BIAS = place(VectorRow, "row_bias")
+VEC_COL_BIAS = place(VectorRow, "col_bias")
+VEC_SQUARES = place(VectorRow, "squares")
+VEC_MATRICES = place(VectorRow, "matrices")
+VEC_ROW_SCALE = place(VectorRow, "row_scale")
+VEC_COL_SCALE = place(VectorRow, "col_scale")
 BLOCK = 512
 
 
@@ -48,10 +69,11 @@ def vectors_of(matrices, vectors):
 
 @triton.jit
 def side_of(matrix, vector, side):
-    """v_row (side 0) or v_col (side 1) of a matrix: where it begins, the pitch, its elements."""
-    size = tl.load(vector + 4 + side)
-    begin = tl.load(vector + side).to(tl.pointer_type(tl.float32)) + matrix * size
-    return begin, tl.load(vector + 2 + side), size
+    """v_row (side 0) or v_col (side 1) of a matrix: where it begins, the pitch, its elements. Fields of a column follow
+    those of the row."""
+    size = tl.load(vector + VEC_ROW_SIZE + side)
+    begin = tl.load(vector + VEC_V_ROW + side).to(tl.pointer_type(tl.float32)) + matrix * size
+    return begin, tl.load(vector + VEC_ROW_PITCH + side), size
 
 
 @triton.jit
@@ -59,8 +81,8 @@ def update_factored_kernel(matrices, vectors, BLOCK: tl.constexpr):
     matrix, vector = vectors_of(matrices, vectors)
     side = tl.program_id(1)
     v, pitch, size = side_of(matrix, vector, side)
-    count = tl.load(vector + 5 - side).to(tl.float32)  # elements that the sum was taken over
-    total = tl.load(vector + 6 + side).to(tl.pointer_type(tl.float32)) + matrix * size
+    count = tl.load(vector + VEC_COL_SIZE - side).to(tl.float32)  # elements that the sum was taken over
+    total = tl.load(vector + VEC_ROW_TOTAL + side).to(tl.pointer_type(tl.float32)) + matrix * size
     for start in range(0, size, BLOCK):
         i = start + tl.arange(0, BLOCK)
         mask = i < size
@@ -81,8 +103,8 @@ def factors_kernel(matrices, vectors, BLOCK: tl.constexpr):
     v_col, col_pitch, col_size = side_of(matrix, vector, 1)
     v_row += decay * row_pitch
     v_col += decay * col_pitch
-    row_factor = tl.load(vector + 8).to(tl.pointer_type(tl.float32)) + (matrix * 3 + decay) * row_size
-    col_factor = tl.load(vector + 9).to(tl.pointer_type(tl.float32)) + (matrix * 3 + decay) * col_size
+    row_factor = tl.load(vector + VEC_ROW_FACTOR).to(tl.pointer_type(tl.float32)) + (matrix * 3 + decay) * row_size
+    col_factor = tl.load(vector + VEC_COL_FACTOR).to(tl.pointer_type(tl.float32)) + (matrix * 3 + decay) * col_size
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, row_size, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -106,8 +128,8 @@ def scales_kernel(matrices, vectors, BLOCK: tl.constexpr):
     v_col, col_pitch, col_size = side_of(matrix, vector, 1)
     v_row += decay * row_pitch
     v_col += decay * col_pitch
-    row_scale = tl.load(vector + 15).to(tl.pointer_type(tl.float32)) + (matrix * 3 + decay) * row_size
-    col_scale = tl.load(vector + 16).to(tl.pointer_type(tl.float32)) + (matrix * 3 + decay) * col_size
+    row_scale = tl.load(vector + VEC_ROW_SCALE).to(tl.pointer_type(tl.float32)) + (matrix * 3 + decay) * row_size
+    col_scale = tl.load(vector + VEC_COL_SCALE).to(tl.pointer_type(tl.float32)) + (matrix * 3 + decay) * col_size
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, row_size, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -128,7 +150,7 @@ def update_factored(matrices: Tensor, vectors: Tensor) -> None:
 
     Args:
         matrices: (matrices, 2) int64: part, and number within the part.
-        vectors: (parts, 17) int64 in the order of VECTORS: v_row (3, matrices · row_size), v_col, their totals.
+        vectors: (parts, 17) int64, a VectorRow each: v_row (3, matrices · row_size), v_col, their totals.
     """
     if len(matrices):
         update_factored_kernel[(len(matrices), 2)](matrices, vectors, BLOCK, **OPTIONS)

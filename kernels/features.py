@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .packed_triton import unpack
-from .tiles import pointer
+from .tiles import COL_SCALE_AT, G_AT, M0_AT, M1_AT, M2_AT, P_AT, ROW_SCALE_AT, V_AT, pointer
 
 FEATURES = tl.constexpr(18)
 NAN = tl.constexpr(tl.PropagateNan.ALL)
@@ -17,12 +17,12 @@ NAN = tl.constexpr(tl.PropagateNan.ALL)
 def element_pointers(pointers, part, at, G: tl.constexpr, P: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr):
     """g, p, m0, m1, m2, v at the tile's corner. Packed (S is int32), the last four are the same words."""
     return (
-        pointer(pointers, part, 0, G, ALIGNED) + at,
-        pointer(pointers, part, 1, P, ALIGNED) + at,
-        pointer(pointers, part, 2, S, ALIGNED) + at,
-        pointer(pointers, part, 3, S, ALIGNED) + at,
-        pointer(pointers, part, 4, S, ALIGNED) + at,
-        pointer(pointers, part, 5, S, ALIGNED) + at,
+        pointer(pointers, part, G_AT, G, ALIGNED) + at,
+        pointer(pointers, part, P_AT, P, ALIGNED) + at,
+        pointer(pointers, part, M0_AT, S, ALIGNED) + at,
+        pointer(pointers, part, M1_AT, S, ALIGNED) + at,
+        pointer(pointers, part, M2_AT, S, ALIGNED) + at,
+        pointer(pointers, part, V_AT, S, ALIGNED) + at,
     )
 
 
@@ -54,7 +54,7 @@ def load_states(elements, place, mask, row_scale, col_scale, S: tl.constexpr):
 def col_scales(pointers, part, matrix, columns, col_mask, width, S: tl.constexpr, other):
     """Of packed accumulators the columns' scales, 3 × (COLS,); of others `other`, as a stand-in of the same type."""
     if S == tl.int32:
-        at = pointer(pointers, part, 19, tl.float32, False) + matrix * 3 * width + columns
+        at = pointer(pointers, part, COL_SCALE_AT, tl.float32, False) + matrix * 3 * width + columns
         return load_three(at, width, col_mask)
     else:
         return other
@@ -64,7 +64,7 @@ def col_scales(pointers, part, matrix, columns, col_mask, width, S: tl.constexpr
 def row_scales(pointers, part, matrix, rows, row_mask, height, S: tl.constexpr, other):
     """The same of the rows, 3 × (STEP,)."""
     if S == tl.int32:
-        at = pointer(pointers, part, 18, tl.float32, False) + matrix * 3 * height + rows
+        at = pointer(pointers, part, ROW_SCALE_AT, tl.float32, False) + matrix * 3 * height + rows
         return load_three(at, height, row_mask)
     else:
         return other

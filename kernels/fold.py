@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .factored import BLOCK, side_of, vectors_of
+from .factored import BLOCK, VEC_COL_SIZE, VEC_MATRICES, VEC_ROW_BIAS, VEC_SQUARES, VEC_WEIGHT, side_of, vectors_of
 from .features import FEATURES
 from .tiles import OPTIONS
 
@@ -41,10 +41,10 @@ def fold_kernel(matrices, vectors, theta, BLOCK: tl.constexpr):
     v, pitch, size = side_of(matrix, vector, side)
     j = tl.arange(0, HIDDEN)
     if side == 0:
-        number = size.to(tl.float32) * tl.load(vector + 5).to(tl.float32)
-        squares = tl.load(vector + 13).to(tl.pointer_type(tl.float32)) + matrix
-        pitch_of_squares = tl.load(vector + 14)
-        weight = tl.load(vector + 10).to(tl.pointer_type(tl.float32)) + matrix * FEATURES * HIDDEN
+        number = size.to(tl.float32) * tl.load(vector + VEC_COL_SIZE).to(tl.float32)
+        squares = tl.load(vector + VEC_SQUARES).to(tl.pointer_type(tl.float32)) + matrix
+        pitch_of_squares = tl.load(vector + VEC_MATRICES)
+        weight = tl.load(vector + VEC_WEIGHT).to(tl.pointer_type(tl.float32)) + matrix * FEATURES * HIDDEN
         for f in range(FEATURES):
             inverse = tl.rsqrt(tl.load(squares + f * pitch_of_squares) / number + EPS)
             tl.store(weight + f * HIDDEN + j, tl.load(theta + f * HIDDEN + j) * inverse)
@@ -59,7 +59,7 @@ def fold_kernel(matrices, vectors, theta, BLOCK: tl.constexpr):
     scale = ()
     for k in tl.static_range(6):
         scale = scale + (tl.rsqrt(tl.sum(total[k]) / size.to(tl.float32) + EPS),)
-    bias = tl.load(vector + 11 + side).to(tl.pointer_type(tl.float32)) + matrix * HIDDEN * size
+    bias = tl.load(vector + VEC_ROW_BIAS + side).to(tl.pointer_type(tl.float32)) + matrix * HIDDEN * size
     w = theta + (FEATURES + 6 * side) * HIDDEN
     for start in range(0, size, BLOCK):
         i = start + tl.arange(0, BLOCK)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .features import FEATURES, col_scales, element_pointers, load_features, load_states, load_three, row_scales
-from .tiles import OPTIONS, Tiles, add_sums, find_tile, pointer
+from .tiles import COL_FACTOR_AT, OPTIONS, ROW_FACTOR_AT, Tiles, add_sums, find_tile, pointer
 
 STEP = 2  # rows at a time: with 4, a compute unit holds fewer programs and some targets spill
 PITCH = tl.constexpr(32)  # of the scratch buffer: FEATURES, rounded up to a power of two
@@ -34,8 +34,8 @@ def norms_kernel(
 ):
     part, matrix, first, low, high, columns, col_mask, height, width, at, stride = find_tile(tiles, boxes, ROWS, COLS, ALIGNED)
     elements = element_pointers(pointers, part, at, G, P, S, ALIGNED)
-    row_factor = pointer(pointers, part, 7, tl.float32, False) + matrix * 3 * height
-    col_factor_at = pointer(pointers, part, 8, tl.float32, False) + matrix * 3 * width + columns
+    row_factor = pointer(pointers, part, ROW_FACTOR_AT, tl.float32, False) + matrix * 3 * height
+    col_factor_at = pointer(pointers, part, COL_FACTOR_AT, tl.float32, False) + matrix * 3 * width + columns
     col_factor = load_three(col_factor_at, width, col_mask)
     col_scale = col_scales(pointers, part, matrix, columns, col_mask, width, S, col_factor)
     total = (tl.zeros([STEP, COLS], tl.float32),) * FEATURES

@@ -6,6 +6,8 @@ launches a tensor, which for a GPT's biases and norms took ten times as long as 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,14 +15,44 @@ from torch import Tensor
 from .accumulate import CLAMP, REST_0, REST_1, REST_2
 from .direction import add_products, output
 from .fold import EPS, HIDDEN, THETA_BIAS, THETA_SECOND
-from .tiles import OPTIONS
+from .tiles import OPTIONS, place
 
 NAN = tl.constexpr(tl.PropagateNan.ALL)
 FEATURES = tl.constexpr(15)
-# What a vector is, a row of the table: addresses of a rank's flat slice of everything (v0 … v2: its second moments of three
-# decays), of the sums over all ranks, then the slice's elements and those of the whole vector.
-COLUMNS = ("g", "p", "m0", "m1", "m2", "v", "v0", "v1", "v2", "out", "sums", "elements", "length")
-ROW = tl.constexpr(len(COLUMNS))
+
+
+class OneDimRow(NamedTuple):
+    """What a kernel is told of a vector, int64: addresses of a rank's flat slice and of the sums over all ranks, sizes."""
+
+    g: int = 0
+    p: int = 0
+    m0: int = 0
+    m1: int = 0
+    m2: int = 0
+    v: int = 0
+    v0: int = 0  # its second moments of three decays
+    v1: int = 0
+    v2: int = 0
+    out: int = 0
+    sums: int = 0
+    elements: int = 0  # of the slice
+    length: int = 0  # elements of the whole vector
+
+
+ROW = tl.constexpr(len(OneDimRow._fields))
+G_AT = place(OneDimRow, "g")
+P_AT = place(OneDimRow, "p")
+M0_AT = place(OneDimRow, "m0")
+M1_AT = place(OneDimRow, "m1")
+M2_AT = place(OneDimRow, "m2")
+V_AT = place(OneDimRow, "v")
+V0_AT = place(OneDimRow, "v0")
+V1_AT = place(OneDimRow, "v1")
+V2_AT = place(OneDimRow, "v2")
+OUT_AT = place(OneDimRow, "out")
+SUMS_AT = place(OneDimRow, "sums")
+ELEMENTS_AT = place(OneDimRow, "elements")
+LENGTH_AT = place(OneDimRow, "length")
 BLOCK = 256
 
 
@@ -32,12 +64,12 @@ def column(table, which: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def elements_of(table):
-    return tl.load(table + tl.program_id(0).to(tl.int64) * ROW + 11)
+    return tl.load(table + tl.program_id(0).to(tl.int64) * ROW + ELEMENTS_AT)
 
 
 @triton.jit
 def length_of(table):
-    return tl.load(table + tl.program_id(0).to(tl.int64) * ROW + 12).to(tl.float32)
+    return tl.load(table + tl.program_id(0).to(tl.int64) * ROW + LENGTH_AT).to(tl.float32)
 
 
 @triton.jit
@@ -52,10 +84,10 @@ def decayed(at, i, mask, decay: tl.constexpr, new):
 
 @triton.jit
 def accumulate_1d_kernel(table, G: tl.constexpr, BLOCK: tl.constexpr):
-    g_at, elements = column(table, 0, G), elements_of(table)
-    m0, m1, m2 = column(table, 2, tl.float32), column(table, 3, tl.float32), column(table, 4, tl.float32)
-    v = column(table, 5, tl.float32)
-    v0, v1, v2 = column(table, 6, tl.float32), column(table, 7, tl.float32), column(table, 8, tl.float32)
+    g_at, elements = column(table, G_AT, G), elements_of(table)
+    m0, m1, m2 = column(table, M0_AT, tl.float32), column(table, M1_AT, tl.float32), column(table, M2_AT, tl.float32)
+    v = column(table, V_AT, tl.float32)
+    v0, v1, v2 = column(table, V0_AT, tl.float32), column(table, V1_AT, tl.float32), column(table, V2_AT, tl.float32)
     for start in range(0, elements, BLOCK):
         i = start + tl.arange(0, BLOCK)
         mask = i < elements
@@ -78,12 +110,12 @@ def factored_1d(at, i, mask):
 @triton.jit
 def features_1d(table, i, mask, G: tl.constexpr, P: tl.constexpr):
     """The 15 features, (BLOCK,) each."""
-    g = clamped(column(table, 0, G) + i, mask)
-    p = tl.load(column(table, 1, P) + i, mask=mask, other=0.0).to(tl.float32)
-    m0 = tl.load(column(table, 2, tl.float32) + i, mask=mask, other=0.0)
-    m1 = tl.load(column(table, 3, tl.float32) + i, mask=mask, other=0.0)
-    m2 = tl.load(column(table, 4, tl.float32) + i, mask=mask, other=0.0)
-    v = tl.load(column(table, 5, tl.float32) + i, mask=mask, other=0.0)
+    g = clamped(column(table, G_AT, G) + i, mask)
+    p = tl.load(column(table, P_AT, P) + i, mask=mask, other=0.0).to(tl.float32)
+    m0 = tl.load(column(table, M0_AT, tl.float32) + i, mask=mask, other=0.0)
+    m1 = tl.load(column(table, M1_AT, tl.float32) + i, mask=mask, other=0.0)
+    m2 = tl.load(column(table, M2_AT, tl.float32) + i, mask=mask, other=0.0)
+    v = tl.load(column(table, V_AT, tl.float32) + i, mask=mask, other=0.0)
     inverse = tl.rsqrt(v + 1e-8)
     return (
         g,
@@ -97,9 +129,9 @@ def features_1d(table, i, mask, G: tl.constexpr, P: tl.constexpr):
         m1 * inverse,
         m2 * inverse,
         inverse,
-        g * factored_1d(column(table, 6, tl.float32), i, mask),
-        g * factored_1d(column(table, 7, tl.float32), i, mask),
-        g * factored_1d(column(table, 8, tl.float32), i, mask),
+        g * factored_1d(column(table, V0_AT, tl.float32), i, mask),
+        g * factored_1d(column(table, V1_AT, tl.float32), i, mask),
+        g * factored_1d(column(table, V2_AT, tl.float32), i, mask),
         g * inverse,
     )
 
@@ -117,15 +149,15 @@ def norms_1d_kernel(table, G: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr
             here = tl.where(mask, x[k], 0.0) if k == 10 else x[k]  # only rsqrt(v + 1e-8) isn't zero there
             new = new + (total[k] + here * here,)
         total = new
-    sums = column(table, 10, tl.float32)
+    sums = column(table, SUMS_AT, tl.float32)
     for k in tl.static_range(FEATURES):
         tl.store(sums + k, tl.load(sums + k) + tl.sum(total[k]))
 
 
 @triton.jit
 def direction_1d_kernel(table, theta, G: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
-    elements, length, sums = elements_of(table), length_of(table), column(table, 10, tl.float32)
-    out = column(table, 9, tl.float32)
+    elements, length, sums = elements_of(table), length_of(table), column(table, SUMS_AT, tl.float32)
+    out = column(table, OUT_AT, tl.float32)
     w1 = theta + THETA_SECOND
     b2 = tl.load(w1 + HIDDEN * (HIDDEN + 2))
     for start in range(0, elements, BLOCK):
@@ -142,7 +174,7 @@ def direction_1d_kernel(table, theta, G: tl.constexpr, P: tl.constexpr, BLOCK: t
 
 @triton.jit
 def output_squares_1d_kernel(table, BLOCK: tl.constexpr):
-    elements, out, sums = elements_of(table), column(table, 9, tl.float32), column(table, 10, tl.float32)
+    elements, out, sums = elements_of(table), column(table, OUT_AT, tl.float32), column(table, SUMS_AT, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, elements, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -153,14 +185,14 @@ def output_squares_1d_kernel(table, BLOCK: tl.constexpr):
 
 @triton.jit
 def rescale_1d_kernel(table, BLOCK: tl.constexpr):
-    elements, out, sums = elements_of(table), column(table, 9, tl.float32), column(table, 10, tl.float32)
+    elements, out, sums = elements_of(table), column(table, OUT_AT, tl.float32), column(table, SUMS_AT, tl.float32)
     scale = tl.rsqrt(tl.load(sums) / length_of(table) + EPS)
     for start in range(0, elements, BLOCK):
         i = start + tl.arange(0, BLOCK)
         tl.store(out + i, tl.load(out + i, mask=i < elements, other=0.0) * scale, mask=i < elements)
 
 
-# `table`: (vectors, 13) int64 in the order of COLUMNS, those of a rank that holds some of their elements. What a pass doesn't
+# `table`: (vectors, 13) int64, a OneDimRow each, those of a rank that holds some of their elements. What a pass doesn't
 # need may be 0. Accumulators, directions and sums are float32.
 
 

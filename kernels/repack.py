@@ -13,7 +13,21 @@ from torch import Tensor
 from .accumulate import CLAMP, NAN, REST_0, REST_1, REST_2
 from .features import load_three
 from .packed_triton import M0, M1, M2, V, encode, scale_of, unpack
-from .tiles import OPTIONS, PTR, Tiles, find_tile, pointer
+from .tiles import (
+    COL_SCALE_AT,
+    G_AT,
+    M0_KEY_AT,
+    OLD_COL_SCALE_AT,
+    OLD_ROW_SCALE_AT,
+    OPTIONS,
+    PTR,
+    ROW_SCALE_AT,
+    START_AT,
+    V_AT,
+    Tiles,
+    find_tile,
+    pointer,
+)
 
 STEP = 2  # rows at a time
 
@@ -23,17 +37,17 @@ def repack_kernel(
     tiles, boxes, pointers, G: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr
 ):
     part, matrix, first, low, high, columns, col_mask, height, width, at, stride = find_tile(tiles, boxes, ROWS, COLS, ALIGNED)
-    g_at = pointer(pointers, part, 0, G, ALIGNED) + at
-    words_at = pointer(pointers, part, 5, tl.int32, ALIGNED) + at
-    start = tl.load(pointers + part * PTR + 12) + at
-    key = pointers + part * PTR + 13
+    g_at = pointer(pointers, part, G_AT, G, ALIGNED) + at
+    words_at = pointer(pointers, part, V_AT, tl.int32, ALIGNED) + at
+    start = tl.load(pointers + part * PTR + START_AT) + at
+    key = pointers + part * PTR + M0_KEY_AT
     m0_key, m1_key = tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32)
     m2_key, v_key = tl.load(key + 2).to(tl.uint32), tl.load(key + 3).to(tl.uint32)
     turn = tl.load(key + 4).to(tl.uint32)
-    new_row = pointer(pointers, part, 18, tl.float32, False) + matrix * 3 * height
-    new_col_at = pointer(pointers, part, 19, tl.float32, False) + matrix * 3 * width + columns
-    old_row = pointer(pointers, part, 20, tl.float32, False) + matrix * 3 * height
-    old_col_at = pointer(pointers, part, 21, tl.float32, False) + matrix * 3 * width + columns
+    new_row = pointer(pointers, part, ROW_SCALE_AT, tl.float32, False) + matrix * 3 * height
+    new_col_at = pointer(pointers, part, COL_SCALE_AT, tl.float32, False) + matrix * 3 * width + columns
+    old_row = pointer(pointers, part, OLD_ROW_SCALE_AT, tl.float32, False) + matrix * 3 * height
+    old_col_at = pointer(pointers, part, OLD_COL_SCALE_AT, tl.float32, False) + matrix * 3 * width + columns
     new_col, old_col = load_three(new_col_at, width, col_mask), load_three(old_col_at, width, col_mask)
     stop = tl.minimum(high - first, ROWS).to(tl.int32)  # not known at compile time, or some compilers unroll and spill
     for down in range(0, stop, STEP):

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import OPTIONS, Tiles, add_sums, find_tile, pointer
+from .tiles import OPTIONS, OUT_AT, Tiles, add_sums, find_tile, pointer
 
 STEP = 8  # rows at a time
 EPS = tl.constexpr(1e-9)
@@ -22,7 +22,7 @@ def output_squares_kernel(
     tiles, boxes, pointers, squares, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr
 ):
     part, _, first, low, high, _, col_mask, _, _, at, stride = find_tile(tiles, boxes, ROWS, COLS, ALIGNED)
-    out = pointer(pointers, part, 6, tl.float32, ALIGNED) + at
+    out = pointer(pointers, part, OUT_AT, tl.float32, ALIGNED) + at
     total = tl.zeros([STEP, COLS], tl.float32)
     stop = tl.minimum(high - first, ROWS).to(tl.int32)
     for down in range(0, stop, STEP):
@@ -38,7 +38,7 @@ def rescale_kernel(
     tiles, boxes, pointers, totals, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr
 ):
     part, matrix, first, low, high, _, col_mask, height, width, at, stride = find_tile(tiles, boxes, ROWS, COLS, ALIGNED)
-    out = pointer(pointers, part, 6, tl.float32, ALIGNED) + at
+    out = pointer(pointers, part, OUT_AT, tl.float32, ALIGNED) + at
     square = tl.load(tl.load(totals + part * 2).to(tl.pointer_type(tl.float32)) + matrix)
     scale = tl.rsqrt(square / (height.to(tl.float32) * width.to(tl.float32)) + EPS)
     stop = tl.minimum(high - first, ROWS).to(tl.int32)

@@ -42,35 +42,71 @@ class TileBox(NamedTuple):
     width: int
 
 
-BOX = tl.constexpr(len(TileBox._fields))
-# What a part is, a row of the pointer table: addresses, then where the slice begins in the whole tensor and the keys by
-# which m0, m1, m2 and v are rounded; then what packed accumulators need, the words of which m0 … v all point to. A kernel
-# reads the ones that it needs.
-POINTERS = (
-    "g",
-    "p",
-    "m0",
-    "m1",
-    "m2",
-    "v",
-    "out",
-    "row_factor",
-    "col_factor",
-    "weight",
-    "row_bias",
-    "col_bias",
-    "start",
-    "m0_key",
-    "m1_key",
-    "m2_key",
-    "v_key",
-    "turn",
-    "row_scale",
-    "col_scale",
-    "old_row_scale",
-    "old_col_scale",
-)
-PTR = tl.constexpr(len(POINTERS))
+class PointerRow(NamedTuple):
+    """What a kernel is told of a part, int64. A kernel reads the fields that it needs; the others may be 0."""
+
+    g: int = 0  # addresses of the part's flat slices
+    p: int = 0
+    m0: int = 0  # of packed accumulators m0 … v are one address, that of the words
+    m1: int = 0
+    m2: int = 0
+    v: int = 0
+    out: int = 0
+    row_factor: int = 0  # addresses of what belongs to its matrices
+    col_factor: int = 0
+    weight: int = 0
+    row_bias: int = 0
+    col_bias: int = 0
+    start: int = 0  # where the slice begins in the whole tensor
+    m0_key: int = 0  # by which m0, m1, m2 and v are rounded
+    m1_key: int = 0
+    m2_key: int = 0
+    v_key: int = 0
+    turn: int = 0  # of packed accumulators: the step's, and addresses of their scales
+    row_scale: int = 0
+    col_scale: int = 0
+    old_row_scale: int = 0
+    old_col_scale: int = 0
+
+
+def place(row: type, name: str) -> tl.constexpr:
+    """Where kernels find a field in a row of a table."""
+    return tl.constexpr(row._fields.index(name))
+
+
+BOX, PTR = tl.constexpr(len(TileBox._fields)), tl.constexpr(len(PointerRow._fields))
+G_AT = place(PointerRow, "g")
+P_AT = place(PointerRow, "p")
+M0_AT = place(PointerRow, "m0")
+M1_AT = place(PointerRow, "m1")
+M2_AT = place(PointerRow, "m2")
+V_AT = place(PointerRow, "v")
+OUT_AT = place(PointerRow, "out")
+ROW_FACTOR_AT = place(PointerRow, "row_factor")
+COL_FACTOR_AT = place(PointerRow, "col_factor")
+WEIGHT_AT = place(PointerRow, "weight")
+ROW_BIAS_AT = place(PointerRow, "row_bias")
+COL_BIAS_AT = place(PointerRow, "col_bias")
+START_AT = place(PointerRow, "start")
+M0_KEY_AT = place(PointerRow, "m0_key")
+M1_KEY_AT = place(PointerRow, "m1_key")
+M2_KEY_AT = place(PointerRow, "m2_key")
+V_KEY_AT = place(PointerRow, "v_key")
+TURN_AT = place(PointerRow, "turn")
+ROW_SCALE_AT = place(PointerRow, "row_scale")
+COL_SCALE_AT = place(PointerRow, "col_scale")
+OLD_ROW_SCALE_AT = place(PointerRow, "old_row_scale")
+OLD_COL_SCALE_AT = place(PointerRow, "old_col_scale")
+BOX_PART = place(TileBox, "part")
+BOX_MATRIX = place(TileBox, "matrix")
+BOX_OFFSET = place(TileBox, "offset")
+BOX_ROW = place(TileBox, "row")
+BOX_ROWS = place(TileBox, "rows")
+BOX_COL = place(TileBox, "col")
+BOX_COLS = place(TileBox, "cols")
+BOX_STRIDE = place(TileBox, "stride")
+BOX_HEIGHT = place(TileBox, "height")
+BOX_WIDTH = place(TileBox, "width")
 
 
 @dataclass
@@ -149,8 +185,8 @@ def find_tile(tiles, boxes, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGNED: tl.
     box = boxes + tl.load(tile).to(tl.int64) * BOX
     first = tl.load(tile + 1).to(tl.int64) * ROWS
     begin = tl.load(tile + 2).to(tl.int64) * COLS
-    offset, row, col = tl.load(box + 2), tl.load(box + 3), tl.load(box + 5)
-    cols, stride = tl.load(box + 6), tl.load(box + 7)
+    offset, row, col = tl.load(box + BOX_OFFSET), tl.load(box + BOX_ROW), tl.load(box + BOX_COL)
+    cols, stride = tl.load(box + BOX_COLS), tl.load(box + BOX_STRIDE)
     stop = col + cols
     at = offset + (first - row) * stride + begin - col
     if ALIGNED:  # the caller has checked: all these are multiples of 4 elements
@@ -158,15 +194,15 @@ def find_tile(tiles, boxes, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGNED: tl.
         stride, at = tl.multiple_of(stride, 4), tl.multiple_of(at, 4)
     columns = begin + tl.arange(0, COLS)
     return (
-        tl.load(box),
-        tl.load(box + 1),
+        tl.load(box + BOX_PART),
+        tl.load(box + BOX_MATRIX),
         first,
         row,
-        row + tl.load(box + 4),
+        row + tl.load(box + BOX_ROWS),
         columns,
         (columns >= col) & (columns < stop),
-        tl.load(box + 8),
-        tl.load(box + 9),
+        tl.load(box + BOX_HEIGHT),
+        tl.load(box + BOX_WIDTH),
         at,
         stride,
     )
@@ -174,7 +210,7 @@ def find_tile(tiles, boxes, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGNED: tl.
 
 @triton.jit
 def pointer(pointers, part, which: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """A part's tensor by its place in POINTERS."""
+    """A part's tensor; `which` is a field's place in PointerRow."""
     found = tl.load(pointers + part * PTR + which).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         found = tl.multiple_of(found, 16)

@@ -28,11 +28,11 @@ from ...kernels.factored import factors, scales, update_factored
 from ...kernels.flat import make_chunks
 from ...kernels.fold import flat_theta, fold
 from ...kernels.norms import norms
-from ...kernels.one_dim import accumulate_1d, direction_1d, norms_1d, output_squares_1d, rescale_1d
+from ...kernels.one_dim import OneDimRow, accumulate_1d, direction_1d, norms_1d, output_squares_1d, rescale_1d
 from ...kernels.packed import WORD
 from ...kernels.repack import repack
 from ...kernels.rescale import output_squares, rescale
-from ...kernels.tiles import Size, Tiles, make_tiles
+from ...kernels.tiles import PointerRow, Size, Tiles, make_tiles
 from ...weights.mlp import MLP
 from ..groups import decay_of
 from ..sharding.layouts import local
@@ -282,15 +282,16 @@ class Triton(TorchBackend):
             rows = []
             for k in numbers:
                 t = tensors[k] if tensors else None
-                held = [x.data_ptr() for x in (t.g, t.p, *t.momentum, t.rms, *t.v_full)] if t else [0] * 9
+                names = ("g", "p", "m0", "m1", "m2", "v", "v0", "v1", "v2")
+                held = (t.g, t.p, *t.momentum, t.rms, *t.v_full) if t else ()
                 rows.append(
-                    [
-                        *held,
-                        out[k].data_ptr() if out else 0,
-                        sums[k].data_ptr() if sums else 0,
-                        sum(piece.numel for piece in parts[k].pieces),
-                        parts[k].shape.per_matrix,
-                    ]
+                    OneDimRow(
+                        **{name: x.data_ptr() for name, x in zip(names, held)},
+                        out=out[k].data_ptr() if out else 0,
+                        sums=sums[k].data_ptr() if sums else 0,
+                        elements=sum(piece.numel for piece in parts[k].pieces),
+                        length=parts[k].shape.per_matrix,
+                    )
                 )
             device = (tensors[numbers[0]].rms if tensors else out[numbers[0]]).device
             with on_device(device):
@@ -306,7 +307,7 @@ class Triton(TorchBackend):
             ]
             if numbers:
                 device = out[numbers[0]].device
-                pointers = [[0] * 6 + [out[k].data_ptr()] + [0] * 15 for k in numbers]
+                pointers = [PointerRow(out=out[k].data_ptr()) for k in numbers]
                 totals = [(squares[k].data_ptr(), squares[k].numel()) for k in numbers]
                 with on_device(device):
                     launch(
@@ -405,7 +406,7 @@ class Triton(TorchBackend):
         for k, (part, t) in enumerate(zip(parts, tensors)):
             if has_kernel(part.shape) and part.pieces:
                 aligned = boxes_aligned(part) and all(
-                    address % 16 == 0 for address in (*element_pointers(t), *((out[k].data_ptr(),) if out else ()))
+                    address % 16 == 0 for address in (*element_pointers(t).values(), *((out[k].data_ptr(),) if out else ()))
                 )
                 found.setdefault((t.g.dtype, t.p.dtype, t.rms.dtype, aligned), []).append(k)
         return [Group(numbers, DTYPES[g], DTYPES[p], DTYPES[s], aligned) for (g, p, s, aligned), numbers in found.items()]

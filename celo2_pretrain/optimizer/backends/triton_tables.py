@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.factored import VECTORS
-from ...kernels.tiles import TileBox
+from ...kernels.factored import VectorRow
+from ...kernels.tiles import PointerRow, TileBox
 from ..sharding.plan import Part
 from ..sharding.shape import BlockShape
 from .boxes import boxes_of
@@ -51,10 +51,10 @@ def by_storage(shape: BlockShape, along_d1: int, along_d0: int) -> tuple[int, in
     return (along_d0, along_d1) if d1_is_inner else (along_d1, along_d0)
 
 
-def element_pointers(t: Tensors) -> list[int]:
-    """Addresses of what there is one of for each element, in the order of the kernels' pointer table."""
+def element_pointers(t: Tensors) -> dict[str, int]:
+    """Addresses of what there is one of for each element."""
     states = [t.rms] * 4 if t.packed else [*t.momentum, t.rms]
-    return [x.data_ptr() for x in (t.g, t.p, *states)]
+    return {name: x.data_ptr() for name, x in zip(("g", "p", "m0", "m1", "m2", "v"), (t.g, t.p, *states))}
 
 
 def pointer_row(
@@ -65,10 +65,23 @@ def pointer_row(
     bias: tuple[int, int] = (0, 0),
     scale: tuple[int, int] = (0, 0),
     old: tuple[int, int] = (0, 0),
-) -> list[int]:
-    """A row of the kernels' pointer table."""
-    keys = [*t.keys, 0, 0, 0, 0, 0][:5]
-    return [*element_pointers(t), out, *factor, weight, *bias, t.start, *keys, *scale, *old]
+) -> PointerRow:
+    """A part's row of the kernels' pointer table; pairs are for the rows and columns of the storage."""
+    return PointerRow(
+        **element_pointers(t),
+        out=out,
+        row_factor=factor[0],
+        col_factor=factor[1],
+        weight=weight,
+        row_bias=bias[0],
+        col_bias=bias[1],
+        start=t.start,
+        **dict(zip(("m0_key", "m1_key", "m2_key", "v_key", "turn"), t.keys)),
+        row_scale=scale[0],
+        col_scale=scale[1],
+        old_row_scale=old[0],
+        old_col_scale=old[1],
+    )
 
 
 def scale_pointers(shape: BlockShape, scale: Scale | None) -> tuple[int, int]:
@@ -76,10 +89,10 @@ def scale_pointers(shape: BlockShape, scale: Scale | None) -> tuple[int, int]:
     return (0, 0) if scale is None else by_storage(shape, scale.row.data_ptr(), scale.col.data_ptr())
 
 
-def vector_row(vectors: Vectors, **values: int) -> list[int]:
-    """A row of the kernels' vector table, with `values` by name."""
+def vector_row(vectors: Vectors, **values: int) -> VectorRow:
+    """A part's row of the kernels' vector table, with `values` by name."""
     row_size, col_size = vectors.sizes
-    known = dict(
+    return VectorRow(
         v_row=vectors.v_row.data_ptr(),
         v_col=vectors.v_col.data_ptr(),
         row_pitch=vectors.v_row.stride(0),
@@ -88,7 +101,6 @@ def vector_row(vectors: Vectors, **values: int) -> list[int]:
         col_size=col_size,
         **values,
     )
-    return [known.get(name, 0) for name in VECTORS]
 
 
 def boxes_aligned(part: Part) -> bool:
