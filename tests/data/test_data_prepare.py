@@ -85,6 +85,7 @@ def test_interrupted_call_goes_on_to_the_same_bytes(expected, tmp_path, after, w
             for path in (tmp_path / ".tokens.unfinished").glob("*.bin"):  # written, but not yet recorded
                 with open(path, "ab") as file:
                     file.write(b"torn")
+            (tmp_path / ".tokens.unfinished/.progress.json.1").write_text("{")  # half written
         if number == 2:
             break
     prepare(source(), str(out), **arguments)
