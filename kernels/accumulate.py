@@ -19,7 +19,9 @@ from .tiles import G_AT, M0_AT, M0_KEY_AT, M1_AT, M2_AT, OPTIONS, PTR, START_AT,
 STEP = 4  # rows at a time
 CLAMP = tl.constexpr(1000.0)
 # 1 − β in float32 arithmetic, as the authors have it: 1.3e-5 relative less than 0.001 in the last one.
-REST_0, REST_1, REST_2 = (tl.constexpr(float(1 - torch.tensor(decay))) for decay in (0.9, 0.99, 0.999))
+ONE_MINUS_DECAY_0, ONE_MINUS_DECAY_1, ONE_MINUS_DECAY_2 = (
+    tl.constexpr(float(1 - torch.tensor(decay))) for decay in (0.9, 0.99, 0.999)
+)
 NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
@@ -75,9 +77,9 @@ def accumulate_kernel(
             m1 = tl.load(m1_at + place, mask=mask, other=0.0).to(tl.float32)
             m2 = tl.load(m2_at + place, mask=mask, other=0.0).to(tl.float32)
             v = tl.load(v_at + place, mask=mask, other=0.0).to(tl.float32)
-            store_rounded(m0_at + place, m0 * 0.9 + g * REST_0, start + place, m0_key, mask, S)
-            store_rounded(m1_at + place, m1 * 0.99 + g * REST_1, start + place, m1_key, mask, S)
-            store_rounded(m2_at + place, m2 * 0.999 + g * REST_2, start + place, m2_key, mask, S)
+            store_rounded(m0_at + place, m0 * 0.9 + g * ONE_MINUS_DECAY_0, start + place, m0_key, mask, S)
+            store_rounded(m1_at + place, m1 * 0.99 + g * ONE_MINUS_DECAY_1, start + place, m1_key, mask, S)
+            store_rounded(m2_at + place, m2 * 0.999 + g * ONE_MINUS_DECAY_2, start + place, m2_key, mask, S)
             store_rounded(v_at + place, v * 0.95 + square * 0.05, start + place, v_key, mask, S)
         s = tl.where(mask, square + 1e-30, 0.0)
         col_total += s

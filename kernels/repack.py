@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .accumulate import CLAMP, NAN, REST_0, REST_1, REST_2
+from .accumulate import CLAMP, NAN, ONE_MINUS_DECAY_0, ONE_MINUS_DECAY_1, ONE_MINUS_DECAY_2
 from .features import load_three
 from .packed_triton import M0, M1, M2, V, encode, scale_of, unpack
 from .tiles import (
@@ -63,9 +63,9 @@ def repack_kernel(
         new = load_three(new_row + rows, height, row_mask)
         middle, index = scale_of(new, new_col, 1), start + place
         made = (
-            encode(m0 * 0.9 + g * REST_0, scale_of(new, new_col, 0), index, m0_key, turn, M0, True)
-            | encode(m1 * 0.99 + g * REST_1, middle, index, m1_key, turn, M1, True)
-            | encode(m2 * 0.999 + g * REST_2, scale_of(new, new_col, 2), index, m2_key, turn, M2, True)
+            encode(m0 * 0.9 + g * ONE_MINUS_DECAY_0, scale_of(new, new_col, 0), index, m0_key, turn, M0, True)
+            | encode(m1 * 0.99 + g * ONE_MINUS_DECAY_1, middle, index, m1_key, turn, M1, True)
+            | encode(m2 * 0.999 + g * ONE_MINUS_DECAY_2, scale_of(new, new_col, 2), index, m2_key, turn, M2, True)
             | encode(v * 0.95 + g * g * 0.05, middle, index, v_key, turn, V, False)
         )
         tl.store(words_at + place, made.to(tl.int32, bitcast=True), mask=mask)
