@@ -247,16 +247,16 @@ def test_packing_a_range_of_a_view_and_unpacking_it_loses_nothing():
     for case in INTERLEAVED + FLATTENED:
         generator = torch.Generator().manual_seed(0)
         words = torch.randint(-1 << 31, 1 << 31, (case.numel,), generator=generator).to(WORD)
-        held = Slice(Original(torch.empty(case.shape), "w", case.view), 0, case.numel, 0, words)
+        shard = Slice(Original(torch.empty(case.shape), "w", case.view), 0, case.numel, 0, words)
         shapes = [BlockShape(block) for block in case.view.blocks(case.shape)]
         vectors = [
             torch.rand(3, sum(math.prod(size) for size in sizes), generator=generator)
             for sizes in zip(*((shape.row, shape.col) for shape in shapes))
         ]
-        canonical = pack_range(unpack_range(words, held, 0, *vectors), held, 0, *vectors)
+        canonical = pack_range(unpack_range(words, shard, 0, *vectors), shard, 0, *vectors)
         for cuts in few_shares(case.numel):
             made = [
-                pack_range(unpack_range(canonical[a:b], held, a, *vectors), held, a, *vectors)
+                pack_range(unpack_range(canonical[a:b], shard, a, *vectors), shard, a, *vectors)
                 for a, b in itertools.pairwise(cuts)
             ]
             assert torch.equal(torch.cat(made), canonical)

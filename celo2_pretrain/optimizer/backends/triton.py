@@ -102,8 +102,8 @@ class Triton(TorchBackend):
         for g_dtype, _, table in self._one_dim(parts, tensors):
             accumulate_1d(table, g_dtype)
         for group in self._groups(parts, tensors):
-            some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
-            device = held[0].rms.device
+            some, picked = _pick(parts, group.numbers), _pick(tensors, group.numbers)
+            device = picked[0].rms.device
             sums = [
                 by_storage(part.shape, row.data_ptr(), col.data_ptr())
                 for part, (row, col) in zip(some, _pick(totals, group.numbers))
@@ -111,7 +111,7 @@ class Triton(TorchBackend):
             with on_device(device):
                 accumulate(
                     self._tiles(some, device),
-                    make_table([pointer_row(t) for t in held], device),
+                    make_table([pointer_row(t) for t in picked], device),
                     make_table(sums, device),
                     group.g_dtype,
                     group.s_dtype,
@@ -156,11 +156,11 @@ class Triton(TorchBackend):
         in_torch = [k for k, part in enumerate(parts) if not has_kernel(part.shape)]
         super().repack(*(_pick(x, in_torch) for x in (parts, tensors, old, new)))
         for group in self._groups(parts, tensors):
-            some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
-            device = held[0].rms.device
+            some, picked = _pick(parts, group.numbers), _pick(tensors, group.numbers)
+            device = picked[0].rms.device
             pointers = [
                 pointer_row(t, scale=scale_pointers(part.shape, after), old=scale_pointers(part.shape, before))
-                for part, t, before, after in zip(some, held, *(_pick(x, group.numbers) for x in (old, new)))
+                for part, t, before, after in zip(some, picked, *(_pick(x, group.numbers) for x in (old, new)))
             ]
             with on_device(device):
                 repack(self._tiles(some, device), make_table(pointers, device), group.g_dtype, group.aligned)
@@ -176,15 +176,15 @@ class Triton(TorchBackend):
             norms_1d(table, g_dtype, p_dtype)
         self._factors(parts, factors)
         for group in self._groups(parts, tensors):
-            some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
-            device = held[0].rms.device
+            some, picked = _pick(parts, group.numbers), _pick(tensors, group.numbers)
+            device = picked[0].rms.device
             pointers = [
                 pointer_row(
                     t,
                     factor=by_storage(part.shape, vectors.row_factor, vectors.col_factor),
                     scale=scale_pointers(part.shape, t.scale),
                 )
-                for part, t, vectors in zip(some, held, _pick(factors, group.numbers))
+                for part, t, vectors in zip(some, picked, _pick(factors, group.numbers))
             ]
             sums = [(x.data_ptr(), x[0].numel()) for x in _pick(squares, group.numbers)]
             with on_device(device):
@@ -229,9 +229,9 @@ class Triton(TorchBackend):
         )
         folded = dict(zip(numbers, made))
         for group in self._groups(parts, tensors, out):
-            some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
+            some, picked = _pick(parts, group.numbers), _pick(tensors, group.numbers)
             pointers = []
-            for k, part, t in zip(group.numbers, some, held):
+            for k, part, t in zip(group.numbers, some, picked):
                 weight, row_bias, col_bias = folded[k]
                 pointers.append(
                     pointer_row(
@@ -285,10 +285,10 @@ class Triton(TorchBackend):
             for k in numbers:
                 t = tensors[k] if tensors else None
                 names = ("g", "p", "m0", "m1", "m2", "v", "v0", "v1", "v2")
-                held = (t.g, t.p, *t.momentum, t.rms, *t.v_full) if t else ()
+                flat = (t.g, t.p, *t.momentum, t.rms, *t.v_full) if t else ()
                 rows.append(
                     OneDimRow(
-                        **{name: x.data_ptr() for name, x in zip(names, held)},
+                        **{name: x.data_ptr() for name, x in zip(names, flat)},
                         out=out[k].data_ptr() if out else 0,
                         sums=sums[k].data_ptr() if sums else 0,
                         elements=sum(piece.numel for piece in parts[k].pieces),

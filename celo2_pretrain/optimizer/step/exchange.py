@@ -79,7 +79,7 @@ class Exchange:
             return
         to, come = self.counts()
         parts = [
-            part.of(self.directions[unit.held]).reshape(-1)
+            part.of(self.directions[unit.slice_in_bucket]).reshape(-1)
             for owner in range(self.world)
             if owner != self.rank
             for unit in self.away
@@ -101,7 +101,7 @@ class Exchange:
             for rank in range(self.world):
                 for part in unit.parts[rank]:
                     if rank == self.rank:
-                        source = part.of(self.directions[unit.held])
+                        source = part.of(self.directions[unit.slice_in_bucket])
                     else:
                         source = received[cursor[rank] : cursor[rank] + part.numel].view(part.shape)
                         cursor[rank] += part.numel
@@ -114,7 +114,7 @@ class Exchange:
                 for part in unit.parts[rank]:
                     inside = _inside(matrices[number], unit, part)
                     if rank == self.rank:
-                        to_fill.append((part.of(self.directions[unit.held]), inside))
+                        to_fill.append((part.of(self.directions[unit.slice_in_bucket]), inside))
                     else:
                         back[rank].append(inside.reshape(-1))
         _copy(to_fill)
@@ -164,7 +164,9 @@ class Exchange:
                     if unit.owner != owner:
                         continue
                     for part in unit.parts[self.rank]:
-                        part.of(self.directions[unit.held]).copy_(received[cursor : cursor + part.numel].view(part.shape))
+                        part.of(self.directions[unit.slice_in_bucket]).copy_(
+                            received[cursor : cursor + part.numel].view(part.shape)
+                        )
                         cursor += part.numel
 
 
