@@ -285,7 +285,7 @@ void direction(const Tensors<T>& t, float* out, long rows, long cols, long strid
 // celo2_accumulate  Pass A. Updates m and v in place; row_sum (rows) and col_sum (cols) gain the sums of g² + 1e-30.
 //                   index: of the box's first element in the whole tensor; keys (4): for rounding m0, m1, m2, v.
 // celo2_repack      Updates packed accumulators in place. Read by the scales old_row (rows, 3), old_col (3, cols),
-//                   written by the new ones; keys (5): and the step's turn.
+//                   written by the new ones; keys (5): and the step's offset.
 // celo2_norms       Pass B. squares (18) gains the sums of squares of the elementwise features.
 //                   row_factor (rows, 3); col_factor (3, cols); row_scale, col_scale alike, or null.
 // celo2_direction   Pass C. out (same place and stride as the tensors) = output 0 of the MLP. w0 (18, 8) with the

@@ -74,20 +74,20 @@ def ignore_repeats() -> None:
 
 def swap_ranks() -> None:
     """Owners take the pieces that two other ranks sent the wrong way round. Shows from 3 ranks on."""
-    turn, wait = Exchange.turn, Exchange._wait
+    orthogonalize, wait = Exchange.orthogonalize, Exchange._wait
 
-    def wrong_turn(self: Exchange, *coefficients) -> None:
-        self.turning = True
-        turn(self, *coefficients)
-        self.turning = False
+    def wrong_orthogonalize(self: Exchange, *coefficients) -> None:
+        self.orthogonalizing = True
+        orthogonalize(self, *coefficients)
+        self.orthogonalizing = False
 
     def wrong_wait(self: Exchange, device: torch.device) -> Tensor:
         received = wait(self, device)
-        if getattr(self, "turning", False):
+        if getattr(self, "orthogonalizing", False):
             received = torch.cat(received.split(self.counts()[1])[::-1])
         return received
 
-    Exchange.turn, Exchange._wait = wrong_turn, wrong_wait
+    Exchange.orthogonalize, Exchange._wait = wrong_orthogonalize, wrong_wait
 
 
 def step_per_micro_batch() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from celo2_pretrain.kernels.packed import WORD, draws, pack, turn_of, unpack
+from celo2_pretrain.kernels.packed import WORD, draws, pack, step_offset_of, unpack
 from celo2_pretrain.kernels.rounding import key_of, stochastic_round
 from celo2_pretrain.optimizer import reference
 from celo2_pretrain.optimizer.backends.passes import scales
@@ -162,7 +162,7 @@ def rounded(state: State, g: Tensor, place: Tensor, step: int, dtype: torch.dtyp
         shape = BlockShape(MatrixView().blocks(tuple(g.shape))[0])
         scale = scales(updated.v_row.unsqueeze(d0 + 1), updated.v_col.unsqueeze(d1 + 1), shape)
         by_decay = [row * col for row, col in zip(scale.row, scale.col)]
-        drawn = [draws(place, key_of("w", k), turn_of(step)) for k in range(4)]
+        drawn = [draws(place, key_of("w", k), step_offset_of(step)) for k in range(4)]
         *momentum, rms = unpack(pack([*updated.momentum, rms], by_decay, drawn), by_decay)
     else:
         *momentum, rms = (

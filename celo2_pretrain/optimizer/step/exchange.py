@@ -24,7 +24,7 @@ from ..sharding.owners import Unit
 
 
 class Exchange:
-    """One bucket's way to the owners and back. Call start, turn, finish in this order on every rank."""
+    """One bucket's way to the owners and back. Call start, orthogonalize, finish in this order on every rank."""
 
     def __init__(self, units: list[Unit], layout: Layout, directions: list[Tensor]) -> None:
         """`directions`: for each slice of the bucket, what this rank holds (float32, flat); overwritten in place."""
@@ -88,7 +88,7 @@ class Exchange:
         ]
         self._all_to_all(torch.cat(parts) if parts else self._empty(), to, come)
 
-    def turn(self, coefficients: Sequence[Triple], dtype: torch.dtype) -> None:
+    def orthogonalize(self, coefficients: Sequence[Triple], dtype: torch.dtype) -> None:
         """Orthogonalise what is owned here by products in `dtype`, normalise it (step 8), and send it back."""
         received = self._wait(self._device()) if self._travels else self._empty()
         cursor = [0] * self.world

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.newton_schulz import COEFFICIENTS, dtype_for
-from ...kernels.packed import turn_of
+from ...kernels.packed import step_offset_of
 from ...kernels.rounding import key_of
 from ...weights.mlp import MLP
 from ..backends.choose import backend_for
@@ -95,19 +95,19 @@ class LearnedStep:
         reduce(flat, self.layout)
         return squares
 
-    def _empty(self, sizes: list[int], turn: int) -> list[Tensor]:
-        """Uninitialised flat tensors, which the next call for the same `turn` may overwrite."""
+    def _empty(self, sizes: list[int], buffer: int) -> list[Tensor]:
+        """Uninitialised flat tensors, which the next call for the same `buffer` may overwrite."""
         if self.device.type != "cpu":
             return [torch.empty(size, device=self.device) for size in sizes]
-        memory = self.plan.memory.get(turn)  # the kernel gives fresh memory page by page: a fifth of Celo2-base's time
+        memory = self.plan.memory.get(buffer)  # the kernel gives fresh memory page by page: a fifth of Celo2-base's time
         if memory is None or memory.numel() < sum(sizes):
-            memory = self.plan.memory[turn] = torch.empty(sum(sizes))
+            memory = self.plan.memory[buffer] = torch.empty(sum(sizes))
         return list(memory[: sum(sizes)].split(sizes))
 
-    def _directions(self, bucket: list[int], turn: int = 0) -> dict[int, Tensor]:
+    def _directions(self, bucket: list[int], buffer: int = 0) -> dict[int, Tensor]:
         """Pass C: this rank's part of the direction for each slice of a bucket, flat, float32; see `_empty`."""
         sizes = [self.layout.slices[number].stop - self.layout.slices[number].start for number in bucket]
-        out = dict(zip(bucket, self._empty(sizes, turn)))
+        out = dict(zip(bucket, self._empty(sizes, buffer)))
         numbers = self.plan.parts_of(bucket)
         parts = [self.plan.parts[k] for k in numbers]
         self.backend.direction(
@@ -131,12 +131,12 @@ class LearnedStep:
             exchange.start()
             under_way.append((out, exchange))
             if len(under_way) > 1:
-                under_way[-2][1].turn(coefficients, dtype)
+                under_way[-2][1].orthogonalize(coefficients, dtype)
             if len(under_way) > 2:
                 out, exchange = under_way.pop(0)
                 exchange.finish()
                 self._apply(out)
-        under_way[-1][1].turn(coefficients, dtype)
+        under_way[-1][1].orthogonalize(coefficients, dtype)
         for out, exchange in under_way:
             exchange.finish()
             self._apply(out)
@@ -185,7 +185,7 @@ def _tensors(shard: Slice, state: Mapping[str, Tensor], step: int | None) -> Ten
     packed = "packed" in state
     keys: tuple[int, ...] = ()
     if packed:
-        keys = (*(key_of(shard.name, k) for k in range(4)), turn_of(step))
+        keys = (*(key_of(shard.name, k) for k in range(4)), step_offset_of(step))
     elif step is not None:
         keys = tuple(key_of(shard.name, step, k) for k in range(4))
     return Tensors(
