@@ -14,7 +14,24 @@ import triton.language as tl
 from torch import Tensor
 
 from .packed_triton import random_bits
-from .tiles import G_AT, M0_AT, M0_KEY_AT, M1_AT, M2_AT, OPTIONS, PTR, START_AT, V_AT, Tiles, add_sums, find_tile, pointer
+from .tiles import (
+    G_AT,
+    M0_AT,
+    M0_KEY_AT,
+    M1_AT,
+    M1_KEY_AT,
+    M2_AT,
+    M2_KEY_AT,
+    OPTIONS,
+    PTR,
+    START_AT,
+    V_AT,
+    V_KEY_AT,
+    Tiles,
+    add_sums,
+    find_tile,
+    pointer,
+)
 
 STEP = 4  # rows at a time
 CLAMP = tl.constexpr(1000.0)
@@ -59,9 +76,9 @@ def accumulate_kernel(
     m2_at = pointer(pointers, part, M2_AT, S, ALIGNED) + at
     v_at = pointer(pointers, part, V_AT, S, ALIGNED) + at
     start = tl.load(pointers + part * PTR + START_AT) + at  # of the tile's corner in the whole tensor
-    key = pointers + part * PTR + M0_KEY_AT
-    m0_key, m1_key = tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32)
-    m2_key, v_key = tl.load(key + 2).to(tl.uint32), tl.load(key + 3).to(tl.uint32)
+    row = pointers + part * PTR
+    m0_key, m1_key = tl.load(row + M0_KEY_AT).to(tl.uint32), tl.load(row + M1_KEY_AT).to(tl.uint32)
+    m2_key, v_key = tl.load(row + M2_KEY_AT).to(tl.uint32), tl.load(row + V_KEY_AT).to(tl.uint32)
     tile = tl.program_id(0).to(tl.int64)
     col_total = tl.zeros([STEP, COLS], tl.float32)
     for down in range(0, ROWS, STEP):

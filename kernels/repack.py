@@ -17,13 +17,17 @@ from .tiles import (
     COL_SCALE_AT,
     G_AT,
     M0_KEY_AT,
+    M1_KEY_AT,
+    M2_KEY_AT,
     OLD_COL_SCALE_AT,
     OLD_ROW_SCALE_AT,
     OPTIONS,
     PTR,
     ROW_SCALE_AT,
     START_AT,
+    STEP_OFFSET_AT,
     V_AT,
+    V_KEY_AT,
     Tiles,
     find_tile,
     pointer,
@@ -40,10 +44,10 @@ def repack_kernel(
     g_at = pointer(pointers, part, G_AT, G, ALIGNED) + at
     words_at = pointer(pointers, part, V_AT, tl.int32, ALIGNED) + at
     start = tl.load(pointers + part * PTR + START_AT) + at
-    key = pointers + part * PTR + M0_KEY_AT
-    m0_key, m1_key = tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32)
-    m2_key, v_key = tl.load(key + 2).to(tl.uint32), tl.load(key + 3).to(tl.uint32)
-    step_offset = tl.load(key + 4).to(tl.uint32)
+    row = pointers + part * PTR
+    m0_key, m1_key = tl.load(row + M0_KEY_AT).to(tl.uint32), tl.load(row + M1_KEY_AT).to(tl.uint32)
+    m2_key, v_key = tl.load(row + M2_KEY_AT).to(tl.uint32), tl.load(row + V_KEY_AT).to(tl.uint32)
+    step_offset = tl.load(row + STEP_OFFSET_AT).to(tl.uint32)
     new_row = pointer(pointers, part, ROW_SCALE_AT, tl.float32, False) + matrix * 3 * height
     new_col_at = pointer(pointers, part, COL_SCALE_AT, tl.float32, False) + matrix * 3 * width + columns
     old_row = pointer(pointers, part, OLD_ROW_SCALE_AT, tl.float32, False) + matrix * 3 * height
