@@ -74,7 +74,7 @@ MUTATIONS = [
     Mutation(
         "decay of tensors that aren't hidden",
         "celo2_pretrain/optimizer/step/learned.py",
-        "hidden=self.layout.slices[held].original.hidden)",
+        "hidden=self.layout.slices[number].original.hidden)",
         "hidden=True)",
         "tests/optimizer/test_weight_decay.py tests/optimizer/test_groups.py",
     ),
@@ -95,7 +95,7 @@ MUTATIONS = [
     Mutation(
         "own part of an owned matrix",
         "celo2_pretrain/optimizer/step/exchange.py",
-        "to_fill.append((part.of(self.directions[unit.held]), inside))",
+        "to_fill.append((part.of(self.directions[unit.slice_in_bucket]), inside))",
         "pass",
         "tests/optimizer/test_view_steps.py",
     ),
@@ -137,7 +137,7 @@ MUTATIONS = [
     Mutation(
         "a state of other parameters",
         "celo2_pretrain/optimizer/state/save_load.py",
-        "if extra := sorted(set(saved) - {h.name for h in held}):",
+        "if extra := sorted(set(saved) - {t.name for t in tensors}):",
         "if extra := []:",
         "tests/optimizer/test_state.py",
     ),

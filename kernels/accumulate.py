@@ -14,12 +14,31 @@ import triton.language as tl
 from torch import Tensor
 
 from .packed_triton import random_bits
-from .tiles import G_AT, M0_AT, M0_KEY_AT, M1_AT, M2_AT, OPTIONS, PTR, START_AT, V_AT, Tiles, add_sums, find_tile, pointer
+from .tiles import (
+    G_AT,
+    M0_AT,
+    M0_KEY_AT,
+    M1_AT,
+    M1_KEY_AT,
+    M2_AT,
+    M2_KEY_AT,
+    OPTIONS,
+    PTR,
+    START_AT,
+    V_AT,
+    V_KEY_AT,
+    Tiles,
+    add_sums,
+    find_tile,
+    pointer,
+)
 
 STEP = 4  # rows at a time
 CLAMP = tl.constexpr(1000.0)
 # 1 − β in float32 arithmetic, as the authors have it: 1.3e-5 relative less than 0.001 in the last one.
-REST_0, REST_1, REST_2 = (tl.constexpr(float(1 - torch.tensor(decay))) for decay in (0.9, 0.99, 0.999))
+ONE_MINUS_DECAY_0, ONE_MINUS_DECAY_1, ONE_MINUS_DECAY_2 = (
+    tl.constexpr(float(1 - torch.tensor(decay))) for decay in (0.9, 0.99, 0.999)
+)
 NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
@@ -57,9 +76,9 @@ def accumulate_kernel(
     m2_at = pointer(pointers, part, M2_AT, S, ALIGNED) + at
     v_at = pointer(pointers, part, V_AT, S, ALIGNED) + at
     start = tl.load(pointers + part * PTR + START_AT) + at  # of the tile's corner in the whole tensor
-    key = pointers + part * PTR + M0_KEY_AT
-    m0_key, m1_key = tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32)
-    m2_key, v_key = tl.load(key + 2).to(tl.uint32), tl.load(key + 3).to(tl.uint32)
+    row = pointers + part * PTR
+    m0_key, m1_key = tl.load(row + M0_KEY_AT).to(tl.uint32), tl.load(row + M1_KEY_AT).to(tl.uint32)
+    m2_key, v_key = tl.load(row + M2_KEY_AT).to(tl.uint32), tl.load(row + V_KEY_AT).to(tl.uint32)
     tile = tl.program_id(0).to(tl.int64)
     col_total = tl.zeros([STEP, COLS], tl.float32)
     for down in range(0, ROWS, STEP):
@@ -75,9 +94,9 @@ def accumulate_kernel(
             m1 = tl.load(m1_at + place, mask=mask, other=0.0).to(tl.float32)
             m2 = tl.load(m2_at + place, mask=mask, other=0.0).to(tl.float32)
             v = tl.load(v_at + place, mask=mask, other=0.0).to(tl.float32)
-            store_rounded(m0_at + place, m0 * 0.9 + g * REST_0, start + place, m0_key, mask, S)
-            store_rounded(m1_at + place, m1 * 0.99 + g * REST_1, start + place, m1_key, mask, S)
-            store_rounded(m2_at + place, m2 * 0.999 + g * REST_2, start + place, m2_key, mask, S)
+            store_rounded(m0_at + place, m0 * 0.9 + g * ONE_MINUS_DECAY_0, start + place, m0_key, mask, S)
+            store_rounded(m1_at + place, m1 * 0.99 + g * ONE_MINUS_DECAY_1, start + place, m1_key, mask, S)
+            store_rounded(m2_at + place, m2 * 0.999 + g * ONE_MINUS_DECAY_2, start + place, m2_key, mask, S)
             store_rounded(v_at + place, v * 0.95 + square * 0.05, start + place, v_key, mask, S)
         s = tl.where(mask, square + 1e-30, 0.0)
         col_total += s

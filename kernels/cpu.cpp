@@ -186,13 +186,13 @@ inline void features(const Tensors<T>& t, long i, long j, long stride, const flo
 
 // 1 − β in float32, as the reference has it.
 const float decay[3] = {0.9f, 0.99f, 0.999f}, one_minus_decay[3] = {1 - decay[0], 1 - decay[1], 1 - decay[2]};
-const float rms_decay = 0.95f, rms_rest = 0.05f;
+const float rms_decay = 0.95f, one_minus_rms_decay = 0.05f;
 
 template <class T, class N>
 inline void update(T* const* m, T* v, vec g, long at, N n, int64_t index, const uint32_t* keys) {
     UNROLL for (int k = 0; k < 3; k++)
         store(m[k] + at, load(m[k] + at, n) * decay[k] + g * one_minus_decay[k], n, index + at, keys[k]);
-    store(v + at, load(v + at, n) * rms_decay + g * g * rms_rest, n, index + at, keys[3]);
+    store(v + at, load(v + at, n) * rms_decay + g * g * one_minus_rms_decay, n, index + at, keys[3]);
 }
 template <class N> inline void update(word* const*, word*, vec, long, N, int64_t, const uint32_t*) {}  // repack does it
 
@@ -225,7 +225,7 @@ void repack(const float* g, word* words, long rows, long cols, long stride, Scal
             vec state[4];
             unpack(load_words(words + at, n), old.at(i, j), cols, n, state);
             UNROLL for (int k = 0; k < 3; k++) state[k] = state[k] * decay[k] + x * one_minus_decay[k];
-            state[3] = state[3] * rms_decay + x * x * rms_rest;
+            state[3] = state[3] * rms_decay + x * x * one_minus_rms_decay;
             uvec draw[4];
             UNROLL for (int k = 0; k < 4; k++) draw[k] = (random_bits(index + at, keys[k]) + keys[4]) & 0xFFFFu;
             const vec middle = next.of(1, cols, n);
@@ -285,7 +285,7 @@ void direction(const Tensors<T>& t, float* out, long rows, long cols, long strid
 // celo2_accumulate  Pass A. Updates m and v in place; row_sum (rows) and col_sum (cols) gain the sums of g² + 1e-30.
 //                   index: of the box's first element in the whole tensor; keys (4): for rounding m0, m1, m2, v.
 // celo2_repack      Updates packed accumulators in place. Read by the scales old_row (rows, 3), old_col (3, cols),
-//                   written by the new ones; keys (5): and the step's turn.
+//                   written by the new ones; keys (5): and the step's offset.
 // celo2_norms       Pass B. squares (18) gains the sums of squares of the elementwise features.
 //                   row_factor (rows, 3); col_factor (3, cols); row_scale, col_scale alike, or null.
 // celo2_direction   Pass C. out (same place and stride as the tensors) = output 0 of the MLP. w0 (18, 8) with the

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .accumulate import REST_0, REST_1, REST_2
+from .accumulate import ONE_MINUS_DECAY_0, ONE_MINUS_DECAY_1, ONE_MINUS_DECAY_2
 from .packed_triton import power_near_root
 from .tiles import OPTIONS, place
 
@@ -88,11 +88,11 @@ def update_factored_kernel(matrices, vectors, BLOCK: tl.constexpr):
         mask = i < size
         mean = tl.load(total + i, mask=mask, other=0.0) / count
         x = tl.load(v + i, mask=mask, other=0.0)
-        tl.store(v + i, x * 0.9 + mean * REST_0, mask=mask)
+        tl.store(v + i, x * 0.9 + mean * ONE_MINUS_DECAY_0, mask=mask)
         x = tl.load(v + pitch + i, mask=mask, other=0.0)
-        tl.store(v + pitch + i, x * 0.99 + mean * REST_1, mask=mask)
+        tl.store(v + pitch + i, x * 0.99 + mean * ONE_MINUS_DECAY_1, mask=mask)
         x = tl.load(v + 2 * pitch + i, mask=mask, other=0.0)
-        tl.store(v + 2 * pitch + i, x * 0.999 + mean * REST_2, mask=mask)
+        tl.store(v + 2 * pitch + i, x * 0.999 + mean * ONE_MINUS_DECAY_2, mask=mask)
 
 
 @triton.jit

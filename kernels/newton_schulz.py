@@ -36,7 +36,8 @@ GRAM_ASPECT, GRAM_ROWS = 2.0, 64  # from this long/short ratio on the Gram form 
 # In bfloat16 the Gram form must begin again from X after so many iterations, and even so it serves the paper's
 # coefficients only: with polar_express's small singular values come out wrong by more than their size.
 BF16_GRAM_ITERATIONS = 3
-# On the CPU half of a symmetric product is left out where matrices have so many rows: recursively, down to blocks of
+# On the CPU, matrices of at least SYMMETRIC_ROWS rows skip half of each symmetric product. They are halved recursively; a
+# diagonal block is multiplied whole once half of it has fewer rows than SYMMETRIC_BLOCK.
 SYMMETRIC_ROWS = {torch.float32: 192, torch.bfloat16: 512}
 SYMMETRIC_BLOCK = {torch.float32: 96, torch.bfloat16: 192}
 
@@ -121,19 +122,19 @@ def _gram(x: Tensor, coefficients: Sequence[Triple]) -> Tensor:
 
 
 def _outer(x: Tensor, out: Tensor, scale: float = 1.0, add: float = 0.0) -> Tensor:
-    """`scale · x xᵀ + add · x` (…, n, n), in `out` or in a new tensor; with `add`, x is symmetric."""
+    """`scale · x xᵀ + add · x` (…, n, n), in `out` or, by the Triton kernel, in a new tensor. With `add`, x is symmetric."""
     if _triton_product(x):
         from .symmetric_product import symmetric_product
 
         return symmetric_product(x.reshape(-1, *x.shape[-2:]), scale, add).view(out.shape)
-    if add and x.device.type != "cpu":  # in one pass; the CPU leaves half of the product out
+    if add and x.device.type != "cpu":  # in one pass; the CPU skips half of the product instead
         return (torch.addmm if x.ndim == 2 else torch.baddbmm)(x, x, x.mT, beta=add, alpha=scale, out=out)
     _symmetric(x, x.mT, out)
     return out.mul_(scale).add_(x, alpha=add) if add else out
 
 
 def _triton_product(x: Tensor) -> bool:
-    """Whether the experimental kernel is asked for: no GPU has shown yet that it beats the vendor's products."""
+    """Whether CELO2_SYMMETRIC_PRODUCT=1 asks for the Triton kernel; on an H200 it pays in float32 only."""
     return (
         os.environ.get("CELO2_SYMMETRIC_PRODUCT") == "1"
         and x.dtype != torch.float64

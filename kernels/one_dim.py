@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .accumulate import CLAMP, REST_0, REST_1, REST_2
+from .accumulate import CLAMP, ONE_MINUS_DECAY_0, ONE_MINUS_DECAY_1, ONE_MINUS_DECAY_2
 from .direction import add_products, output
 from .fold import EPS, HIDDEN, THETA_BIAS, THETA_SECOND
 from .tiles import OPTIONS, place
@@ -93,13 +93,13 @@ def accumulate_1d_kernel(table, G: tl.constexpr, BLOCK: tl.constexpr):
         mask = i < elements
         g = clamped(g_at + i, mask)
         square = g * g
-        decayed(m0, i, mask, 0.9, g * REST_0)
-        decayed(m1, i, mask, 0.99, g * REST_1)
-        decayed(m2, i, mask, 0.999, g * REST_2)
+        decayed(m0, i, mask, 0.9, g * ONE_MINUS_DECAY_0)
+        decayed(m1, i, mask, 0.99, g * ONE_MINUS_DECAY_1)
+        decayed(m2, i, mask, 0.999, g * ONE_MINUS_DECAY_2)
         decayed(v, i, mask, 0.95, square * 0.05)
-        decayed(v0, i, mask, 0.9, (square + 1e-30) * REST_0)
-        decayed(v1, i, mask, 0.99, (square + 1e-30) * REST_1)
-        decayed(v2, i, mask, 0.999, (square + 1e-30) * REST_2)
+        decayed(v0, i, mask, 0.9, (square + 1e-30) * ONE_MINUS_DECAY_0)
+        decayed(v1, i, mask, 0.99, (square + 1e-30) * ONE_MINUS_DECAY_1)
+        decayed(v2, i, mask, 0.999, (square + 1e-30) * ONE_MINUS_DECAY_2)
 
 
 @triton.jit

@@ -71,14 +71,14 @@ def powers(v: Tensor) -> Tensor:
     return ((exponent.clamp(-LIMIT, LIMIT).to(torch.int32) + 127) << 23).view(torch.float32)
 
 
-def turn_of(step: int) -> int:
+def step_offset_of(step: int) -> int:
     """What a step adds to an element's first draw, of 16 bits."""
     return step * GOLDEN & 0xFFFF
 
 
-def draws(index: Tensor, key: int, turn: int) -> Tensor:
+def draws(index: Tensor, key: int, step_offset: int) -> Tensor:
     """16 bits by which each element is rounded in this step, int32."""
-    return ((random_bits(index, key) + turn) & 0xFFFF).to(torch.int32)
+    return ((random_bits(index, key) + step_offset) & 0xFFFF).to(torch.int32)
 
 
 def encode(x: Tensor, scale: Tensor, form: Format, draw: Tensor | int) -> Tensor:

@@ -39,8 +39,8 @@ def decode(words, scale, FORM: tl.constexpr, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def encode(x, scale, index, key, turn, FORM: tl.constexpr, SIGNED: tl.constexpr):
-    """`x` over `scale` (v: over its square) as a field at its place, rounded by the element's index, key and turn."""
+def encode(x, scale, index, key, step_offset, FORM: tl.constexpr, SIGNED: tl.constexpr):
+    """`x` over `scale` (v: over its square) as a field at its place, rounded by the element's index, key and step_offset."""
     MAGNITUDE: tl.constexpr = FORM[1] + FORM[2]
     KEPT: tl.constexpr = 23 - FORM[2]
     OFFSET: tl.constexpr = (FORM[3] + 127) << 23
@@ -52,7 +52,7 @@ def encode(x, scale, index, key, turn, FORM: tl.constexpr, SIGNED: tl.constexpr)
     above = y.to(tl.uint32, bitcast=True) - (OFFSET - (1 << 23))
     code = tl.where(y < LOW, below, above)
     code = tl.where(code > MOST, MOST, code)
-    draw = (random_bits(index, key) + turn) & 0xFFFF
+    draw = (random_bits(index, key) + step_offset) & 0xFFFF
     code = (code + (draw << (KEPT - 16))) >> KEPT
     if SIGNED:
         code = tl.where((x < 0) & (code > 0), code | (1 << MAGNITUDE), code)

@@ -10,20 +10,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .accumulate import CLAMP, NAN, REST_0, REST_1, REST_2
+from .accumulate import CLAMP, NAN, ONE_MINUS_DECAY_0, ONE_MINUS_DECAY_1, ONE_MINUS_DECAY_2
 from .features import load_three
 from .packed_triton import M0, M1, M2, V, encode, scale_of, unpack
 from .tiles import (
     COL_SCALE_AT,
     G_AT,
     M0_KEY_AT,
+    M1_KEY_AT,
+    M2_KEY_AT,
     OLD_COL_SCALE_AT,
     OLD_ROW_SCALE_AT,
     OPTIONS,
     PTR,
     ROW_SCALE_AT,
     START_AT,
+    STEP_OFFSET_AT,
     V_AT,
+    V_KEY_AT,
     Tiles,
     find_tile,
     pointer,
@@ -40,10 +44,10 @@ def repack_kernel(
     g_at = pointer(pointers, part, G_AT, G, ALIGNED) + at
     words_at = pointer(pointers, part, V_AT, tl.int32, ALIGNED) + at
     start = tl.load(pointers + part * PTR + START_AT) + at
-    key = pointers + part * PTR + M0_KEY_AT
-    m0_key, m1_key = tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32)
-    m2_key, v_key = tl.load(key + 2).to(tl.uint32), tl.load(key + 3).to(tl.uint32)
-    turn = tl.load(key + 4).to(tl.uint32)
+    row = pointers + part * PTR
+    m0_key, m1_key = tl.load(row + M0_KEY_AT).to(tl.uint32), tl.load(row + M1_KEY_AT).to(tl.uint32)
+    m2_key, v_key = tl.load(row + M2_KEY_AT).to(tl.uint32), tl.load(row + V_KEY_AT).to(tl.uint32)
+    step_offset = tl.load(row + STEP_OFFSET_AT).to(tl.uint32)
     new_row = pointer(pointers, part, ROW_SCALE_AT, tl.float32, False) + matrix * 3 * height
     new_col_at = pointer(pointers, part, COL_SCALE_AT, tl.float32, False) + matrix * 3 * width + columns
     old_row = pointer(pointers, part, OLD_ROW_SCALE_AT, tl.float32, False) + matrix * 3 * height
@@ -63,10 +67,10 @@ def repack_kernel(
         new = load_three(new_row + rows, height, row_mask)
         middle, index = scale_of(new, new_col, 1), start + place
         made = (
-            encode(m0 * 0.9 + g * REST_0, scale_of(new, new_col, 0), index, m0_key, turn, M0, True)
-            | encode(m1 * 0.99 + g * REST_1, middle, index, m1_key, turn, M1, True)
-            | encode(m2 * 0.999 + g * REST_2, scale_of(new, new_col, 2), index, m2_key, turn, M2, True)
-            | encode(v * 0.95 + g * g * 0.05, middle, index, v_key, turn, V, False)
+            encode(m0 * 0.9 + g * ONE_MINUS_DECAY_0, scale_of(new, new_col, 0), index, m0_key, step_offset, M0, True)
+            | encode(m1 * 0.99 + g * ONE_MINUS_DECAY_1, middle, index, m1_key, step_offset, M1, True)
+            | encode(m2 * 0.999 + g * ONE_MINUS_DECAY_2, scale_of(new, new_col, 2), index, m2_key, step_offset, M2, True)
+            | encode(v * 0.95 + g * g * 0.05, middle, index, v_key, step_offset, V, False)
         )
         tl.store(words_at + place, made.to(tl.int32, bitcast=True), mask=mask)
 

@@ -1,11 +1,11 @@
 """`scale · X Xᵀ + add · X` for a batch of matrices, of which only the tiles on or below the diagonal are computed.
 
-Newton–Schulz spends its time on such products: A = X Xᵀ, and b A + c A² (A is symmetric, so A² = A Aᵀ). Half of
-the multiplications of a general product; the other half of the result is a mirror image, so that it is
-exactly symmetric.
+Newton–Schulz in its direct form needs two such products an iteration: A = X Xᵀ, and b A + c A² (A is symmetric, so
+A² = A Aᵀ); its Gram form needs one, the first A. The kernel does half of the multiplications of a general product. The
+other half of the result is a mirror image, so the result is exactly symmetric.
 
-Experimental: `newton_schulz.py` calls it where CELO2_SYMMETRIC_PRODUCT=1 asks for it, since whether it beats the vendor's
-products on a GPU has not been measured.
+Off by default: `newton_schulz.py` calls it on GPUs where CELO2_SYMMETRIC_PRODUCT=1. On an H200 it pays with float32
+products only (docs/gpu.md).
 """
 
 from __future__ import annotations

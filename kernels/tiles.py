@@ -62,7 +62,7 @@ class PointerRow(NamedTuple):
     m1_key: int = 0
     m2_key: int = 0
     v_key: int = 0
-    turn: int = 0  # of packed accumulators: the step's, and addresses of their scales
+    step_offset: int = 0  # of packed accumulators: the step's, and addresses of their scales
     row_scale: int = 0
     col_scale: int = 0
     old_row_scale: int = 0
@@ -92,7 +92,7 @@ M0_KEY_AT = place(PointerRow, "m0_key")
 M1_KEY_AT = place(PointerRow, "m1_key")
 M2_KEY_AT = place(PointerRow, "m2_key")
 V_KEY_AT = place(PointerRow, "v_key")
-TURN_AT = place(PointerRow, "turn")
+STEP_OFFSET_AT = place(PointerRow, "step_offset")
 ROW_SCALE_AT = place(PointerRow, "row_scale")
 COL_SCALE_AT = place(PointerRow, "col_scale")
 OLD_ROW_SCALE_AT = place(PointerRow, "old_row_scale")

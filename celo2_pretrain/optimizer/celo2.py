@@ -358,11 +358,11 @@ class Celo2(torch.optim.Optimizer):
         names = []
         for _, _, plans in ready:
             for plan in plans:
-                flags = nonfinite([held.of(local(held.storage.grad).reshape(-1)) for held in plan.layout.slices]).to(
+                flags = nonfinite([shard.of(local(shard.storage.grad).reshape(-1)) for shard in plan.layout.slices]).to(
                     torch.int32
                 )
                 reduce(flags, plan.layout, dist.ReduceOp.MAX)
-                names += [held.name for held, flag in zip(plan.layout.slices, flags.tolist()) if flag]
+                names += [shard.name for shard, flag in zip(plan.layout.slices, flags.tolist()) if flag]
         if not names:
             return False
         what = f"NaN, Inf or overflow in the gradient of {', '.join(names[:5])}" + (
@@ -383,7 +383,9 @@ class Celo2(torch.optim.Optimizer):
         state, dtype = self.state[param], STATE_DTYPES[self.state_dtype]
         if state:
             if "v_row" in state and dtype_of(state) != dtype:  # restored from another form
-                plan, name = next((plan, held.name) for plan in plans for held in plan.layout.slices if held.storage is param)
+                plan, name = next(
+                    (plan, shard.name) for plan in plans for shard in plan.layout.slices if shard.storage is param
+                )
                 check_state(name, state, param, group["rule"], plan.factored[id(param)])
                 set_state_dtype(state, dtype, param, plans, _zeros_like)
             return

@@ -12,7 +12,7 @@ from torch import Tensor
 from celo2_pretrain.kernels.newton_schulz import COEFFICIENTS, newton_schulz
 from celo2_pretrain.optimizer import reference
 from celo2_pretrain.optimizer.matrices.param_groups import tag_of
-from celo2_pretrain.optimizer.state.held import at_rest
+from celo2_pretrain.optimizer.state.local_tensors import at_rest
 from celo2_pretrain.weights.mlp import MLP
 
 from . import packed
@@ -299,10 +299,10 @@ def _factored(run: DeepSpeedRun | FSDP2Run) -> list[tuple[str, Tensor, list[str]
     for group, params in at_rest(run.celo2):
         for plan in run.celo2.plans_of(group, params):
             storages: dict[int, list] = {}
-            for held in plan.layout.slices:
-                storages.setdefault(id(held.storage), []).append(held)
+            for shard in plan.layout.slices:
+                storages.setdefault(id(shard.storage), []).append(shard)
             for slices in storages.values():
                 state = run.celo2.state[slices[0].storage]
-                names = [by_param[id(held.original.param)] for held in slices]
+                names = [by_param[id(shard.original.param)] for shard in slices]
                 found += [(key, state[key].cpu(), names) for key in ("v_row", "v_col") if key in state]
     return found

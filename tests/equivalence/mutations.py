@@ -33,9 +33,9 @@ def drop_all_reduce_b() -> None:
 def flat_slice_as_vector() -> None:
     """What a rank holds of a matrix is taken for a 1-D tensor of its own."""
 
-    def wrong(held: Slice) -> Slice:
-        size = held.stop - held.start
-        return replace(held, original=_other(held.original, shape=(max(size, 1),), view=MatrixView()), start=0, stop=size)
+    def wrong(shard: Slice) -> Slice:
+        size = shard.stop - shard.start
+        return replace(shard, original=_other(shard.original, shape=(max(size, 1),), view=MatrixView()), start=0, stop=size)
 
     _after_locate(wrong)
 
@@ -43,9 +43,9 @@ def flat_slice_as_vector() -> None:
 def shift_offset() -> None:
     """A slice is looked for one element further on in the flat partition than it is."""
 
-    def wrong(held: Slice) -> Slice:
-        room = held.offset + held.stop - held.start < held.storage.numel()
-        return replace(held, offset=held.offset + 1) if room else held
+    def wrong(shard: Slice) -> Slice:
+        room = shard.offset + shard.stop - shard.start < shard.storage.numel()
+        return replace(shard, offset=shard.offset + 1) if room else shard
 
     _after_locate(wrong)
 
@@ -53,10 +53,10 @@ def shift_offset() -> None:
 def ignore_transpose() -> None:
     """A square `nn.Linear` is read as (in, out), which it isn't: only the tie of step 3 tells the difference."""
 
-    def wrong(held: Slice) -> Slice:
-        square = len(held.shape) == 2 and held.shape[0] == held.shape[1]
-        view = replace(held.original.view, transpose=False) if square else held.original.view
-        return replace(held, original=_other(held.original, shape=held.shape, view=view))
+    def wrong(shard: Slice) -> Slice:
+        square = len(shard.shape) == 2 and shard.shape[0] == shard.shape[1]
+        view = replace(shard.original.view, transpose=False) if square else shard.original.view
+        return replace(shard, original=_other(shard.original, shape=shard.shape, view=view))
 
     _after_locate(wrong)
 
@@ -64,30 +64,30 @@ def ignore_transpose() -> None:
 def ignore_repeats() -> None:
     """Parts that are interleaved are read as if each lay in one piece."""
 
-    def wrong(held: Slice) -> Slice:
-        view = held.original.view
+    def wrong(shard: Slice) -> Slice:
+        view = shard.original.view
         view = replace(view, repeats=1, split=tuple(size * view.repeats for size in view.split))
-        return replace(held, original=_other(held.original, shape=held.shape, view=view))
+        return replace(shard, original=_other(shard.original, shape=shard.shape, view=view))
 
     _after_locate(wrong)
 
 
 def swap_ranks() -> None:
     """Owners take the pieces that two other ranks sent the wrong way round. Shows from 3 ranks on."""
-    turn, wait = Exchange.turn, Exchange._wait
+    orthogonalize, wait = Exchange.orthogonalize, Exchange._wait
 
-    def wrong_turn(self: Exchange, *coefficients) -> None:
-        self.turning = True
-        turn(self, *coefficients)
-        self.turning = False
+    def wrong_orthogonalize(self: Exchange, *coefficients) -> None:
+        self.orthogonalizing = True
+        orthogonalize(self, *coefficients)
+        self.orthogonalizing = False
 
     def wrong_wait(self: Exchange, device: torch.device) -> Tensor:
         received = wait(self, device)
-        if getattr(self, "turning", False):
+        if getattr(self, "orthogonalizing", False):
             received = torch.cat(received.split(self.counts()[1])[::-1])
         return received
 
-    Exchange.turn, Exchange._wait = wrong_turn, wrong_wait
+    Exchange.orthogonalize, Exchange._wait = wrong_orthogonalize, wrong_wait
 
 
 def step_per_micro_batch() -> None:
@@ -154,7 +154,7 @@ def _after_locate(wrong: Callable[[Slice], Slice]) -> None:
     def mutated(*args: Any) -> list[Layout]:
         layouts = locate(*args)
         for layout in layouts:
-            layout.slices = [wrong(held) for held in layout.slices]
+            layout.slices = [wrong(shard) for shard in layout.slices]
         return layouts
 
     celo2.locate = mutated

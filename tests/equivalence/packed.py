@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from celo2_pretrain.kernels.packed import draws, pack, turn_of, unpack
+from celo2_pretrain.kernels.packed import draws, pack, step_offset_of, unpack
 from celo2_pretrain.kernels.rounding import key_of
 from celo2_pretrain.optimizer import reference
 from celo2_pretrain.optimizer.backends.passes import scales
@@ -41,7 +41,7 @@ def step(
     scale = scales(updated.v_row.unsqueeze(d0 + 1), updated.v_col.unsqueeze(d1 + 1), BlockShape(block))
     index = block.select(torch.arange(torch.Size(shape).numel()).view(shape))
     by_decay = [row * col for row, col in zip(scale.row, scale.col)]
-    drawn = [draws(index, key_of(name, k), turn_of(number)) for k in range(4)]
+    drawn = [draws(index, key_of(name, k), step_offset_of(number)) for k in range(4)]
     *momentum, rms = unpack(pack([*updated.momentum, rms], by_decay, drawn), by_decay)
     state = updated._replace(momentum=torch.stack(momentum), rms=rms)
     out = reference.direction(reference.normalize(reference.features(p, g, state, block.batch), (-2, -1)), mlp)

@@ -14,7 +14,7 @@ from celo2_pretrain.optimizer import celo2
 from celo2_pretrain.optimizer.matrices import param_groups as rules
 from celo2_pretrain.optimizer.matrices.param_groups import tag_of
 from celo2_pretrain.optimizer.names import canonical, canonical_names, match
-from celo2_pretrain.optimizer.state import held
+from celo2_pretrain.optimizer.state import local_tensors
 from celo2_pretrain.optimizer.state.files import INDEX, StateError
 
 
@@ -96,7 +96,7 @@ def test_rules_and_views_are_those_of_the_plain_model(wrapper):
 def raw_names(monkeypatch):
     """Names as earlier versions saved them, until `undo`."""
     with monkeypatch.context() as context:
-        for module in (rules, celo2, held):
+        for module in (rules, celo2, local_tensors):
             context.setattr(module, "canonical_names", lambda names: {name: name for name in names})
         yield context
 

@@ -19,7 +19,7 @@ from celo2_pretrain.kernels.packed import (
     encode,
     pack,
     powers,
-    turn_of,
+    step_offset_of,
     unpack,
 )
 from celo2_pretrain.optimizer.backends import boxes
@@ -32,7 +32,7 @@ from celo2_pretrain.optimizer.sharding.shape import BlockShape
 from celo2_pretrain.optimizer.state.save_load import load_state, save_state
 
 NAMES = ("m0", "m1", "m2", "v")
-KEYS = (11, 22, 33, 44, turn_of(5))
+KEYS = (11, 22, 33, 44, step_offset_of(5))
 
 
 def ulp(x, form, scale):
@@ -95,7 +95,7 @@ def test_rounding_is_right_on_average_over_elements_and_over_steps(form):
     index = torch.arange(20_000)[:, None] * len(x) + torch.arange(len(x))
     mean = decode(encode(x.expand_as(index), one, form, draws(index, 7, 0)), one, form).mean(0)
     assert ((mean - x).abs() / ulp(x, form, 1.0)).max() < 0.02  # nearest is off by up to 0.5
-    steps = [decode(encode(x, one, form, draws(torch.arange(len(x)), 7, turn_of(k))), one, form) for k in range(200)]
+    steps = [decode(encode(x, one, form, draws(torch.arange(len(x)), 7, step_offset_of(k))), one, form) for k in range(200)]
     assert ((torch.stack(steps).mean(0) - x).abs() / ulp(x, form, 1.0)).max() < 0.03  # independent draws: 0.1
 
 
@@ -129,7 +129,7 @@ def test_the_error_of_an_average_does_not_pile_up(form, decay, most):
         g = torch.randn(n, generator=generator)
         g = g if form.signed else g * g
         exact = decay * exact + (1 - decay) * g
-        stored = encode(decay * decode(stored, one, form) + (1 - decay) * g, one, form, draws(index, 3, turn_of(step)))
+        stored = encode(decay * decode(stored, one, form) + (1 - decay) * g, one, form, draws(index, 3, step_offset_of(step)))
         if step >= 1000:
             error += (decode(stored, one, form) - exact).square().mean().item()
             size += exact.square().mean().item()

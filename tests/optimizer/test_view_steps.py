@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from celo2_pretrain.kernels.packed import WORD, draws, pack, turn_of, unpack
+from celo2_pretrain.kernels.packed import WORD, draws, pack, step_offset_of, unpack
 from celo2_pretrain.kernels.rounding import key_of, stochastic_round
 from celo2_pretrain.optimizer import reference
 from celo2_pretrain.optimizer.backends.passes import scales
@@ -162,7 +162,7 @@ def rounded(state: State, g: Tensor, place: Tensor, step: int, dtype: torch.dtyp
         shape = BlockShape(MatrixView().blocks(tuple(g.shape))[0])
         scale = scales(updated.v_row.unsqueeze(d0 + 1), updated.v_col.unsqueeze(d1 + 1), shape)
         by_decay = [row * col for row, col in zip(scale.row, scale.col)]
-        drawn = [draws(place, key_of("w", k), turn_of(step)) for k in range(4)]
+        drawn = [draws(place, key_of("w", k), step_offset_of(step)) for k in range(4)]
         *momentum, rms = unpack(pack([*updated.momentum, rms], by_decay, drawn), by_decay)
     else:
         *momentum, rms = (
@@ -247,16 +247,16 @@ def test_packing_a_range_of_a_view_and_unpacking_it_loses_nothing():
     for case in INTERLEAVED + FLATTENED:
         generator = torch.Generator().manual_seed(0)
         words = torch.randint(-1 << 31, 1 << 31, (case.numel,), generator=generator).to(WORD)
-        held = Slice(Original(torch.empty(case.shape), "w", case.view), 0, case.numel, 0, words)
+        shard = Slice(Original(torch.empty(case.shape), "w", case.view), 0, case.numel, 0, words)
         shapes = [BlockShape(block) for block in case.view.blocks(case.shape)]
         vectors = [
             torch.rand(3, sum(math.prod(size) for size in sizes), generator=generator)
             for sizes in zip(*((shape.row, shape.col) for shape in shapes))
         ]
-        canonical = pack_range(unpack_range(words, held, 0, *vectors), held, 0, *vectors)
+        canonical = pack_range(unpack_range(words, shard, 0, *vectors), shard, 0, *vectors)
         for cuts in few_shares(case.numel):
             made = [
-                pack_range(unpack_range(canonical[a:b], held, a, *vectors), held, a, *vectors)
+                pack_range(unpack_range(canonical[a:b], shard, a, *vectors), shard, a, *vectors)
                 for a, b in itertools.pairwise(cuts)
             ]
             assert torch.equal(torch.cat(made), canonical)

@@ -62,7 +62,7 @@ class Tensors:
     rms: Tensor
     v_full: list[Tensor]  # of a 1-D tensor; else empty
     start: int = 0  # of the slice, in the whole tensor
-    keys: tuple[int, ...] = ()  # for rounding momentum[0], [1], [2] and rms in this step; packed: and the step's turn
+    keys: tuple[int, ...] = ()  # for rounding momentum[0], [1], [2] and rms in this step; packed: and the step's step_offset
     scale: Scale | None = None  # of the block that is being worked on, where they are packed
 
     @property
@@ -117,8 +117,8 @@ def repack(t: Tensors, piece: Piece, old: Scale, new: Scale) -> None:
     values = [m * decay + g * one_minus_decay(decay) for m, decay in zip(momentum, MOMENTUM_DECAYS)]
     values.append(v * RMS_DECAY + g * g * (1 - RMS_DECAY))
     index = piece.of(torch.arange(t.start, t.start + t.rms.numel(), device=g.device))
-    *keys, turn = t.keys
-    words.copy_(pack(values, new.of(piece), [draws(index, key, turn) for key in keys]))
+    *keys, step_offset = t.keys
+    words.copy_(pack(values, new.of(piece), [draws(index, key, step_offset) for key in keys]))
 
 
 def update_factored(v: Tensor, total: Tensor, count: int) -> None:

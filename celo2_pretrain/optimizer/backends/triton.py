@@ -97,13 +97,13 @@ class Triton(TorchBackend):
         return Layer(squares, super().first_layer(squares, v_row, v_col, shape, mlp) if needs_torch(shape) else None)
 
     def accumulate(self, parts: Sequence[Part], tensors: Sequence[Tensors], totals: Sequence[tuple[Tensor, Tensor]]) -> None:
-        rest = [k for k, part in enumerate(parts) if needs_torch(part.shape)]
-        super().accumulate(*(_pick(x, rest) for x in (parts, tensors, totals)))
+        in_torch = [k for k, part in enumerate(parts) if needs_torch(part.shape)]
+        super().accumulate(*(_pick(x, in_torch) for x in (parts, tensors, totals)))
         for g_dtype, _, table in self._one_dim(parts, tensors):
             accumulate_1d(table, g_dtype)
         for group in self._groups(parts, tensors):
-            some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
-            device = held[0].rms.device
+            some, picked = _pick(parts, group.numbers), _pick(tensors, group.numbers)
+            device = picked[0].rms.device
             sums = [
                 by_storage(part.shape, row.data_ptr(), col.data_ptr())
                 for part, (row, col) in zip(some, _pick(totals, group.numbers))
@@ -111,7 +111,7 @@ class Triton(TorchBackend):
             with on_device(device):
                 accumulate(
                     self._tiles(some, device),
-                    make_table([pointer_row(t) for t in held], device),
+                    make_table([pointer_row(t) for t in picked], device),
                     make_table(sums, device),
                     group.g_dtype,
                     group.s_dtype,
@@ -121,8 +121,8 @@ class Triton(TorchBackend):
     def update_factored(
         self, parts: Sequence[Part], totals: Sequence[tuple[Tensor, Tensor]], vectors: Sequence[tuple[Tensor, Tensor]]
     ) -> None:
-        rest = [k for k, part in enumerate(parts) if not has_kernel(part.shape)]
-        super().update_factored(*(_pick(x, rest) for x in (parts, totals, vectors)))
+        in_torch = [k for k, part in enumerate(parts) if not has_kernel(part.shape)]
+        super().update_factored(*(_pick(x, in_torch) for x in (parts, totals, vectors)))
         chosen = [k for k, part in enumerate(parts) if has_kernel(part.shape)]
         if chosen:
             device = vectors[chosen[0]][0].device
@@ -138,8 +138,8 @@ class Triton(TorchBackend):
     def scales(self, parts: Sequence[Part], vectors: Sequence[tuple[Tensor, Tensor]]) -> list[Scale]:
         """Of parts that the kernels cover in (matrices, 3, size)."""
         chosen = [k for k, part in enumerate(parts) if has_kernel(part.shape)]
-        rest = [k for k in range(len(parts)) if k not in set(chosen)]
-        made = dict(zip(rest, super().scales(_pick(parts, rest), _pick(vectors, rest))))
+        in_torch = [k for k in range(len(parts)) if k not in set(chosen)]
+        made = dict(zip(in_torch, super().scales(_pick(parts, in_torch), _pick(vectors, in_torch))))
         if chosen:
             device = vectors[chosen[0]][0].device
             found = {k: Vectors(parts[k].shape, *vectors[k]) for k in chosen}
@@ -153,14 +153,14 @@ class Triton(TorchBackend):
         return [made[k] for k in range(len(parts))]
 
     def repack(self, parts: Sequence[Part], tensors: Sequence[Tensors], old: Sequence[Scale], new: Sequence[Scale]) -> None:
-        rest = [k for k, part in enumerate(parts) if not has_kernel(part.shape)]
-        super().repack(*(_pick(x, rest) for x in (parts, tensors, old, new)))
+        in_torch = [k for k, part in enumerate(parts) if not has_kernel(part.shape)]
+        super().repack(*(_pick(x, in_torch) for x in (parts, tensors, old, new)))
         for group in self._groups(parts, tensors):
-            some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
-            device = held[0].rms.device
+            some, picked = _pick(parts, group.numbers), _pick(tensors, group.numbers)
+            device = picked[0].rms.device
             pointers = [
                 pointer_row(t, scale=scale_pointers(part.shape, after), old=scale_pointers(part.shape, before))
-                for part, t, before, after in zip(some, held, *(_pick(x, group.numbers) for x in (old, new)))
+                for part, t, before, after in zip(some, picked, *(_pick(x, group.numbers) for x in (old, new)))
             ]
             with on_device(device):
                 repack(self._tiles(some, device), make_table(pointers, device), group.g_dtype, group.aligned)
@@ -168,21 +168,23 @@ class Triton(TorchBackend):
     def norms(
         self, parts: Sequence[Part], tensors: Sequence[Tensors], factors: Sequence[Vectors], squares: Sequence[Tensor]
     ) -> None:
-        rest = [k for k, part in enumerate(parts) if needs_torch(part.shape)]
-        super().norms(_pick(parts, rest), _pick(tensors, rest), [factors[k].plain for k in rest], _pick(squares, rest))
+        in_torch = [k for k, part in enumerate(parts) if needs_torch(part.shape)]
+        super().norms(
+            _pick(parts, in_torch), _pick(tensors, in_torch), [factors[k].plain for k in in_torch], _pick(squares, in_torch)
+        )
         for g_dtype, p_dtype, table in self._one_dim(parts, tensors, sums=squares):
             norms_1d(table, g_dtype, p_dtype)
         self._factors(parts, factors)
         for group in self._groups(parts, tensors):
-            some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
-            device = held[0].rms.device
+            some, picked = _pick(parts, group.numbers), _pick(tensors, group.numbers)
+            device = picked[0].rms.device
             pointers = [
                 pointer_row(
                     t,
                     factor=by_storage(part.shape, vectors.row_factor, vectors.col_factor),
                     scale=scale_pointers(part.shape, t.scale),
                 )
-                for part, t, vectors in zip(some, held, _pick(factors, group.numbers))
+                for part, t, vectors in zip(some, picked, _pick(factors, group.numbers))
             ]
             sums = [(x.data_ptr(), x[0].numel()) for x in _pick(squares, group.numbers)]
             with on_device(device):
@@ -205,14 +207,14 @@ class Triton(TorchBackend):
         mlp: MLP,
         out: Sequence[Tensor],
     ) -> None:
-        rest = [k for k, part in enumerate(parts) if needs_torch(part.shape)]
+        in_torch = [k for k, part in enumerate(parts) if needs_torch(part.shape)]
         super().direction(
-            _pick(parts, rest),
-            _pick(tensors, rest),
-            [factors[k].plain for k in rest],
-            [layers[k].plain for k in rest],
+            _pick(parts, in_torch),
+            _pick(tensors, in_torch),
+            [factors[k].plain for k in in_torch],
+            [layers[k].plain for k in in_torch],
             mlp,
-            _pick(out, rest),
+            _pick(out, in_torch),
         )
         theta = flat_theta(*mlp)
         for g_dtype, p_dtype, table in self._one_dim(parts, tensors, out, [layer.squares for layer in layers]):
@@ -227,9 +229,9 @@ class Triton(TorchBackend):
         )
         folded = dict(zip(numbers, made))
         for group in self._groups(parts, tensors, out):
-            some, held = _pick(parts, group.numbers), _pick(tensors, group.numbers)
+            some, picked = _pick(parts, group.numbers), _pick(tensors, group.numbers)
             pointers = []
-            for k, part, t in zip(group.numbers, some, held):
+            for k, part, t in zip(group.numbers, some, picked):
                 weight, row_bias, col_bias = folded[k]
                 pointers.append(
                     pointer_row(
@@ -253,15 +255,15 @@ class Triton(TorchBackend):
                 )
 
     def output_squares(self, parts: Sequence[Part], out: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
-        rest = [k for k, part in enumerate(parts) if needs_torch(part.shape)]
-        super().output_squares(*(_pick(x, rest) for x in (parts, out, squares)))
+        in_torch = [k for k, part in enumerate(parts) if needs_torch(part.shape)]
+        super().output_squares(*(_pick(x, in_torch) for x in (parts, out, squares)))
         for _, _, table in self._one_dim(parts, None, out, squares):
             output_squares_1d(table)
         self._outputs(output_squares, parts, out, squares)
 
     def rescale(self, parts: Sequence[Part], out: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
-        rest = [k for k, part in enumerate(parts) if needs_torch(part.shape)]
-        super().rescale(*(_pick(x, rest) for x in (parts, out, squares)))
+        in_torch = [k for k, part in enumerate(parts) if needs_torch(part.shape)]
+        super().rescale(*(_pick(x, in_torch) for x in (parts, out, squares)))
         for _, _, table in self._one_dim(parts, None, out, squares):
             rescale_1d(table)
         self._outputs(rescale, parts, out, squares)
@@ -283,10 +285,10 @@ class Triton(TorchBackend):
             for k in numbers:
                 t = tensors[k] if tensors else None
                 names = ("g", "p", "m0", "m1", "m2", "v", "v0", "v1", "v2")
-                held = (t.g, t.p, *t.momentum, t.rms, *t.v_full) if t else ()
+                flat = (t.g, t.p, *t.momentum, t.rms, *t.v_full) if t else ()
                 rows.append(
                     OneDimRow(
-                        **{name: x.data_ptr() for name, x in zip(names, held)},
+                        **{name: x.data_ptr() for name, x in zip(names, flat)},
                         out=out[k].data_ptr() if out else 0,
                         sums=sums[k].data_ptr() if sums else 0,
                         elements=sum(piece.numel for piece in parts[k].pieces),

@@ -76,7 +76,7 @@ def pointer_row(
         row_bias=bias[0],
         col_bias=bias[1],
         start=t.start,
-        **dict(zip(("m0_key", "m1_key", "m2_key", "v_key", "turn"), t.keys)),
+        **dict(zip(("m0_key", "m1_key", "m2_key", "v_key", "step_offset"), t.keys)),
         row_scale=scale[0],
         col_scale=scale[1],
         old_row_scale=old[0],

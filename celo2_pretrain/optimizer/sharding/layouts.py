@@ -119,35 +119,35 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def locate(originals: Sequence[Original], held: Sequence[Tensor], params: Sequence[Tensor]) -> list[Layout]:
+def locate(originals: Sequence[Original], current: Sequence[Tensor], params: Sequence[Tensor]) -> list[Layout]:
     """Recognise how `params` store `originals` (what the user gave for a group).
 
     Args:
-        held: all that the group holds now.
+        current: all that the group holds now.
         params: those of them that are stepped now (that have a gradient).
 
     Returns one layout for each set of ranks involved. Raises LayoutError for a form it doesn't know.
     """
-    adopt(originals, held)
+    adopt(originals, current)
     by_id = {id(original.param): original for original in originals}
     if all(id(param) in by_id for param in params):
         layouts = _given([by_id[id(param)] for param in params])
     else:
-        layouts = [_replaced([original for original in originals if original.trainable], held, params)]
+        layouts = [_replaced([original for original in originals if original.trainable], current, params)]
     for layout in layouts:
         _check_cover(layout)
     return layouts
 
 
-def adopt(originals: Sequence[Original], held: Sequence[Tensor]) -> None:
+def adopt(originals: Sequence[Original], current: Sequence[Tensor]) -> None:
     """Take what stands in the group for the original in its place, where a wrapper exchanged the tensors one for one.
 
     Accelerate exchanges them for FSDP2's DTensors. DeepSpeed's replacements are no originals: it keeps those alive.
     """
-    if len(held) != len(originals):
+    if len(current) != len(originals):
         return
     present = {id(original.param) for original in originals}
-    for original, param in zip(originals, held):
+    for original, param in zip(originals, current):
         known = original.param
         if (
             id(param) not in present
@@ -257,16 +257,16 @@ def _dtensor_rows(original: Original) -> tuple[Any, int, int]:
     chunk = -(-rows // parts)  # as torch.chunk: every rank but the last ones has `chunk` rows
     first, last = min(rank * chunk, rows), min((rank + 1) * chunk, rows)
     inner = prod(original.shape[1:])
-    held = param.to_local().numel()
-    if held != (last - first) * inner:
+    elements = param.to_local().numel()
+    if elements != (last - first) * inner:
         raise LayoutError(
-            f"{original.name!r}: the local shard has {held} elements where rows {first} to {last} of "
+            f"{original.name!r}: the local shard has {elements} elements where rows {first} to {last} of "
             f"shape {original.shape} have {(last - first) * inner}"
         )
     return mesh.get_group(axis), first * inner, last * inner
 
 
-def _replaced(originals: list[Original], held: Sequence[Tensor], params: Sequence[Tensor]) -> Layout:
+def _replaced(originals: list[Original], current: Sequence[Tensor], params: Sequence[Tensor]) -> Layout:
     """Parameters that a DeepSpeed wrapper put in the place of the user's."""
     if not originals:
         raise LayoutError("the group holds parameters that the optimizer was not constructed with")
@@ -274,7 +274,7 @@ def _replaced(originals: list[Original], held: Sequence[Tensor], params: Sequenc
     if first is None:
         raise LayoutError(
             f"{originals[0].name!r} of shape {originals[0].shape} is gone, and the group holds other tensors, "
-            f"of shapes {[tuple(p.shape) for p in held[:4]]}: make the optimizer from the model's present "
+            f"of shapes {[tuple(p.shape) for p in current[:4]]}: make the optimizer from the model's present "
             "parameters"
         )
     zero3 = getattr(first, "_z3_optimizer", None)
@@ -282,18 +282,18 @@ def _replaced(originals: list[Original], held: Sequence[Tensor], params: Sequenc
         return _zero3(originals, params, zero3)
     if hasattr(first, "_hp_mapping"):
         return _zero12(originals, params)
-    if len(held) == len(originals) and all(
-        whole(tuple(param.shape)) == original.shape for param, original in zip(held, originals)
+    if len(current) == len(originals) and all(
+        whole(tuple(param.shape)) == original.shape for param, original in zip(current, originals)
     ):
         if first.dtype == torch.float16:
             raise LayoutError(
                 "fp16 without ZeRO: DeepSpeed 0.19 divides the gradients by a loss scale that the loss was "
                 'never multiplied by; set "zero_optimization": {"stage": 1}, or use bf16'
             )
-        place = {id(param): original for original, param in zip(originals, held)}
+        place = {id(param): original for original, param in zip(originals, current)}
         return Layout("whole", [Slice(place[id(param)], 0, prod(place[id(param)].shape), 0, param) for param in params])
     raise LayoutError(
-        f"the group holds {len(held)} tensors of shapes {[tuple(p.shape) for p in held[:4]]} instead "
+        f"the group holds {len(current)} tensors of shapes {[tuple(p.shape) for p in current[:4]]} instead "
         f"of the {len(originals)} parameters it was constructed with, put there by a wrapper that Celo2 "
         "doesn't know; supported: DeepSpeed ZeRO 0-3 (with or without offload), DDP, FSDP2"
     )
@@ -385,18 +385,18 @@ def _check_cover(layout: Layout) -> None:
         everyone = [torch.empty_like(mine, device=device) for _ in range(layout.world)]
         dist.all_gather(everyone, mine.to(device), group=layout.process_group)
         layout.ranges = torch.stack(everyone).cpu()
-    for number, held in enumerate(layout.slices):
-        there = local(held.storage).numel()
-        if held.start < held.stop and held.offset + held.stop - held.start > there:
+    for number, shard in enumerate(layout.slices):
+        there = local(shard.storage).numel()
+        if shard.start < shard.stop and shard.offset + shard.stop - shard.start > there:
             raise LayoutError(
-                f"{held.name!r}: elements {held.start} to {held.stop} should lie at {held.offset} of a tensor "
+                f"{shard.name!r}: elements {shard.start} to {shard.stop} should lie at {shard.offset} of a tensor "
                 f"that has only {there} elements on this rank ({layout.kind})"
             )
         spans = sorted((start, stop) for start, stop in layout.ranges[:, number].tolist() if start < stop)
         ends = [0, *(stop for _, stop in spans)]
-        if [start for start, _ in spans] != ends[:-1] or ends[-1] != prod(held.shape):
+        if [start for start, _ in spans] != ends[:-1] or ends[-1] != prod(shard.shape):
             raise LayoutError(
-                f"{held.name!r} of shape {held.shape} is not held exactly once by the "
+                f"{shard.name!r} of shape {shard.shape} is not held exactly once by the "
                 f"{layout.world} ranks ({layout.kind}): they hold the flat ranges {spans}"
             )
 

@@ -14,7 +14,7 @@ from .shape import BlockShape
 class Unit:
     """Matrices [start, stop) along the first axis of a block (all of it for 2-D blocks), and who computes them."""
 
-    held: int  # which slice, in the order of the bucket's slices
+    slice_in_bucket: int  # which of the bucket's slices
     shape: tuple[int, ...]
     first: int | None  # first index along the block's first axis, for blocks of 3 and more dims
     parts: list[list[Piece]]  # for each rank, what it holds
@@ -35,18 +35,18 @@ class Unit:
         return sum(part.numel for part in self.parts[rank])
 
 
-def units_of(held: int, shape: BlockShape, number: int, layout: Layout) -> list[Unit]:
+def units_of(slice_in_bucket: int, shape: BlockShape, number: int, layout: Layout) -> list[Unit]:
     """The units of a block of the layout's tensor `number`; stacked matrices are spread over the ranks."""
     block = shape.block
     parts = [pieces(block, *layout.ranges[rank, number].tolist(), most=1 << 62) for rank in range(layout.world)]
     if len(shape.full) == 2:
-        return [Unit(held, shape.full, None, parts)]
+        return [Unit(slice_in_bucket, shape.full, None, parts)]
     stacked, units = shape.full[0], []
     chunk = -(-stacked // min(stacked, layout.world))
     for start in range(0, stacked, chunk):
         stop = min(start + chunk, stacked)
         cut = [[inside for part in mine if (inside := cut_first_axis(part, start, stop)) is not None] for mine in parts]
-        units.append(Unit(held, (stop - start, *shape.full[1:]), start, cut))
+        units.append(Unit(slice_in_bucket, (stop - start, *shape.full[1:]), start, cut))
     return units
 
 

@@ -17,7 +17,7 @@ from .shape import BlockShape
 class Part:
     """One block of a slice with what the passes need of it."""
 
-    held: int  # which slice of the layout
+    slice_index: int  # among the layout's slices
     shape: BlockShape
     pieces: list[Piece]
     row_at: int  # where its v_row and v_col begin in the storage's
@@ -40,11 +40,11 @@ class Plan:
     def parts_of(self, bucket: list[int]) -> list[int]:
         """Numbers of the parts that a bucket's slices consist of."""
         chosen = set(bucket)
-        return [number for number, part in enumerate(self.parts) if part.held in chosen]
+        return [number for number, part in enumerate(self.parts) if part.slice_index in chosen]
 
     def columns(self, number: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Where the v_row and the v_col of a slice's tensor begin and end in its storage's; empty for a vector."""
-        parts = [part for part in self.parts if part.held == number and part.shape.matrix]
+        parts = [part for part in self.parts if part.slice_index == number and part.shape.matrix]
         if not parts:
             return (0, 0), (0, 0)
         row, col = parts[0].row_at, parts[0].col_at
@@ -54,7 +54,7 @@ class Plan:
         )
 
     def parts_in(self, storage: Tensor) -> list[Part]:
-        return [part for part in self.parts if self.layout.slices[part.held].storage is storage]
+        return [part for part in self.parts if self.layout.slices[part.slice_index].storage is storage]
 
 
 def make_plan(layout: Layout, orthogonalize: bool, bucket_size: int) -> Plan:
@@ -62,29 +62,29 @@ def make_plan(layout: Layout, orthogonalize: bool, bucket_size: int) -> Plan:
     plan = Plan(layout, [], [[]], [])
     rows: dict[int, int] = {}
     cols: dict[int, int] = {}
-    for number, held in enumerate(layout.slices):
-        for block in held.original.view.blocks(held.shape):
-            shape, storage = BlockShape(block), id(held.storage)
+    for number, shard in enumerate(layout.slices):
+        for block in shard.original.view.blocks(shard.shape):
+            shape, storage = BlockShape(block), id(shard.storage)
             plan.parts.append(
-                Part(number, shape, pieces(block, held.start, held.stop), rows.get(storage, 0), cols.get(storage, 0))
+                Part(number, shape, pieces(block, shard.start, shard.stop), rows.get(storage, 0), cols.get(storage, 0))
             )
             rows[storage] = rows.get(storage, 0) + prod(shape.row)
             cols[storage] = cols.get(storage, 0) + prod(shape.col)
     plan.factored = {storage: (rows[storage], cols[storage]) for storage in rows}
     size = 0
-    for number, held in enumerate(layout.slices):
-        if plan.buckets[-1] and size + prod(held.shape) > bucket_size:
+    for number, shard in enumerate(layout.slices):
+        if plan.buckets[-1] and size + prod(shard.shape) > bucket_size:
             plan.buckets.append([])
             size = 0
         plan.buckets[-1].append(number)
-        size += prod(held.shape)
+        size += prod(shard.shape)
     if orthogonalize and any(part.shape.matrix for part in plan.parts):
         for bucket in plan.buckets:
             plan.units.append(
                 [
                     unit
                     for part in map(plan.parts.__getitem__, plan.parts_of(bucket))
-                    for unit in units_of(bucket.index(part.held), part.shape, part.held, layout)
+                    for unit in units_of(bucket.index(part.slice_index), part.shape, part.slice_index, layout)
                 ]
             )
         choose_owners(plan.units, layout.world)

@@ -30,8 +30,8 @@ def checksum(x: Tensor) -> Tensor:
 def replicated(layout: Layout, state: Mapping[Tensor, dict[str, Any]], everything: bool) -> dict[str, Tensor]:
     """By "tensor: key" what the ranks of a layout hold alike: `everything`, or the factored second moments only."""
     found = {}
-    for storage in {id(held.storage): held.storage for held in layout.slices}.values():
-        name = ", ".join(held.name for held in layout.slices if held.storage is storage)
+    for storage in {id(shard.storage): shard.storage for shard in layout.slices}.values():
+        name = ", ".join(shard.name for shard in layout.slices if shard.storage is storage)
         if everything:
             found[f"{name}: parameter"] = storage
         for key, value in state[storage].items():

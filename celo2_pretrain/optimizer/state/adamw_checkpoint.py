@@ -90,10 +90,10 @@ class AdamWCheckpoint:
             else:
                 self._zero12(state)
         for name, parts in self._fragments.items():
-            held = sum(part.count for part in parts)
-            if held != prod(self.shapes[name]):
+            count = sum(part.count for part in parts)
+            if count != prod(self.shapes[name]):
                 raise StateError(
-                    f"{self._where} holds {held} elements of {name!r} of shape {self.shapes[name]}: "
+                    f"{self._where} holds {count} elements of {name!r} of shape {self.shapes[name]}: "
                     "files of different checkpoints seem mixed"
                 )
 
@@ -175,7 +175,7 @@ class AdamWCheckpoint:
         names = [known[name] for name in names]
         self.shapes = {name: whole(tuple(model["module"][name].shape)) for name in names}
         if fused:
-            held = [(number, flat.numel()) for number, flat in enumerate(fused)]
+            sizes = [(number, flat.numel()) for number, flat in enumerate(fused)]
             masters, owner = fused, groups
         else:
             owner = [group for group in groups for _ in group["params"]]
@@ -185,9 +185,9 @@ class AdamWCheckpoint:
                 )
             masters = saved.get("fp32_groups")  # in 16 bits; else the model's parameters are float32 themselves
             masters = [x for group in masters for x in group] if masters else [model["module"][name] for name in names]
-            held = [(number, master.numel()) for number, master in enumerate(masters)]
+            sizes = [(number, master.numel()) for number, master in enumerate(masters)]
         left = list(names)
-        for number, size in held:
+        for number, size in sizes:
             tensors, fact = self._group(base, number, masters[number], owner[number])
             offset = 0
             while offset < size and left:

@@ -74,14 +74,14 @@ def write_ranges(
     Returns the files' entries of the index: `{file name: {"sha256": …, "ranges": {name: [start, stop]}}}`.
     """
     files: dict[str, Any] = {}
-    held: dict[str, list[int]] = {}
+    written: dict[str, list[int]] = {}
     tensors: dict[str, Tensor] = {}
 
     def flush() -> None:
-        if held:
+        if written:
             path = folder / f"{prefix}_{len(files):03d}.safetensors"
-            files[path.name] = {"sha256": write_tensors(path, tensors), "ranges": dict(held)}
-            held.clear()
+            files[path.name] = {"sha256": write_tensors(path, tensors), "ranges": dict(written)}
+            written.clear()
             tensors.clear()
 
     used, step = 0, max(1, most // 32)  # up to 8 keys of 4 bytes an element
@@ -90,10 +90,10 @@ def write_ranges(
             stop = min(start + step, last)
             values = {f"{name}|{key}": value for key, value in fetch(name, start, stop).items()}
             size = sum(value.nbytes for value in values.values())
-            if name in held or used + size > most:
+            if name in written or used + size > most:
                 flush()
                 used = 0
-            held[name] = [start, stop]
+            written[name] = [start, stop]
             tensors.update(values)
             used += size
     flush()
@@ -170,17 +170,17 @@ class StateReader:
                 f"{str(folder)!r} lacks {missing[0]!r} ({len(missing)} of {len(self.files)} files are "
                 "missing): copy the folder again, or use another checkpoint"
             )
-        self._held: dict[str, list[tuple[int, int, str]]] = {name: [] for name in self.tensors}
+        self._ranges: dict[str, list[tuple[int, int, str]]] = {name: [] for name in self.tensors}
         for file, entry in self.files.items():
             for name, (start, stop) in entry["ranges"].items():
-                self._held[name].append((start, stop, file))
-        for name, held in self._held.items():
-            held.sort()
-            ends = [0, *(stop for _, stop, _ in held)]
-            if [start for start, _, _ in held] != ends[:-1] or ends[-1] != prod(self.tensors[name]["shape"]):
+                self._ranges[name].append((start, stop, file))
+        for name, ranges in self._ranges.items():
+            ranges.sort()
+            ends = [0, *(stop for _, stop, _ in ranges)]
+            if [start for start, _, _ in ranges] != ends[:-1] or ends[-1] != prod(self.tensors[name]["shape"]):
                 raise StateError(
                     f"{str(folder)!r} does not hold {short(name)} exactly once: its files have the flat ranges "
-                    f"{short([list(x[:2]) for x in held])} of {prod(self.tensors[name]['shape'])} elements"
+                    f"{short([list(x[:2]) for x in ranges])} of {prod(self.tensors[name]['shape'])} elements"
                 )
         self._saved_names: dict[str, str] = {}  # by the names that `rename` gave
         self._open = lru_cache(maxsize=8)(lambda file: safe_open(self.folder / file, framework="pt"))
@@ -190,7 +190,7 @@ class StateReader:
         new = match(self.tensors, names)
         self._saved_names = {name: saved for saved, name in new.items()}
         self.tensors = {new.get(name, name): entry for name, entry in self.tensors.items()}
-        self._held = {new.get(name, name): held for name, held in self._held.items()}
+        self._ranges = {new.get(name, name): ranges for name, ranges in self._ranges.items()}
         self.groups = [{**group, "names": [new.get(name, name) for name in group["names"]]} for group in self.groups]
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
@@ -221,7 +221,7 @@ class StateReader:
     def read(self, name: str, key: str, start: int, stop: int) -> Tensor:
         """The flat elements [start, stop) of one tensor's `key`, 1-D float32, read from whichever files hold them."""
         found = []
-        for first, last, file in self._held[name]:
+        for first, last, file in self._ranges[name]:
             low, high = max(first, start), min(last, stop)
             if low < high:
                 found.append(self._get(file, self._key(f"{name}|{key}"), slice(low - first, high - first)))

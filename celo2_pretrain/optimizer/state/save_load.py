@@ -28,8 +28,8 @@ from ..step.state_dtypes import pack_range, unpack_range
 from . import files as state_files
 from .collective import gather, this_rank, together, world_size
 from .files import SHARED, StateError, StateReader
-from .held import Held, at_rest, examine, of_celo2
 from .index import view_of
+from .local_tensors import LocalTensor, at_rest, examine, of_celo2
 
 logger = logging.getLogger(__name__)
 
@@ -60,22 +60,22 @@ def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:
     Raises StateError, the same on every rank, and leaves no folder behind: it exists already, or a rank couldn't write.
     """
     folder = Path(folder).absolute()
-    inner, wrapper, held = examine(optimizer)
+    inner, wrapper, tensors = examine(optimizer)
     scaler = _scaler(wrapper)
-    by_name = {h.name: h for h in held}
+    by_name = {t.name: t for t in tensors}
 
     def fetch(name: str, start: int, stop: int) -> dict[str, Tensor]:
-        h = by_name[name]
-        low = h.slice.offset + start - h.slice.start
+        t = by_name[name]
+        low = t.slice.offset + start - t.slice.start
         cut = {
             key: whole.reshape(-1)[low : low + stop - start]
-            for key in (*h.keys, "packed")
-            if (whole := h.tensor(key)) is not None
+            for key in (*t.keys, "packed")
+            if (whole := t.tensor(key)) is not None
         }
         if "packed" in cut:
-            cut |= unpack_range(cut["packed"], h.slice, start, *h.factored)
+            cut |= unpack_range(cut["packed"], t.slice, start, *t.factored)
         return {
-            key: cut[key].to("cpu", torch.float32, copy=True) if key in cut else torch.zeros(stop - start) for key in h.keys
+            key: cut[key].to("cpu", torch.float32, copy=True) if key in cut else torch.zeros(stop - start) for key in t.keys
         }
 
     def write() -> dict[str, Any]:
@@ -86,7 +86,7 @@ def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:
             )
         files = state_files.write_ranges(unfinished, f"rank_{this_rank():05d}", shares, fetch)
         if this_rank() == 0:
-            digest = state_files.write_tensors(unfinished / SHARED, _shared(inner, held))
+            digest = state_files.write_tensors(unfinished / SHARED, _shared(inner, tensors))
             files[SHARED] = {"sha256": digest, "ranges": {}}
         return files
 
@@ -95,13 +95,13 @@ def save_state(optimizer: Any, folder: str | Path, extra: Any = None) -> Path:
         if this_rank() == 0:
             state_files.begin(folder)
 
-    shares = _shares(held)
+    shares = _shares(tensors)
     together(begin)
     try:
         files = gather(together(write))
         index = {
-            "tensors": {h.name: h.describe() for h in held},
-            "groups": _options(held),
+            "tensors": {t.name: t.describe() for t in tensors},
+            "groups": _options(tensors),
             "extra": extra,
             "loss_scale": {key: getattr(scaler, key) for key in SCALE if hasattr(scaler, key)} if scaler else None,
             "files": {name: entry for some in files for name, entry in some.items()},
@@ -128,26 +128,26 @@ def load_state(optimizer: Any, folder: str | Path, verify: bool = True) -> Any:
     Returns `extra` as it was saved. Raises StateError, the same on every rank and before anything is changed, for a
     folder that is incomplete or damaged, and for parameters that are missing, left over, or of another form.
     """
-    inner, wrapper, held = examine(optimizer)
+    inner, wrapper, tensors = examine(optimizer)
 
     def open_() -> StateReader:
         reader = StateReader(folder)
-        _compare(reader, held)
-        if any(h.kind.startswith("ZeRO-1/2") for h in held) and not hasattr(wrapper, "update_lp_params"):
+        _compare(reader, tensors)
+        if any(t.kind.startswith("ZeRO-1/2") for t in tensors) and not hasattr(wrapper, "update_lp_params"):
             raise StateError(
                 "the optimizer is driven by DeepSpeed's ZeRO: pass the engine, so that the model's own "
                 "parameters can be refreshed too"
             )
         if verify:
             reader.verify(this_rank(), world_size())
-        _check_factored(reader, held)
+        _check_factored(reader, tensors)
         return reader
 
     def restore() -> None:
-        for h in held:
-            _restore(h, reader)
-        _restore_steps(held, reader)
-        _restore_options(reader, held)
+        for t in tensors:
+            _restore(t, reader)
+        _restore_steps(tensors, reader)
+        _restore_options(reader, tensors)
         for key, value in (reader.loss_scale or {}).items() if _scaler(wrapper) is not None else ():
             setattr(_scaler(wrapper), key, value)
         if (theta := reader.theta()) is not None and isinstance(inner, Celo2):
@@ -159,15 +159,15 @@ def load_state(optimizer: Any, folder: str | Path, verify: bool = True) -> Any:
                 )
 
     reader = together(open_)
-    held = _take_views(inner, held, reader)
+    tensors = _take_views(inner, tensors, reader)
     together(restore)
-    _refresh(wrapper, held)
+    _refresh(wrapper, tensors)
     return reader.extra
 
 
-def _shares(held: list[Held]) -> list[tuple[str, int, int]]:
+def _shares(tensors: list[LocalTensor]) -> list[tuple[str, int, int]]:
     """The ranges that this rank writes: where several ranks hold the same range, each writes a part of it."""
-    mine = torch.tensor([[h.slice.start, h.slice.stop] for h in held], dtype=torch.int64)
+    mine = torch.tensor([[t.slice.start, t.slice.stop] for t in tensors], dtype=torch.int64)
     if world_size() == 1:
         everyone = mine[None]
     else:
@@ -176,40 +176,40 @@ def _shares(held: list[Held]) -> list[tuple[str, int, int]]:
         dist.all_gather(parts, mine.to(device))
         everyone = torch.stack(parts).cpu()
     shares = []
-    for number, h in enumerate(held):
-        start, stop = h.slice.start, h.slice.stop
+    for number, t in enumerate(tensors):
+        start, stop = t.slice.start, t.slice.stop
         same = (everyone[:, number] == mine[number]).all(1).nonzero().flatten().tolist()
         place, of = same.index(this_rank()), len(same)
         low, high = start + (stop - start) * place // of, start + (stop - start) * (place + 1) // of
         if low < high:
-            shares.append((h.name, low, high))
+            shares.append((t.name, low, high))
     return shares
 
 
-def _shared(optimizer: torch.optim.Optimizer, held: Iterable[Held]) -> dict[str, Tensor]:
+def _shared(optimizer: torch.optim.Optimizer, tensors: Iterable[LocalTensor]) -> dict[str, Tensor]:
     """What is the same on every rank."""
     shared = {}
     if isinstance(optimizer, Celo2):
         shared = {f"theta|{key}": x.cpu().contiguous() for key, x in optimizer.mlp._asdict().items()}
-    for h in held:
-        if h.rule == "adamw":
-            step = h.state["step"] if "step" in h.state else h.group.get("step", 0)
-            shared[f"{h.name}|step"] = torch.tensor(float(step))
-        elif not h.vector:
-            if "step" in h.state:  # counts for stochastic rounding
-                shared[f"{h.name}|step"] = torch.tensor(float(h.state["step"]))
-            for key, x in zip(("v_row", "v_col"), h.factored):
-                shared[f"{h.name}|{key}"] = x.to("cpu", copy=True).contiguous()
+    for t in tensors:
+        if t.rule == "adamw":
+            step = t.state["step"] if "step" in t.state else t.group.get("step", 0)
+            shared[f"{t.name}|step"] = torch.tensor(float(step))
+        elif not t.vector:
+            if "step" in t.state:  # counts for stochastic rounding
+                shared[f"{t.name}|step"] = torch.tensor(float(t.state["step"]))
+            for key, x in zip(("v_row", "v_col"), t.factored):
+                shared[f"{t.name}|{key}"] = x.to("cpu", copy=True).contiguous()
     return shared
 
 
-def _options(held: list[Held]) -> list[dict[str, Any]]:
+def _options(tensors: list[LocalTensor]) -> list[dict[str, Any]]:
     groups: dict[int, dict[str, Any]] = {}
-    for h in held:
+    for t in tensors:
         options = {
-            key: float(value) if isinstance(value, Tensor) else value for key, value in h.group.items() if key in OPTIONS
+            key: float(value) if isinstance(value, Tensor) else value for key, value in t.group.items() if key in OPTIONS
         }
-        groups.setdefault(id(h.group), {"options": options, "names": []})["names"].append(h.name)
+        groups.setdefault(id(t.group), {"options": options, "names": []})["names"].append(t.name)
     return list(groups.values())
 
 
@@ -225,73 +225,73 @@ def _scaler(wrapper: Any) -> Any:
 # ---- restoring --------------------------------------------------------------------------------------------------
 
 
-def _compare(reader: StateReader, held: list[Held]) -> None:
+def _compare(reader: StateReader, tensors: list[LocalTensor]) -> None:
     """Refuse a state of other parameters."""
-    reader.rename(h.name for h in held)
+    reader.rename(t.name for t in tensors)
     saved, where = reader.tensors, str(reader.folder)
-    if missing := [h.name for h in held if h.name not in saved]:
+    if missing := [t.name for t in tensors if t.name not in saved]:
         raise StateError(
-            f"{where!r} has no parameter {missing[0]!r} ({len(missing)} of the optimizer's {len(held)} "
+            f"{where!r} has no parameter {missing[0]!r} ({len(missing)} of the optimizer's {len(tensors)} "
             f"are missing); it has names like {list(saved)[:2]}: load it into the model it was saved from"
         )
-    if extra := sorted(set(saved) - {h.name for h in held}):
+    if extra := sorted(set(saved) - {t.name for t in tensors}):
         raise StateError(
             f"{where!r} has the parameter {extra[0]!r}, which the optimizer does not train ({len(extra)} "
             "such): load it into the model it was saved from, with the same parameters frozen"
         )
-    for h in held:
-        ours, theirs = h.describe(), saved[h.name]
+    for t in tensors:
+        ours, theirs = t.describe(), saved[t.name]
         for key in ("shape", "rule", "vector"):  # the state's view is taken over
             if ours[key] == theirs[key]:
                 continue
             raise StateError(
-                f"{where!r} has {h.name!r} with {key} {short(theirs[key])}, the optimizer with {ours[key]!r}: "
+                f"{where!r} has {t.name!r} with {key} {short(theirs[key])}, the optimizer with {ours[key]!r}: "
                 "construct model and param groups as when it was saved"
                 + (
-                    f", e.g. by param_groups(model, {theirs[key]}=[{h.name!r}]) (from_adamw and to_adamw convert "
+                    f", e.g. by param_groups(model, {theirs[key]}=[{t.name!r}]) (from_adamw and to_adamw convert "
                     "the state of a whole run)"
                     if key == "rule"
                     else ""
                 )
             )
     options = {name: group["options"] for group in reader.groups for name in group["names"]}
-    first: dict[int, Held] = {}
-    for h in held:
-        other = first.setdefault(id(h.group), h)
-        if options.get(other.name) != options.get(h.name):
+    first: dict[int, LocalTensor] = {}
+    for t in tensors:
+        other = first.setdefault(id(t.group), t)
+        if options.get(other.name) != options.get(t.name):
             raise StateError(
-                f"{other.name!r} and {h.name!r} are in one param group now, but {where!r} has different "
+                f"{other.name!r} and {t.name!r} are in one param group now, but {where!r} has different "
                 "options for them: make the same param groups as when it was saved"
             )
-    reader.check_options({h.name: h.group for h in held})
+    reader.check_options({t.name: t.group for t in tensors})
 
 
-def _saved_view(reader: StateReader, h: Held) -> MatrixView:
-    return view_of(reader.tensors[h.name]["view"])
+def _saved_view(reader: StateReader, t: LocalTensor) -> MatrixView:
+    return view_of(reader.tensors[t.name]["view"])
 
 
-def _check_factored(reader: StateReader, held: list[Held]) -> None:
+def _check_factored(reader: StateReader, tensors: list[LocalTensor]) -> None:
     """Refuse a state whose v_row and v_col aren't those of its matrices."""
-    matrices = [h for h in held if h.rule == "celo2" and not h.vector]
-    reader.require(f"{h.name}|{key}" for h in matrices for key in ("v_row", "v_col"))
-    for h in matrices:
-        sizes = factored_sizes(h.slice.shape, _saved_view(reader, h))
+    matrices = [t for t in tensors if t.rule == "celo2" and not t.vector]
+    reader.require(f"{t.name}|{key}" for t in matrices for key in ("v_row", "v_col"))
+    for t in matrices:
+        sizes = factored_sizes(t.slice.shape, _saved_view(reader, t))
         for key, columns in zip(("v_row", "v_col"), sizes):
-            there = tuple(reader.shared(f"{h.name}|{key}").shape)
+            there = tuple(reader.shared(f"{t.name}|{key}").shape)
             if there != (3, columns):
                 raise StateError(
-                    f"{str(reader.folder)!r} is damaged: {key} of {h.name!r} has shape {there}, its matrices need "
+                    f"{str(reader.folder)!r} is damaged: {key} of {t.name!r} has shape {there}, its matrices need "
                     f"{(3, columns)}; use another checkpoint"
                 )
 
 
-def _take_views(optimizer: torch.optim.Optimizer, held: list[Held], reader: StateReader) -> list[Held]:
+def _take_views(optimizer: torch.optim.Optimizer, tensors: list[LocalTensor], reader: StateReader) -> list[LocalTensor]:
     """Let the optimizer read tensors as the matrices that the state was made with; returns what it holds then."""
-    changed = [h for h in held if h.rule == "celo2" and not h.vector and _saved_view(reader, h) != h.slice.original.view]
+    changed = [t for t in tensors if t.rule == "celo2" and not t.vector and _saved_view(reader, t) != t.slice.original.view]
     if not changed:
-        return held
-    for h in changed:
-        h.slice.original.view = _saved_view(reader, h)
+        return tensors
+    for t in changed:
+        t.slice.original.view = _saved_view(reader, t)
     optimizer._plans.clear()
     for plan in (plan for group, params in at_rest(optimizer) for plan in optimizer.plans_of(group, params)):
         for piece in plan.layout.slices:
@@ -304,69 +304,69 @@ def _take_views(optimizer: torch.optim.Optimizer, held: list[Held], reader: Stat
             "%d tensors (%s) consist of other matrices in %s than Celo2 would read now: they are read as there, so "
             "that the run goes on as it began",
             len(changed),
-            ", ".join(h.name for h in changed[:3]),
+            ", ".join(t.name for t in changed[:3]),
             reader.folder,
         )
     return list(of_celo2(optimizer))
 
 
-def _restore(h: Held, reader: StateReader) -> None:
-    if h.rule == "celo2" and not h.vector:
-        for key, x in zip(("v_row", "v_col"), h.factored):
-            x.copy_(reader.shared(f"{h.name}|{key}"))
-    start, stop = h.slice.start, h.slice.stop
-    read = lambda key: reader.read(h.name, key, start, stop)  # noqa: E731
-    for key in (("param", "packed") if "packed" in h.state else h.keys) if start < stop else ():
+def _restore(t: LocalTensor, reader: StateReader) -> None:
+    if t.rule == "celo2" and not t.vector:
+        for key, x in zip(("v_row", "v_col"), t.factored):
+            x.copy_(reader.shared(f"{t.name}|{key}"))
+    start, stop = t.slice.start, t.slice.stop
+    read = lambda key: reader.read(t.name, key, start, stop)  # noqa: E731
+    for key in (("param", "packed") if "packed" in t.state else t.keys) if start < stop else ():
         target, values = (
-            h.tensor(key),
+            t.tensor(key),
             read(key)
             if key != "packed"
-            else pack_range({key: read(key) for key in ACCUMULATORS}, h.slice, start, *h.factored),
+            else pack_range({key: read(key) for key in ACCUMULATORS}, t.slice, start, *t.factored),
         )
         if target.is_contiguous():
-            h.slice.of(target.view(-1)).copy_(values)
+            t.slice.of(target.view(-1)).copy_(values)
         else:  # a whole tensor that lies transposed
             target.copy_(values.view(target.shape))
 
 
-def _restore_steps(held: list[Held], reader: StateReader) -> None:
+def _restore_steps(tensors: list[LocalTensor], reader: StateReader) -> None:
     """Step counts, of AdamW and of accumulators that are rounded stochastically (0 where the saved ones were float32).
 
     A flat partition has one for all its tensors, so the largest of theirs is taken.
     """
     steps: dict[int, float] = {}
-    for h in held:
-        if h.rule == "adamw" or "step" in h.state:
-            storage, saved = id(h.slice.storage), reader.shared(f"{h.name}|step")
+    for t in tensors:
+        if t.rule == "adamw" or "step" in t.state:
+            storage, saved = id(t.slice.storage), reader.shared(f"{t.name}|step")
             steps[storage] = max(steps.get(storage, 0.0), 0.0 if saved is None else float(saved))
-    for h in held:
-        if id(h.slice.storage) in steps:
-            step = steps[id(h.slice.storage)]
-            if isinstance(h.state.get("step"), Tensor):
-                h.state["step"].fill_(step)
+    for t in tensors:
+        if id(t.slice.storage) in steps:
+            step = steps[id(t.slice.storage)]
+            if isinstance(t.state.get("step"), Tensor):
+                t.state["step"].fill_(step)
             else:  # DeepSpeed's own Adam kernels count in an int
-                h.state["step"] = int(step)
-            if "step" in h.group:
-                h.group["step"] = int(step)
+                t.state["step"] = int(step)
+            if "step" in t.group:
+                t.group["step"] = int(step)
 
 
-def _restore_options(reader: StateReader, held: list[Held]) -> None:
+def _restore_options(reader: StateReader, tensors: list[LocalTensor]) -> None:
     options = {name: group["options"] for group in reader.groups for name in group["names"]}
-    for h in held:
-        saved = options.get(h.name, {})
-        if "weight_decay" in saved and "adamw_weight_decay" in h.group:
+    for t in tensors:
+        saved = options.get(t.name, {})
+        if "weight_decay" in saved and "adamw_weight_decay" in t.group:
             saved = {"adamw_weight_decay": None, **saved}  # earlier versions had one decay for all tensors of a group
         for key, value in saved.items():
-            if value is not None and isinstance(h.group.get(key), Tensor):
-                h.group[key].fill_(value)
-            elif key in h.group or key == "initial_lr":
-                h.group[key] = tuple(value) if isinstance(value, list) else value
+            if value is not None and isinstance(t.group.get(key), Tensor):
+                t.group[key].fill_(value)
+            elif key in t.group or key == "initial_lr":
+                t.group[key] = tuple(value) if isinstance(value, list) else value
 
 
 @torch.no_grad()
-def _refresh(wrapper: Any, held: list[Held]) -> None:
+def _refresh(wrapper: Any, tensors: list[LocalTensor]) -> None:
     """Round the restored masters to the model's own parameters, as a step does."""
-    zero3 = next((zero for h in held if (zero := getattr(h.slice.original.param, "_z3_optimizer", None))), None)
+    zero3 = next((zero for t in tensors if (zero := getattr(t.slice.original.param, "_z3_optimizer", None))), None)
     if zero3 is not None:
         zero3._partition_all_parameters()
         for number in range(len(zero3.fp32_partitioned_groups_flat)):
@@ -376,6 +376,6 @@ def _refresh(wrapper: Any, held: list[Held]) -> None:
         zero3.invalidate_secondary_tensor()
     elif hasattr(wrapper, "update_lp_params"):
         wrapper.update_lp_params()
-    for h in held:
-        if h.kind == "whole" and h.slice.original.param is not h.slice.storage:
-            h.slice.original.param.copy_(h.slice.storage)
+    for t in tensors:
+        if t.kind == "whole" and t.slice.original.param is not t.slice.storage:
+            t.slice.original.param.copy_(t.slice.storage)

@@ -22,8 +22,8 @@ def adamw_step(group: dict[str, Any], params: list[Tensor], state: dict[Tensor, 
     Parameters of lower precision are stepped as a float32 copy and rounded back, or by a kernel that needs no copy.
     Kernels, torch's own too, read memory from the first element on: tensors that don't lie contiguously are copied.
     """
-    held = [local(p).detach() for p in params]
-    whole = [p.contiguous() for p in held]  # p itself where it is that already
+    local_params = [local(p).detach() for p in params]
+    whole = [p.contiguous() for p in local_params]  # p itself where it is that already
     grads = [local(p.grad).resolve_neg().contiguous() for p in params]
     states = [state[p] for p in params]
     backend = backend_for(whole[0].device)
@@ -31,7 +31,7 @@ def adamw_step(group: dict[str, Any], params: list[Tensor], state: dict[Tensor, 
         backend.adamw(group, whole, grads, states)
     else:
         _torch_adamw(group, whole, grads, states)
-    for p, x in zip(held, whole):
+    for p, x in zip(local_params, whole):
         if x is not p:
             p.copy_(x)
 

@@ -24,7 +24,7 @@ from ..sharding.owners import Unit
 
 
 class Exchange:
-    """One bucket's way to the owners and back. Call start, turn, finish in this order on every rank."""
+    """One bucket's way to the owners and back. Call start, orthogonalize, finish in this order on every rank."""
 
     def __init__(self, units: list[Unit], layout: Layout, directions: list[Tensor]) -> None:
         """`directions`: for each slice of the bucket, what this rank holds (float32, flat); overwritten in place."""
@@ -79,7 +79,7 @@ class Exchange:
             return
         to, come = self.counts()
         parts = [
-            part.of(self.directions[unit.held]).reshape(-1)
+            part.of(self.directions[unit.slice_in_bucket]).reshape(-1)
             for owner in range(self.world)
             if owner != self.rank
             for unit in self.away
@@ -88,7 +88,7 @@ class Exchange:
         ]
         self._all_to_all(torch.cat(parts) if parts else self._empty(), to, come)
 
-    def turn(self, coefficients: Sequence[Triple], dtype: torch.dtype) -> None:
+    def orthogonalize(self, coefficients: Sequence[Triple], dtype: torch.dtype) -> None:
         """Orthogonalise what is owned here by products in `dtype`, normalise it (step 8), and send it back."""
         received = self._wait(self._device()) if self._travels else self._empty()
         cursor = [0] * self.world
@@ -101,7 +101,7 @@ class Exchange:
             for rank in range(self.world):
                 for part in unit.parts[rank]:
                     if rank == self.rank:
-                        source = part.of(self.directions[unit.held])
+                        source = part.of(self.directions[unit.slice_in_bucket])
                     else:
                         source = received[cursor[rank] : cursor[rank] + part.numel].view(part.shape)
                         cursor[rank] += part.numel
@@ -114,7 +114,7 @@ class Exchange:
                 for part in unit.parts[rank]:
                     inside = _inside(matrices[number], unit, part)
                     if rank == self.rank:
-                        to_fill.append((part.of(self.directions[unit.held]), inside))
+                        to_fill.append((part.of(self.directions[unit.slice_in_bucket]), inside))
                     else:
                         back[rank].append(inside.reshape(-1))
         _copy(to_fill)
@@ -164,7 +164,9 @@ class Exchange:
                     if unit.owner != owner:
                         continue
                     for part in unit.parts[self.rank]:
-                        part.of(self.directions[unit.held]).copy_(received[cursor : cursor + part.numel].view(part.shape))
+                        part.of(self.directions[unit.slice_in_bucket]).copy_(
+                            received[cursor : cursor + part.numel].view(part.shape)
+                        )
                         cursor += part.numel
 
 

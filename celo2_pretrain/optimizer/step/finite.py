@@ -15,17 +15,17 @@ def nonfinite(tensors: Sequence[Tensor]) -> Tensor:
 
     One pass over them; on a GPU a few launches for all.
     """
-    held = [k for k, x in enumerate(tensors) if x.numel()]
+    nonempty = [k for k, x in enumerate(tensors) if x.numel()]
     flags = torch.zeros(len(tensors), dtype=torch.bool, device=tensors[0].device)
-    if not held:
+    if not nonempty:
         return flags
-    some = [tensors[k] for k in held]
+    some = [tensors[k] for k in nonempty]
     if flags.device.type == "cpu":
         largest = torch.stack([torch.stack(torch.aminmax(x)).abs().amax() for x in some])
     else:
         largest = torch.stack(torch._foreach_norm(some, float("inf")))
     bad = ~(largest < LARGEST)  # NaN isn't smaller than anything
-    if len(held) == len(tensors):
+    if len(nonempty) == len(tensors):
         return bad
-    flags[held] = bad
+    flags[nonempty] = bad
     return flags

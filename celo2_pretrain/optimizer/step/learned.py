@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.newton_schulz import COEFFICIENTS, dtype_for
-from ...kernels.packed import turn_of
+from ...kernels.packed import step_offset_of
 from ...kernels.rounding import key_of
 from ...weights.mlp import MLP
 from ..backends.choose import backend_for
@@ -40,11 +40,13 @@ class LearnedStep:
     def run(self) -> None:
         self.scales: dict[int, Scale] = {}
         steps = {}
-        for key, state in {id(held.storage): self.state[held.storage] for held in self.layout.slices}.items():
+        for key, state in {id(shard.storage): self.state[shard.storage] for shard in self.layout.slices}.items():
             if "step" in state:
                 state["step"] += 1
                 steps[key] = int(state["step"])
-        self.tensors = [_tensors(held, self.state[held.storage], steps.get(id(held.storage))) for held in self.layout.slices]
+        self.tensors = [
+            _tensors(shard, self.state[shard.storage], steps.get(id(shard.storage))) for shard in self.layout.slices
+        ]
         packed = [part for part, t in zip(self.plan.parts, self._tensors_of(self.plan.parts)) if t.packed]
         old = self._scales(packed)
         self._accumulate()
@@ -64,8 +66,8 @@ class LearnedStep:
 
     def _tensors_of(self, parts: list[Part]) -> list[Tensors]:
         if not self.scales:
-            return [self.tensors[part.held] for part in parts]
-        return [replace(self.tensors[part.held], scale=self.scales.get(id(part))) for part in parts]
+            return [self.tensors[part.slice_index] for part in parts]
+        return [replace(self.tensors[part.slice_index], scale=self.scales.get(id(part))) for part in parts]
 
     def _scales(self, packed: list[Part]) -> dict[int, Scale]:
         """Of parts with packed accumulators, by id. Copies: they stay what they are when v_row and v_col change."""
@@ -93,19 +95,19 @@ class LearnedStep:
         reduce(flat, self.layout)
         return squares
 
-    def _empty(self, sizes: list[int], turn: int) -> list[Tensor]:
-        """Uninitialised flat tensors, which the next call for the same `turn` may overwrite."""
+    def _empty(self, sizes: list[int], buffer: int) -> list[Tensor]:
+        """Uninitialised flat tensors, which the next call for the same `buffer` may overwrite."""
         if self.device.type != "cpu":
             return [torch.empty(size, device=self.device) for size in sizes]
-        memory = self.plan.memory.get(turn)  # the kernel gives fresh memory page by page: a fifth of Celo2-base's time
+        memory = self.plan.memory.get(buffer)  # the kernel gives fresh memory page by page: a fifth of Celo2-base's time
         if memory is None or memory.numel() < sum(sizes):
-            memory = self.plan.memory[turn] = torch.empty(sum(sizes))
+            memory = self.plan.memory[buffer] = torch.empty(sum(sizes))
         return list(memory[: sum(sizes)].split(sizes))
 
-    def _directions(self, bucket: list[int], turn: int = 0) -> dict[int, Tensor]:
+    def _directions(self, bucket: list[int], buffer: int = 0) -> dict[int, Tensor]:
         """Pass C: this rank's part of the direction for each slice of a bucket, flat, float32; see `_empty`."""
-        sizes = [self.layout.slices[held].stop - self.layout.slices[held].start for held in bucket]
-        out = dict(zip(bucket, self._empty(sizes, turn)))
+        sizes = [self.layout.slices[number].stop - self.layout.slices[number].start for number in bucket]
+        out = dict(zip(bucket, self._empty(sizes, buffer)))
         numbers = self.plan.parts_of(bucket)
         parts = [self.plan.parts[k] for k in numbers]
         self.backend.direction(
@@ -114,7 +116,7 @@ class LearnedStep:
             [self.factors[k] for k in numbers],
             [self.layers[k] for k in numbers],
             self.mlp,
-            [out[part.held] for part in parts],
+            [out[part.slice_index] for part in parts],
         )
         return out
 
@@ -125,16 +127,16 @@ class LearnedStep:
         under_way: list[tuple[dict[int, Tensor], Exchange]] = []
         for number, (bucket, units) in enumerate(zip(self.plan.buckets, self.plan.units)):
             out = self._directions(bucket, number % 3)  # three at most are under way
-            exchange = Exchange(units, self.layout, [out[held] for held in bucket])
+            exchange = Exchange(units, self.layout, [out[number] for number in bucket])
             exchange.start()
             under_way.append((out, exchange))
             if len(under_way) > 1:
-                under_way[-2][1].turn(coefficients, dtype)
+                under_way[-2][1].orthogonalize(coefficients, dtype)
             if len(under_way) > 2:
                 out, exchange = under_way.pop(0)
                 exchange.finish()
                 self._apply(out)
-        under_way[-1][1].turn(coefficients, dtype)
+        under_way[-1][1].orthogonalize(coefficients, dtype)
         for out, exchange in under_way:
             exchange.finish()
             self._apply(out)
@@ -145,7 +147,7 @@ class LearnedStep:
             out, parts = self._directions(bucket), [self.plan.parts[k] for k in self.plan.parts_of(bucket)]
             flat, chunks = self._zeros([prod(part.shape.lead) for part in parts])
             squares = [chunk.view(part.shape.lead) for chunk, part in zip(chunks, parts)]
-            directions = [out[part.held] for part in parts]
+            directions = [out[part.slice_index] for part in parts]
             self.backend.output_squares(parts, directions, squares)
             reduce(flat, self.layout)
             self.backend.rescale(parts, directions, squares)
@@ -154,45 +156,45 @@ class LearnedStep:
     def _apply(self, out: dict[int, Tensor]) -> None:
         """`p ← p − lr · (step + weight_decay · p)` (step 9) for the slices of a bucket; `out` is used up."""
         slices: dict[float, list[tuple[Tensor, Tensor]]] = {}
-        for held, step in out.items():
-            decay = decay_of(self.group, hidden=self.layout.slices[held].original.hidden)
-            slices.setdefault(decay, []).append((self.tensors[held].p, step))
+        for number, step in out.items():
+            decay = decay_of(self.group, hidden=self.layout.slices[number].original.hidden)
+            slices.setdefault(decay, []).append((self.tensors[number].p, step))
         for decay, some in slices.items():
             self.backend.apply(some, self.group["lr"], decay)
-        for held in out:
-            storage = local(self.layout.slices[held].storage).detach()
+        for number in out:
+            storage = local(self.layout.slices[number].storage).detach()
             if not storage.is_contiguous():  # p is a copy then
-                storage.copy_(self.tensors[held].p.view(storage.shape))
+                storage.copy_(self.tensors[number].p.view(storage.shape))
 
     def _row_col(self, part: Part) -> tuple[Tensor, Tensor]:
         """v_row (3, *row) and v_col (3, *col) of a block, as views of the storage's state; empty for a vector."""
         if not part.shape.matrix:
             return torch.empty(0), torch.empty(0)
-        state = self.state[self.layout.slices[part.held].storage]
+        state = self.state[self.layout.slices[part.slice_index].storage]
         return row_col(part, state["v_row"], state["v_col"])
 
 
-def _tensors(held: Slice, state: Mapping[str, Tensor], step: int | None) -> Tensors:
+def _tensors(shard: Slice, state: Mapping[str, Tensor], step: int | None) -> Tensors:
     """A slice's flat tensors, contiguous: views, but copies of a parameter or gradient that is not contiguous.
 
     `step`: the storage's step count where its accumulators are rounded stochastically.
     """
     # `reshape` would give a view with gaps where all strides allow it; kernels would not see the bit that negates a view.
-    flat = lambda x: held.of(local(x).detach().resolve_neg().contiguous().view(-1))  # noqa: E731
+    flat = lambda x: shard.of(local(x).detach().resolve_neg().contiguous().view(-1))  # noqa: E731
     several = lambda key: [flat(state[f"{key}_{k}"]) for k in range(3)] if f"{key}_0" in state else []  # noqa: E731
     packed = "packed" in state
     keys: tuple[int, ...] = ()
     if packed:
-        keys = (*(key_of(held.name, k) for k in range(4)), turn_of(step))
+        keys = (*(key_of(shard.name, k) for k in range(4)), step_offset_of(step))
     elif step is not None:
-        keys = tuple(key_of(held.name, step, k) for k in range(4))
+        keys = tuple(key_of(shard.name, step, k) for k in range(4))
     return Tensors(
-        flat(held.storage),
-        flat(held.storage.grad),
+        flat(shard.storage),
+        flat(shard.storage.grad),
         several("momentum"),
         flat(state["packed" if packed else "rms"]),
         several("v_full"),
-        held.start,
+        shard.start,
         keys,
     )
 

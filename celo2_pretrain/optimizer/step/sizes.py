@@ -30,16 +30,16 @@ def check_step(plans: Sequence[Plan], rule: str, state: Mapping[Tensor, Mapping[
     """Compare the sizes of parameters, gradients and states of these plans. Raises ValueError before anything is changed."""
     for plan in plans:
         checked: set[int] = set()
-        for held in plan.layout.slices:
-            storage, there = held.storage, local(held.storage)
-            if plan.layout.kind in ("whole", "DTensor") and whole(tuple(storage.shape)) != held.shape:
+        for shard in plan.layout.slices:
+            storage, there = shard.storage, local(shard.storage)
+            if plan.layout.kind in ("whole", "DTensor") and whole(tuple(storage.shape)) != shard.shape:
                 raise ValueError(
-                    f"{held.name!r} has shape {tuple(storage.shape)} now, but the optimizer was made for "
-                    f"{held.shape}: make a new optimizer when a parameter changes its shape"
+                    f"{shard.name!r} has shape {tuple(storage.shape)} now, but the optimizer was made for "
+                    f"{shard.shape}: make a new optimizer when a parameter changes its shape"
                 )
-            if held.start < held.stop and held.offset + held.stop - held.start > there.numel():
+            if shard.start < shard.stop and shard.offset + shard.stop - shard.start > there.numel():
                 raise ValueError(
-                    f"{held.name!r}: its elements end at {held.offset + held.stop - held.start} of a tensor that has "
+                    f"{shard.name!r}: its elements end at {shard.offset + shard.stop - shard.start} of a tensor that has "
                     f"only {there.numel()} now: make a new optimizer when a parameter changes its shape"
                 )
             if id(storage) not in checked:
@@ -47,10 +47,10 @@ def check_step(plans: Sequence[Plan], rule: str, state: Mapping[Tensor, Mapping[
                 grad = local(storage.grad)
                 if grad.shape != there.shape or grad.device != there.device:
                     raise ValueError(
-                        f"{held.name!r} has a gradient of shape {tuple(grad.shape)} on {grad.device}, but is of "
+                        f"{shard.name!r} has a gradient of shape {tuple(grad.shape)} on {grad.device}, but is of "
                         f"shape {tuple(there.shape)} on {there.device}"
                     )
-                check_state(held.name, state[storage], storage, rule, plan.factored.get(id(storage)))
+                check_state(shard.name, state[storage], storage, rule, plan.factored.get(id(storage)))
 
 
 def check_state(name: str, state: Mapping[str, Any], param: Tensor, rule: str, factored: tuple[int, int] | None) -> None:

@@ -29,14 +29,14 @@ def dtype_of(state: Mapping[str, Tensor]) -> torch.dtype:
     return WORD if "packed" in state else state["rms"].dtype
 
 
-def unpack_range(words: Tensor, held: Slice, start: int, v_row: Tensor, v_col: Tensor) -> dict[str, Tensor]:
+def unpack_range(words: Tensor, shard: Slice, start: int, v_row: Tensor, v_col: Tensor) -> dict[str, Tensor]:
     """The accumulators in words: 1-D float32 each.
 
-    Args: words: 1-D, those of the elements from `start` of the flattened tensor. held: any slice of the tensor.
+    Args: words: 1-D, those of the elements from `start` of the flattened tensor. shard: any slice of the tensor.
         v_row, v_col: (3, n), the tensor's own.
     """
     values = {key: torch.zeros(words.numel(), device=words.device) for key in ACCUMULATORS}
-    for part in _parts(held, start, start + words.numel()):
+    for part in _parts(shard, start, start + words.numel()):
         scale = passes.scales(*row_col(part, v_row, v_col), part.shape)
         for piece in part.pieces:
             for x, value in zip(unpack(piece.of(words), scale.of(piece)), values.values()):
@@ -44,11 +44,11 @@ def unpack_range(words: Tensor, held: Slice, start: int, v_row: Tensor, v_col: T
     return values
 
 
-def pack_range(values: Mapping[str, Tensor], held: Slice, start: int, v_row: Tensor, v_col: Tensor) -> Tensor:
+def pack_range(values: Mapping[str, Tensor], shard: Slice, start: int, v_row: Tensor, v_col: Tensor) -> Tensor:
     """The inverse of `unpack_range`, rounding to the nearest; values may have any float dtype."""
     flat = [values[key].reshape(-1).float() for key in ACCUMULATORS]
     words = torch.zeros(flat[0].numel(), dtype=WORD, device=v_row.device)
-    for part in _parts(held, start, start + words.numel()):
+    for part in _parts(shard, start, start + words.numel()):
         scale = passes.scales(*row_col(part, v_row, v_col), part.shape)
         for piece in part.pieces:
             piece.of(words).copy_(pack([piece.of(x.to(words.device)) for x in flat], scale.of(piece), NEAREST))
@@ -78,26 +78,26 @@ def _repack(
     new = {key: zeros_like(storage, dtype) for key in (("packed",) if dtype == WORD else ACCUMULATORS)}
     flat = {key: torch.zeros(local(x).numel(), dtype=dtype, device=local(x).device) for key, x in new.items()}
     for plan in plans:
-        for number, held in enumerate(plan.layout.slices):
-            if held.storage is not storage:
+        for number, shard in enumerate(plan.layout.slices):
+            if shard.storage is not storage:
                 continue
             rows, cols = plan.columns(number)
             vectors = state["v_row"][:, slice(*rows)], state["v_col"][:, slice(*cols)]
             if dtype == WORD:
-                made = {"packed": pack_range({key: held.of(x) for key, x in old.items()}, held, held.start, *vectors)}
+                made = {"packed": pack_range({key: shard.of(x) for key, x in old.items()}, shard, shard.start, *vectors)}
             else:
-                made = unpack_range(held.of(old["packed"]), held, held.start, *vectors)
+                made = unpack_range(shard.of(old["packed"]), shard, shard.start, *vectors)
             for key, x in made.items():
-                held.of(flat[key]).copy_(x)
+                shard.of(flat[key]).copy_(x)
     for key, x in new.items():
         local(x).copy_(flat[key].view(local(x).shape))
     state.update(new)
 
 
-def _parts(held: Slice, start: int, stop: int) -> list[Part]:
+def _parts(shard: Slice, start: int, stop: int) -> list[Part]:
     """The blocks of a tensor, and what of them the flat range [start, stop) holds."""
     parts, rows, cols = [], 0, 0
-    for block in held.original.view.blocks(held.shape):
+    for block in shard.original.view.blocks(shard.shape):
         shape = BlockShape(block)
         parts.append(Part(0, shape, pieces(block, start, stop), rows, cols))
         rows, cols = rows + prod(shape.row), cols + prod(shape.col)

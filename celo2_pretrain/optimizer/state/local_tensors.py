@@ -21,7 +21,7 @@ from .files import StateError, tensor_entry
 
 
 @dataclass
-class Held:
+class LocalTensor:
     """One tensor as this rank holds it."""
 
     group: dict[str, Any]
@@ -58,7 +58,7 @@ class Held:
         return tensor_entry(self.slice.shape, self.rule, self.slice.original.view)
 
 
-def examine(optimizer: Any) -> tuple[torch.optim.Optimizer, Any, list[Held]]:
+def examine(optimizer: Any) -> tuple[torch.optim.Optimizer, Any, list[LocalTensor]]:
     """(the innermost optimizer, DeepSpeed's wrapper around it or None, its tensors in an order all ranks share)."""
     inner, wrapper = optimizer, None
     while not isinstance(inner, Celo2) and hasattr(inner, "optimizer"):
@@ -71,8 +71,8 @@ def examine(optimizer: Any) -> tuple[torch.optim.Optimizer, Any, list[Held]]:
                 "the optimizer's states are offloaded to NVMe, which can't be read here; use "
                 "engine.save_checkpoint, or offload to the CPU"
             )
-    held = list(of_celo2(inner) if isinstance(inner, Celo2) else _of_adamw(inner, wrapper, optimizer))
-    names = [h.name for h in held]
+    tensors = list(of_celo2(inner) if isinstance(inner, Celo2) else _of_adamw(inner, wrapper, optimizer))
+    names = [t.name for t in tensors]
 
     def check() -> None:
         if len(set(names)) < len(names):
@@ -82,24 +82,24 @@ def examine(optimizer: Any) -> tuple[torch.optim.Optimizer, Any, list[Held]]:
             raise StateError("the optimizer has no trainable parameters")
 
     together(check)
-    everyone = gather(hashlib.sha256(json.dumps([h.describe() | {"name": h.name} for h in held]).encode()).hexdigest())
+    everyone = gather(hashlib.sha256(json.dumps([t.describe() | {"name": t.name} for t in tensors]).encode()).hexdigest())
     if any(other != everyone[0] for other in everyone):
         rank = next(rank for rank, other in enumerate(everyone) if other != everyone[0])
         raise StateError(
             f"rank {rank} has other parameters than rank 0 (names, order, shapes, rules or views); "
             "construct model and optimizer alike on all ranks"
         )
-    return inner, wrapper, held
+    return inner, wrapper, tensors
 
 
-def of_celo2(optimizer: Celo2) -> Iterator[Held]:
+def of_celo2(optimizer: Celo2) -> Iterator[LocalTensor]:
     for group, params in at_rest(optimizer):
         plans = optimizer.plans_of(group, params)
         for param in params:
             optimizer._init_state(group, param, plans)
         for plan in plans:
             for number, piece in enumerate(plan.layout.slices):
-                yield Held(
+                yield LocalTensor(
                     group, group["rule"], piece, plan.layout.kind, optimizer.state[piece.storage], *plan.columns(number)
                 )
 
@@ -120,7 +120,7 @@ def at_rest(optimizer: Celo2) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
             yield group, params
 
 
-def _of_adamw(optimizer: torch.optim.Optimizer, wrapper: Any, engine: Any) -> Iterator[Held]:
+def _of_adamw(optimizer: torch.optim.Optimizer, wrapper: Any, engine: Any) -> Iterator[LocalTensor]:
     """The same for AdamW under DeepSpeed (or given named parameters), whose original parameters the wrapper keeps."""
     if not hasattr(engine, "module") and not all("param_names" in group for group in optimizer.param_groups):
         raise StateError(
@@ -158,4 +158,4 @@ def _of_adamw(optimizer: torch.optim.Optimizer, wrapper: Any, engine: Any) -> It
                         exp_avg=torch.zeros_like(storage),
                         exp_avg_sq=torch.zeros_like(storage),
                     )
-                yield Held(group, "adamw", piece, layout.kind, state)
+                yield LocalTensor(group, "adamw", piece, layout.kind, state)
