@@ -12,6 +12,8 @@ import torch
 
 from celo2_pretrain.cli import main
 from celo2_pretrain.common.errors import UserError
+from celo2_pretrain.optimizer.state.adamw_checkpoint import load_plain
+from celo2_pretrain.optimizer.state.files import StateError
 from celo2_pretrain.train.checkpoints import manifest, select
 
 from support.processes import drive
@@ -230,3 +232,24 @@ def test_full_disk_leaves_the_earlier_checkpoint(data, tmp_path, small_disk, on_
     assert ("training goes on" in output) == (on_error == "continue")
     assert [path.name for path in (run / "checkpoints").glob("*step_*")] == ["step_00000001"]
     assert select.find_damage(run / "checkpoints" / "step_00000001") is None
+
+
+class Reduced:
+    """Pickled as a call of getattr, as the enums of Python 3.11.0 to 3.11.3 are."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+def test_an_enum_of_deepspeeds_is_read_as_every_python_writes_it(tmp_path):
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    torch.save({"stage": Reduced(ZeroStageEnum, "weights")}, tmp_path / "enum.pt")
+    assert load_plain(tmp_path / "enum.pt") == {"stage": ZeroStageEnum.weights}
+    torch.save({"stage": Reduced(LossScaler, "__init__")}, tmp_path / "other.pt")
+    with pytest.raises(StateError, match="holds the class getattr, which is not unpickled for safety"):
+        load_plain(tmp_path / "other.pt")

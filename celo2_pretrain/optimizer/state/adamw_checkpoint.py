@@ -283,8 +283,15 @@ def load_plain(path: Path, map_location: Any = "cpu", mmap: bool = True) -> dict
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    def member(kind: type, name: str) -> ZeroStageEnum:
+        """What the getattr of an enum's pickle stands for, by Python 3.11.0 to 3.11.3; of nothing else."""
+        if kind is not ZeroStageEnum:
+            raise pickle.UnpicklingError("GLOBAL getattr")
+        return ZeroStageEnum[name]
+
+    plain = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum, (member, "getattr"), (member, "builtins.getattr")]
     try:
-        with torch.serialization.safe_globals([fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]):
+        with torch.serialization.safe_globals(plain):
             return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
