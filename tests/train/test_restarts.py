@@ -222,7 +222,7 @@ def test_a_second_signal_ends_a_run_that_does_not_stop(supervised, unharmed):
         ),
         (
             ["--max-restarts", "1", "--launch", "x {ranks}", "--ranks", "2,1", "checkpoint.any_world=false"],
-            "checkpoint.any_world=false saves nothing that goes on with another number",
+            "checkpoint.any_world=false saves nothing that another number of ranks can resume",
         ),
         (["--max-restarts", "1", "optimizer.lrr=1"], "did you mean 'optimizer.lr'?"),
     ],
