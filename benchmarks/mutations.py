@@ -151,8 +151,8 @@ MUTATIONS = [
     Mutation(
         "second moment in C++",
         "kernels/cpu.cpp",
-        "rms_decay + g * g * rms_rest",
-        "rms_decay + g * rms_rest",
+        "rms_decay + g * g * one_minus_rms_decay",
+        "rms_decay + g * one_minus_rms_decay",
         "tests/kernels/test_kernels_cpu.py",
     ),
     Mutation(
