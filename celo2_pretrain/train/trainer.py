@@ -75,7 +75,8 @@ class Trainer:
         self.insight.end()
         if traced := self.profiler.after(number):
             self.metrics.print_line(traced)
-        self.step, self.samples = number, self.samples + self.batch_sizes.at(number)
+        self.samples += self.batch_sizes.at(self.step)
+        self.step = number
         return loss
 
     def accumulate(self, number: int, micro_batches: int) -> float:

@@ -125,9 +125,13 @@ def one(data, tmp_path_factory) -> Path:
     """A run with batch warm-up on one rank."""
     run = tmp_path_factory.mktemp("runs") / "one"
     launch(*CONFIG, *WARMUP, *STEPS, f"data.path={data}", f"run_dir={run}", "train.zero_stage=2", ranks=1)
-    assert logged(run, "global_batch_size") == [4, 4, 4, 8, 8, 12, 12, 12]
-    assert logged(run, "samples") == [4, 8, 12, 20, 28, 40, 52, 64]
     return run
+
+
+@pytest.mark.multiprocess
+def test_each_step_of_a_batch_warmup_takes_the_windows_of_its_own_batch(one):
+    assert logged(one, "global_batch_size") == [4, 4, 4, 8, 8, 12, 12, 12]
+    assert logged(one, "samples") == [4, 8, 12, 20, 28, 40, 52, 64]
 
 
 @pytest.mark.slow
