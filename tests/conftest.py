@@ -121,8 +121,7 @@ def data(tmp_path_factory) -> str:
 @pytest.fixture(autouse=True)
 def signals_as_before():
     """What a test makes of signals in this process ends with it: processes that later tests start would inherit it."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in warm.SIGNALS}
     yield
     for number, handler in before.items():
         if handler is not None:

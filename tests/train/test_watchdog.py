@@ -9,10 +9,9 @@ import torch
 
 from celo2_pretrain.config import load_config
 from celo2_pretrain.train.faults.out_of_memory import explained
-from celo2_pretrain.train.start.ranks import free_port
 
 from support.paths import SUPPORT
-from support.processes import environment
+from support.processes import deepspeed, environment
 
 WATCHED = """
 import sys, time
@@ -57,23 +56,7 @@ def test_hanging_rank_ends_the_run_with_76_through_the_launcher(data, tmp_path):
         "train.max_steps=8",
         "train.watchdog_seconds=25",
     ]
-    line = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--no_local_rank",
-        "--log_level",
-        "critical",
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(free_port()),
-        str(SUPPORT / "failing_worker.py"),
-        "1",
-        "3",
-        "hung",
-        *config,
-    ]
+    line = deepspeed("1", "3", "hung", *config, ranks=2, script=SUPPORT / "failing_worker.py")
     result = subprocess.run(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1500)
     assert result.returncode == 76, f"{shlex.join(line)}\n{result.stdout}"
     assert result.stdout.count("made no progress in 25 s") == 1, result.stdout
