@@ -67,6 +67,7 @@ def assemble(run: Prepared, requests: StopRequests, watchdog: Watchdog, lock: Ru
     return Trainer(
         engine,
         rates,
+        run.learning_rate,
         config,
         run.loader,
         run.val_loader,
@@ -108,6 +109,8 @@ def announce(run: Prepared, metrics: Metrics) -> None:
         f"{run.world_size} rank(s), {size.global_batch_size * config.model.context:,} tokens a step, "
         f"{run.loader.count:,} windows"
     )
+    if run.changed_schedule:
+        metrics.print_line(run.changed_schedule)
     if start.other_world:
         metrics.print_line(f"going on in another world ({', '.join(start.other_world)}): equal to round-off, not bit for bit")
 

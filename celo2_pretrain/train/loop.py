@@ -88,7 +88,7 @@ def run_steps(trainer: Trainer, validation_due: bool) -> None:
             if validation_due and (trainer.finished or not stopping):
                 validation_due = not trainer.validate()
                 stopping |= validation_due
-            if trainer.due(config.checkpoint.every) or stopping:
+            if trainer.checkpoint_due or stopping:
                 saved, stopping = trainer.save(validation_due)
             if stopping and not trainer.finished:
                 agreement.stop(

@@ -21,7 +21,7 @@ from celo2_pretrain.train.rates import Rates
 from celo2_pretrain.train.record.insight import Insight, perplexity
 from celo2_pretrain.train.record.metrics import Metrics
 from celo2_pretrain.train.record.profiler import Profiler
-from celo2_pretrain.train.schedule import BatchSizes, lr_factor
+from celo2_pretrain.train.schedule import BatchSizes, LearningRate
 
 LONG_SECONDS = 10.0  # a save that takes longer is announced the next time
 
@@ -32,6 +32,7 @@ class Trainer:
 
     engine: deepspeed.DeepSpeedEngine
     rates: Rates
+    learning_rate: LearningRate
     config: Config
     loader: TrainLoader
     val_loader: ValLoader
@@ -64,10 +65,15 @@ class Trainer:
         """Whether what is done every so many steps is to be done after this one; all is, after the last step."""
         return self.step % every == 0 or self.finished
 
+    @property
+    def checkpoint_due(self) -> bool:
+        """As `due`; and where wsd's decay begins, so that a longer run can go on from there."""
+        return self.due(self.config.checkpoint.every) or self.step == self.learning_rate.curve.decay_begin
+
     def train_step(self) -> float:
         """Take the next step; this rank's loss, in nats a token."""
         number = self.step + 1
-        self.rates.set(lr_factor(self.step, self.config.schedule, self.config.train.max_steps))
+        self.rates.set(self.learning_rate.curve.at(self.step))
         micro_batches = self.batch_sizes.set(self.engine, self.step)
         self.profiler.before(number)
         self.insight.begin(number)
@@ -180,9 +186,22 @@ class Trainer:
         if self.saving_once > LONG_SECONDS:
             self.metrics.print_line(f"saving step {self.step}; the save before took {self.saving_once:.0f} s")
         began = time.monotonic()
-        extra = {"validation_due": validation_due, "guard": self.guard.state(), "data": self.loader.mixture.digest}
+        extra = {
+            "validation_due": validation_due,
+            "guard": self.guard.state(),
+            "data": self.loader.mixture.digest,
+            "learning_rate": self.learning_rate.saved(),
+        }
         saved = checkpoint.save(
-            self.engine, self.config, self.description, self.step, self.samples, extra, self.metrics.print_line, waiting
+            self.engine,
+            self.config,
+            self.description,
+            self.step,
+            self.samples,
+            extra,
+            self.metrics.print_line,
+            waiting,
+            self.learning_rate.curve.decay_begin,
         )
         stopping = self.agreement.exchange()[1]  # asked for while saving
         if (stopping or self.finished) and not checkpoint.finish(self.engine, self.config, self.metrics.print_line, waiting):

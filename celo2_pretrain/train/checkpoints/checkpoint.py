@@ -69,6 +69,7 @@ def save(
     extra: dict,
     print_line: Callable[[str], None] = print,
     beat: Callable[[], None] = lambda: None,
+    decay_begin: int | None = None,
 ) -> Path | None:
     """Write a checkpoint of what the run is in after `step` steps.
 
@@ -78,6 +79,7 @@ def save(
         extra: goes into state.json, for `read_state`.
         print_line: is told on rank 0 of a save that failed, or of an old checkpoint that couldn't be removed.
         beat: is called now and then while the copy of the checkpoint before is waited for.
+        decay_begin: the newest checkpoint up to this step is kept, whatever checkpoint.keep_last says.
 
     Returns the checkpoint's folder; None where it couldn't be written and checkpoint.on_error is continue (not after the
     last step). Else raises UserError then, alike on all ranks. The checkpoints before it stay as they are.
@@ -94,7 +96,7 @@ def save(
 
     def named(entries: dict[str, dict[str, Any]]) -> None:
         publish(temporary, final, step, entries)
-        prune(final, config.checkpoint.keep_last, config.checkpoint.keep_every, print_once)
+        prune(final, config.checkpoint.keep_last, config.checkpoint.keep_every, print_once, decay_begin)
 
     def complete(entries: dict[str, dict[str, Any]]) -> None:
         if dist.get_rank() == 0 and staging:
@@ -222,11 +224,18 @@ def make_whole(folder: Path, step: int, entries: dict[str, dict[str, Any]]) -> N
         raise StateError(str(error)) from None
 
 
-def prune(newest: Path, keep_last: int, keep_every: int, print_line: Callable[[str], None]) -> None:
-    """Remove what is older than the `keep_last` newest ones, where every `keep_every`-th step stays, and what was
-    abandoned, once the run has come as far again."""
+def prune(
+    newest: Path, keep_last: int, keep_every: int, print_line: Callable[[str], None], decay_begin: int | None = None
+) -> None:
+    """Remove what is older than the `keep_last` newest ones, where every `keep_every`-th step stays, and the newest up to
+    step `decay_begin`; and what was abandoned, once the run has come as far again."""
     old = [path for path in in_order(newest.parent) if step_of(path) < step_of(newest)]
-    doomed = [path for path in old[: max(0, len(old) - keep_last + 1)] if not keep_every or step_of(path) % keep_every]
+    before = [path for path in (*old, newest) if decay_begin is not None and step_of(path) <= decay_begin][-1:]
+    doomed = [
+        path
+        for path in old[: max(0, len(old) - keep_last + 1)]
+        if path not in before and not (keep_every and step_of(path) % keep_every == 0)
+    ]
     abandoned = [
         path
         for path in newest.parent.glob(f"{ABANDONED}step_*")

@@ -11,7 +11,7 @@ import torch
 
 from celo2_pretrain.common.console import print_line
 from celo2_pretrain.common.errors import UserError
-from celo2_pretrain.config import Config
+from celo2_pretrain.config import Config, load_config
 from celo2_pretrain.data.documents import mask_documents
 from celo2_pretrain.data.loader import TrainLoader, ValLoader
 from celo2_pretrain.data.mixture import Mixture, open_mixture
@@ -24,7 +24,7 @@ from celo2_pretrain.train.checkpoints.staging import check_staging
 from celo2_pretrain.train.faults.failures import join_and_look
 from celo2_pretrain.train.faults.run_lock import RunLock
 from celo2_pretrain.train.record.trackers import check_installed
-from celo2_pretrain.train.schedule import BatchSizes
+from celo2_pretrain.train.schedule import BatchSizes, LearningRate, rate_ends_early
 from celo2_pretrain.train.start.preflight import check_node, check_run_dir, warn
 from celo2_pretrain.train.start.ranks import world_from_environment
 
@@ -46,6 +46,31 @@ class Start:
         """Whether a validation comes before the next step."""
         return self.step == 0 or self.extra.get("validation_due", False)
 
+    def learning_rate(self, config: Config) -> tuple[LearningRate, str | None]:
+        """Of the run that begins here; and in words what changes, where a resumed run asks for another schedule."""
+        if self.checkpoint is None:
+            return LearningRate.of(config.schedule, config.train.max_steps), None
+        earlier = self.earlier_rate(config)
+        rate = earlier.resumed(config.schedule, config.train.max_steps, self.step)
+        changed, decay_begin = rate.describe_change(earlier, self.step, config.optimizer.lr), earlier.curve.decay_begin
+        if changed and rate.curve.move == self.step and decay_begin is not None:
+            before = [path for path in select.in_order(self.checkpoint.parent) if select.step_of(path) <= decay_begin]
+            changed += f"; {before[-1]} is from before the decay: --resume goes on from there at the peak" if before else ""
+        return rate, changed
+
+    def earlier_rate(self, config: Config) -> LearningRate:
+        """Of the run that wrote the checkpoint. One of an earlier version doesn't say: its run's config.yaml does."""
+        if "learning_rate" in self.extra:
+            try:
+                return LearningRate.restore(self.extra["learning_rate"])
+            except (TypeError, KeyError, ValueError, AttributeError, ZeroDivisionError, OverflowError):
+                raise select.damaged(self.checkpoint, "state.json's learning_rate is not of this program's form") from None
+        try:
+            config = load_config(str(self.checkpoint.parents[1] / "config.yaml"))
+        except UserError:  # none there, or of another version
+            pass
+        return LearningRate.of(config.schedule, config.train.max_steps)
+
 
 @dataclass
 class Prepared:
@@ -60,6 +85,8 @@ class Prepared:
     val_loader: ValLoader
     description: dict[str, Any]  # checkpoint.describe's
     start: Start
+    learning_rate: LearningRate
+    changed_schedule: str | None  # in words, where a resumed run has another
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     parameters: int  # of the whole model
@@ -94,6 +121,9 @@ def prepare(config: Config, resume: str | None, overwrite: bool, lock: RunLock) 
     start = find_start(config, resume, overwrite, lock, description, mixture)
     if start is None:
         return None
+    learning_rate, changed_schedule = start.learning_rate(config)
+    if rank == 0 and (warning := rate_ends_early(config, learning_rate)):
+        warn(warning)
     check_node(config, index, replaced=overwrite and not start.own)
     model = build_seeded(config, index)
     parameters, per_token = sum(p.numel() for p in model.parameters()), flops_per_token(model, context)
@@ -108,6 +138,8 @@ def prepare(config: Config, resume: str | None, overwrite: bool, lock: RunLock) 
         val_loader,
         description,
         start,
+        learning_rate,
+        changed_schedule,
         model,
         optimizer,
         parameters,
