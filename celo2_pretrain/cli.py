@@ -98,6 +98,11 @@ def parser() -> argparse.ArgumentParser:
         help="continue a run or checkpoint (default: run_dir's newest); auto: run_dir's newest "
         "whole one, or begin where there is none",
     )
+    p.add_argument(
+        "--take-over",
+        metavar="RUN",
+        help="begin where this AdamW run (or one of its checkpoints) is, with Celo2 as the optimizer, in a run_dir of its own",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace the run in run_dir")
     p.add_argument("--list-keys", action="store_true", help="list all keys with their defaults and meanings")
     p.add_argument(
@@ -214,17 +219,44 @@ def run_prepare(args) -> None:
 
 
 def run_train(args) -> int | None:
-    from celo2_pretrain.config import list_keys, load_config
+    from celo2_pretrain.config import list_keys
 
     if args.list_keys:
         print(list_keys())
         return
+    config, take_over = train_config(args)
+    if args.max_restarts is not None:
+        from celo2_pretrain.train.faults.supervisor import supervise
+
+        return supervise(args, config)
+    if args.launch or args.ranks:
+        raise UserError("--launch and --ranks are for --max-restarts N: give it too, or start the launcher itself")
+    from celo2_pretrain.train.faults.failures import ending_all_ranks
+    from celo2_pretrain.train.loop import train
+
+    resume = args.resume or (config.run_dir if args.resume == "" else None)
+    with ending_all_ranks(config.run_dir):
+        train(config, resume=resume, overwrite=args.overwrite, take_over=take_over)
+
+
+def train_config(args):
+    """The configuration of a run, and the run that it is to take over (None: none)."""
+    from celo2_pretrain.config import load_config
+
     if args.resume and "=" in args.resume and not os.path.exists(args.resume):  # --resume key=value …
         args.overrides.insert(0, args.resume)
         args.resume = ""
     path = args.config
     folders = [override for override in args.overrides if override.startswith("run_dir=")]
-    if args.resume is not None and not path:
+    if args.take_over is not None:
+        from celo2_pretrain.train.start.take_over import begun, take_over
+
+        if args.resume not in (None, "auto"):
+            raise UserError("--take-over begins a run and --resume goes on with one: give one of them, or --resume auto")
+        if not (args.resume and begun(load_config(path, folders).run_dir)):
+            return take_over(args.take_over, path, args.overrides)
+        path = os.path.join(load_config(path, folders).run_dir, "config.yaml")  # it has the rates that were measured
+    elif args.resume is not None and not path:
         # The other overrides are for the run's own configuration: beside the defaults they may be wrong.
         run_dir = load_config(None, folders).run_dir
         if args.resume != "auto":
@@ -236,17 +268,7 @@ def run_train(args) -> int | None:
     config = load_config(path, args.overrides)
     if path and not args.config and not folders:
         config.run_dir = os.path.dirname(path) or "."  # the folder may have been moved since
-    if args.max_restarts is not None:
-        from celo2_pretrain.train.faults.supervisor import supervise
-
-        return supervise(args, config)
-    if args.launch or args.ranks:
-        raise UserError("--launch and --ranks are for --max-restarts N: give it too, or start the launcher itself")
-    from celo2_pretrain.train.faults.failures import ending_all_ranks
-    from celo2_pretrain.train.loop import train
-
-    with ending_all_ranks(config.run_dir):
-        train(config, resume=args.resume or (config.run_dir if args.resume == "" else None), overwrite=args.overwrite)
+    return config, None
 
 
 def run_sweep(args) -> None:

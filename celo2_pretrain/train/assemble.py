@@ -25,6 +25,7 @@ from celo2_pretrain.train.record.peak_flops import Peak, peak_of
 from celo2_pretrain.train.record.profiler import Profiler
 from celo2_pretrain.train.record.provenance import remove_origin, write_origin
 from celo2_pretrain.train.record.trackers import open_trackers
+from celo2_pretrain.train.start import take_over
 from celo2_pretrain.train.start.preflight import check_ranks
 from celo2_pretrain.train.start.prepare import Prepared, set_seeds
 from celo2_pretrain.train.trainer import Trainer
@@ -38,12 +39,19 @@ def assemble(run: Prepared, requests: StopRequests, watchdog: Watchdog, lock: Ru
     make_run_dir(config.run_dir, lock)
     watchdog.begin()
     agreement = Agreement(requests, run.world_size)
+    converted = None
+    if start.take_over:
+        watchdog.beat(f"taking over {start.checkpoint}")
+        run.print_line(f"taking over {start.checkpoint}")
+        converted = take_over.convert(start.take_over, start.checkpoint, config, run.optimizer)
     engine = make_engine(run)
     rates = Rates(engine.optimizer)  # before a checkpoint brings its own
     # Before the seeds: trackers may draw random numbers.
     trackers = open_trackers(config, start.step if start.own else 0) if run.rank == 0 else []
     set_seeds(config.train.seed + start.step, run.rank)
-    if start.checkpoint:
+    if converted:
+        take_over.load(start.take_over, engine, converted)
+    elif start.checkpoint:
         watchdog.beat(f"loading {start.checkpoint}")
         run.print_line(f"loading {start.checkpoint}")
         checkpoint.load(engine, start.checkpoint, bool(start.other_world))
@@ -58,7 +66,7 @@ def assemble(run: Prepared, requests: StopRequests, watchdog: Watchdog, lock: Ru
         run.optimizer,
         config,
         start.extra.get("guard"),
-        start.checkpoint,
+        None if start.take_over else start.checkpoint,  # AdamW's
         metrics.print_line,
         lambda: watchdog.beat("looking for a checkpoint to go back to"),
     )

@@ -17,15 +17,17 @@ from celo2_pretrain.train.record.backend import telling_backend
 from celo2_pretrain.train.start.prepare import prepare
 from celo2_pretrain.train.start.ranks import world_from_environment
 from celo2_pretrain.train.start.resume_command import resume_command
+from celo2_pretrain.train.start.take_over import TakeOver
 from celo2_pretrain.train.trainer import Trainer
 
 
-def train(config: Config, resume: str | None = None, overwrite: bool = False) -> None:
+def train(config: Config, resume: str | None = None, overwrite: bool = False, take_over: TakeOver | None = None) -> None:
     """Train as `config` says; every rank of the launched world calls it.
 
     Args:
         resume: a run folder or checkpoint to continue from, or "auto": config.run_dir's newest whole one, if there is one.
         overwrite: replace a run that is already in config.run_dir.
+        take_over: the AdamW run to begin from.
 
     Raises UserError, alike on every rank and before any process waits for another, when the data, the checkpoint or the
     number of ranks don't fit the config; Stopped when it was asked to stop and has saved.
@@ -38,13 +40,19 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
         RunLock(config.run_dir, rank) as lock,
         Watchdog(config.run_dir, rank, config.train.watchdog_seconds) as watchdog,
     ):
-        run(config, resume, overwrite, requests, watchdog, lock)
+        run(config, resume, overwrite, requests, watchdog, lock, take_over)
 
 
 def run(
-    config: Config, resume: str | None, overwrite: bool, requests: StopRequests, watchdog: Watchdog, lock: RunLock
+    config: Config,
+    resume: str | None,
+    overwrite: bool,
+    requests: StopRequests,
+    watchdog: Watchdog,
+    lock: RunLock,
+    take_over: TakeOver | None = None,
 ) -> None:
-    prepared = prepare(config, resume, overwrite, lock)
+    prepared = prepare(config, resume, overwrite, lock, take_over)
     if prepared is None:
         return
     trainer = assemble(prepared, requests, watchdog, lock)

@@ -9,6 +9,7 @@ from test_state import ROUND_OFF, difference, launch
 from torch.nn.functional import cross_entropy
 
 from celo2_pretrain import Celo2, param_groups
+from celo2_pretrain.optimizer.state.adamw_checkpoint import _scheduled_peak
 from celo2_pretrain.optimizer.state.files import StateReader
 from celo2_pretrain.optimizer.state.save_load import StateError, load_state, save_state
 from celo2_pretrain.optimizer.state.takeover import describe, from_adamw, to_adamw
@@ -124,6 +125,30 @@ def test_the_printed_rates_are_those_of_steps_of_the_same_size(tmp_path, capsys)
     assert rates["update_rms"] == pytest.approx(float(step.square().mean().sqrt()), rel=1e-5)
     assert rates["lr"] * rates["adamw_lr_multiplier"] == pytest.approx(3e-3)  # the others go on at AdamW's own rate
     assert load_state(optimizer, tmp_path / "celo2") == {"learning_rates": rates}
+
+
+def test_the_printed_rates_are_beside_adamws_peak_where_its_rate_has_fallen(tmp_path, capsys):
+    a = build()
+    old = named_adamw(a, lr=3e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(old, lambda step: 1 - step / 10)
+    for gradient in gradients(8):
+        feed(a, old, [gradient])
+        schedule.step()
+    save_state(old, tmp_path / "adamw")
+    rates = from_adamw(tmp_path / "adamw", tmp_path / "celo2", celo2(build()))
+    assert rates["adamw_matrix_lr"] == 3e-3 and rates["adamw_last_lr"] == pytest.approx(6e-4)
+    assert rates["lr"] == pytest.approx(3e-3 * rates["update_rms"])
+    assert rates["lr"] * rates["adamw_lr_multiplier"] == pytest.approx(3e-3)
+    assert "× lr 0.0006 on the matrices" in (said := capsys.readouterr().out) and "AdamW's peak rate of 0.003" in said
+    given = from_adamw(tmp_path / "adamw", tmp_path / "given", celo2(build()), peak_lr=6e-3)
+    assert given["lr"] == pytest.approx(2 * rates["lr"])
+    assert given["adamw_lr_multiplier"] == pytest.approx(rates["adamw_lr_multiplier"])
+
+
+def test_the_peak_of_deepspeeds_own_scheduler_is_in_its_configuration():
+    scheduler = {"type": "WarmupDecayLR", "params": {"warmup_max_lr": 2e-3, "warmup_min_lr": 0, "total_num_steps": 10}}
+    assert _scheduled_peak({"scheduler": scheduler}) == 2e-3
+    assert _scheduled_peak({"scheduler": {"type": "WarmupCosineLR", "params": {}}}) == _scheduled_peak(None) == 0
 
 
 def test_the_loss_goes_on_falling_after_the_switch(tmp_path):

@@ -26,7 +26,9 @@ def resumed(tmp_path, monkeypatch):
     Path("runs/x/config.yaml").write_text(yaml.safe_dump(as_tree(begun)))
     asked = []
     monkeypatch.setattr(select, "find", lambda path: Path(path))  # there are no checkpoints
-    monkeypatch.setattr(loop, "train", lambda config, resume, overwrite: asked.append((READER.values(config), resume)))
+    monkeypatch.setattr(
+        loop, "train", lambda config, resume, overwrite, take_over: asked.append((READER.values(config), resume))
+    )
 
     def call(*arguments: str) -> tuple[dict, str | None]:
         assert main(["train", *arguments]) == 0

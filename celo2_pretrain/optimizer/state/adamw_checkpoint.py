@@ -65,6 +65,7 @@ class AdamWCheckpoint:
         if not models:
             raise StateError(f"{self._where} is no DeepSpeed checkpoint: it has no *_model_states.pt")
         model = load_plain(models[0])
+        self._scheduled = _scheduled_peak(model.get("ds_config"))
         if not files:
             self._without_zero(model, names, trained)
             return
@@ -75,6 +76,7 @@ class AdamWCheckpoint:
                 "checkpoint again, with all ranks' files"
             )
         saved = [load_plain(path) for path in files]
+        self._scheduled = max(self._scheduled, _scheduled_peak(saved[0].get("ds_config")))
         if len(files) > 1 and saved[0].get("ds_config", {}).get("zero_optimization", {}).get("round_robin_gradients"):
             raise StateError(
                 f"{self._where} was saved with round_robin_gradients, where DeepSpeed records the "
@@ -118,7 +120,7 @@ class AdamWCheckpoint:
         return self._facts[name][0]
 
     def options(self, name: str) -> dict[str, Any]:
-        """lr, betas, eps and weight_decay of the parameter's group."""
+        """lr, betas, eps and weight_decay of the parameter's group, and `peak_lr`, its highest rate as far as recorded."""
         return self._facts[name][1]
 
     def _zero12(self, state: dict[str, Any]) -> None:
@@ -219,6 +221,7 @@ class AdamWCheckpoint:
             )
         step = float(state.get("step", group.get("step", 0)))
         options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        options["peak_lr"] = max(_peak_lr(group), self._scheduled)
         return {"param": master, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}, (step, options)
 
 
@@ -251,7 +254,19 @@ class SavedAdamW:
     def options(self, name: str) -> dict[str, Any]:
         if "betas" not in self._options.get(name, {}):
             raise StateError(f"{str(self.folder)!r} doesn't say with which betas AdamW ran; save it from an engine with AdamW")
-        return self._options[name]
+        return self._options[name] | {"peak_lr": _peak_lr(self._options[name])}
+
+
+def _peak_lr(group: dict[str, Any]) -> float:
+    """The highest rate that a param group tells of: torch's schedulers write initial_lr, OneCycleLR max_lr too."""
+    return max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
+
+
+def _scheduled_peak(config: Any) -> float:
+    """The highest rate of a DeepSpeed configuration's own scheduler; 0.0 without one."""
+    params = ((config or {}).get("scheduler") or {}).get("params") or {}
+    rates = [params.get(key) for key in ("warmup_max_lr", "cycle_max_lr")]
+    return max((float(rate) for rate in rates if isinstance(rate, (int, float))), default=0.0)
 
 
 def _find(folder: Path, tag: str | None) -> Path:

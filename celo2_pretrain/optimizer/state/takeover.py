@@ -37,7 +37,12 @@ from .files import INDEX, SHARED, StateError, StateReader
 
 
 def from_adamw(
-    checkpoint: str | Path, folder: str | Path, optimizer: Any, tag: str | None = None, names: Sequence[str] | None = None
+    checkpoint: str | Path,
+    folder: str | Path,
+    optimizer: Any,
+    tag: str | None = None,
+    names: Sequence[str] | None = None,
+    peak_lr: float | None = None,
 ) -> dict[str, float]:
     """Convert the state of an AdamW run into one that `load_state` gives to Celo2 in any world. One process calls it.
 
@@ -47,6 +52,8 @@ def from_adamw(
         optimizer: the Celo2 (or its engine) that will go on; it says which tensor gets which rule and matrix view.
             Nothing of it is changed, so one over a model on the meta device does.
         tag, names: see `AdamWCheckpoint`.
+        peak_lr: the highest rate of AdamW's schedule on the matrices; by default what the checkpoint records of it
+            (`initial_lr` of torch's schedulers, DeepSpeed's own scheduler), or else its rate in the last step.
 
     Returns `learning_rates`, also printed. Only one tensor is in memory at a time.
     Raises StateError for a checkpoint that can't be read, or that doesn't have just the optimizer's parameters.
@@ -58,24 +65,25 @@ def from_adamw(
         else AdamWCheckpoint(checkpoint, tag, names, trained=targets.keys())
     )
     _compare(source, targets)
-    update = {"squares": 0.0, "elements": 0, "lr": 0.0, "adamw_lr": 0.0}
+    update = {"squares": 0.0, "elements": 0, "lr": 0.0, "peak": 0.0, "adamw_peak": 0.0}
 
     def convert(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         original, rule = targets[name]
         values, step, options = source.read(name), source.step(name), source.options(name)
         if rule == "adamw":
-            update["adamw_lr"] = max(update["adamw_lr"], float(options["lr"]))
+            update["adamw_peak"] = max(update["adamw_peak"], float(options["peak_lr"]))
             return values, {"step": torch.tensor(step)}
         mean, square = _unbiased(values, step, options["betas"])
         update["squares"] += float((mean / (square.sqrt() + options["eps"])).square().sum())
         update["elements"] += mean.numel()
         update["lr"] = max(update["lr"], float(options["lr"]))
+        update["peak"] = max(update["peak"], float(options["peak_lr"]))
         return _seed(original, values["param"], mean, square, step)
 
     entries = {name: (list(original.shape), rule, original.view) for name, (original, rule) in targets.items()}
     theta = {f"theta|{key}": x.cpu().contiguous() for key, x in optimizer.mlp._asdict().items()}
-    _write(Path(folder), entries, convert, theta, lambda: {"learning_rates": _learning_rates(update)})
-    rates = _learning_rates(update)
+    _write(Path(folder), entries, convert, theta, lambda: {"learning_rates": _learning_rates(update, peak_lr)})
+    rates = _learning_rates(update, peak_lr)
     print(describe(rates), flush=True)
     return rates
 
@@ -125,23 +133,34 @@ def to_adamw(
 
 def describe(rates: dict[str, float]) -> str:
     """`learning_rates` in words."""
+    peak, last = rates["adamw_matrix_lr"], rates["adamw_last_lr"]
+    decayed = abs(last - peak) > 1e-3 * peak
+    of_peak = f"beside AdamW's peak rate of {peak:.2g}, the peak " if decayed else ""
+    scheduled = " under the same schedule" if decayed else ""
     return (
-        f"AdamW's last step had RMS {rates['update_rms']:.2f} × lr {rates['adamw_matrix_lr']:.2g} on the matrices "
-        f"that Celo2 takes over, Celo2's has RMS 1 × lr: lr={rates['lr']:.2g} goes on with steps of the same size, and "
+        f"AdamW's last step had RMS {rates['update_rms']:.2f} × lr {last:.2g} on the matrices that Celo2 takes over, "
+        f"Celo2's has RMS 1 × lr: {of_peak}lr={rates['lr']:.2g} goes on with steps of the same size{scheduled}, and "
         f"adamw_lr_multiplier={rates['adamw_lr_multiplier']:.3g} keeps AdamW's rate for the other tensors"
     )
 
 
-def _learning_rates(update: dict[str, float]) -> dict[str, float]:
-    """With which rates Celo2's steps are as large as AdamW's were.
+def _learning_rates(update: dict[str, float], peak_lr: float | None = None) -> dict[str, float]:
+    """With which peak rates Celo2's steps are as large as AdamW's were, under the same schedule.
 
-    lr: AdamW's times the RMS of its normalised update on the matrices that Celo2 takes over; adamw_lr_multiplier: such
-    that the tensors that stay under AdamW keep its rate; update_rms and adamw_matrix_lr: what lr was made of.
+    lr: AdamW's peak times the RMS of its normalised update on the matrices that Celo2 takes over; adamw_lr_multiplier:
+    such that the tensors that stay under AdamW keep its rate; update_rms and adamw_matrix_lr: what lr was made of;
+    adamw_last_lr: AdamW's rate in its last step.
     """
     rms = (update["squares"] / max(1, update["elements"])) ** 0.5
-    lr = rms * update["lr"]
-    multiplier = (update["adamw_lr"] or update["lr"]) / lr if lr else 0.0
-    return {"lr": lr, "adamw_lr_multiplier": multiplier, "update_rms": rms, "adamw_matrix_lr": update["lr"]}
+    ratio = update["adamw_peak"] / update["peak"] if update["adamw_peak"] and update["peak"] else 1.0
+    peak = update["peak"] if peak_lr is None else peak_lr
+    return {
+        "lr": rms * peak,
+        "adamw_lr_multiplier": ratio / rms if rms else 0.0,
+        "update_rms": rms,
+        "adamw_matrix_lr": peak,
+        "adamw_last_lr": update["lr"],
+    }
 
 
 def _targets(optimizer: Any) -> tuple[Celo2, dict[str, tuple[Original, str]]]:

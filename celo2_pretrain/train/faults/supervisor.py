@@ -196,6 +196,8 @@ def arguments(args, run_dir: str, go_on: bool, replace: bool) -> list[str]:
     """
     resume, overwrite = ("auto", False) if go_on else (args.resume, args.overwrite or replace)
     out = ["--config", args.config] if args.config else []
+    if args.take_over is not None:
+        out += ["--take-over", args.take_over]
     if resume is not None:
         out += ["--resume", resume or run_dir]
     if overwrite:
@@ -271,7 +273,8 @@ def supervise(args, config: Config) -> int:
             command = [part.replace("{ranks}", str(ranks[0])) if ranks else part for part in launch]
             half_saved = restarts > 0 and not args.overwrite and checkpoints.half_saved()
             # A run that began from another run's checkpoint must begin from that one again.
-            replace = half_saved and args.resume not in (None, "auto") and not any(checkpoints.path.parent.glob("step_*"))
+            from_another = args.take_over or args.resume not in (None, "auto")
+            replace = half_saved and from_another and not any(checkpoints.path.parent.glob("step_*"))
             command += arguments(args, config.run_dir, bool(own) or (half_saved and not replace), replace)
             print_notice(f"start {restarts + 1} of at most {args.max_restarts + 1}: {shlex.join(command)}")
             start = DriverStart(command, Path(folder, f"start_{restarts + 1}"), signals.since)

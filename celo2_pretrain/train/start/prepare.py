@@ -25,8 +25,10 @@ from celo2_pretrain.train.faults.failures import join_and_look
 from celo2_pretrain.train.faults.run_lock import RunLock
 from celo2_pretrain.train.record.trackers import check_installed
 from celo2_pretrain.train.schedule import BatchSizes, LearningRate, rate_ends_early
+from celo2_pretrain.train.start import take_over
 from celo2_pretrain.train.start.preflight import check_node, check_run_dir, warn
 from celo2_pretrain.train.start.ranks import world_from_environment
+from celo2_pretrain.train.start.take_over import TakeOver
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Start:
 
     checkpoint: Path | None = None
     own: bool = False  # the checkpoint lies in the run's own folder
+    take_over: TakeOver | None = None  # from the checkpoint, which is AdamW's
     verified: bool = False  # all of the checkpoint's files have been read
     step: int = 0
     samples: int = 0
@@ -98,7 +101,9 @@ class Prepared:
             print_line(text)
 
 
-def prepare(config: Config, resume: str | None, overwrite: bool, lock: RunLock) -> Prepared | None:
+def prepare(
+    config: Config, resume: str | None, overwrite: bool, lock: RunLock, asked: TakeOver | None = None
+) -> Prepared | None:
     """Check and make what needs no other rank; None where the run is at its last step already (with `resume="auto"`).
 
     Args: as of `train`. Raises UserError, alike on every rank. Only `resume="auto"` joins the ranks here: they share the
@@ -118,7 +123,7 @@ def prepare(config: Config, resume: str | None, overwrite: bool, lock: RunLock) 
     val_loader = ValLoader(mixture, context, size.micro_batch_size, config.eval.sequences, rank, world_size)
     description = checkpoint.describe(config, index, world_size)
 
-    start = find_start(config, resume, overwrite, lock, description, mixture)
+    start = find_start(config, resume, overwrite, lock, description, mixture, asked)
     if start is None:
         return None
     learning_rate, changed_schedule = start.learning_rate(config)
@@ -148,9 +153,15 @@ def prepare(config: Config, resume: str | None, overwrite: bool, lock: RunLock) 
 
 
 def find_start(
-    config: Config, resume: str | None, overwrite: bool, lock: RunLock, description: dict[str, Any], mixture: Mixture
+    config: Config,
+    resume: str | None,
+    overwrite: bool,
+    lock: RunLock,
+    description: dict[str, Any],
+    mixture: Mixture,
+    asked: TakeOver | None,
 ) -> Start | None:
-    """The checkpoint that `resume` asks for, checked against this run; None where nothing is left to do."""
+    """The checkpoint that `resume` or `asked` stands for, checked against this run; None where nothing is left to do."""
     print_once = print_line if lock.rank == 0 else lambda text: None
     automatic, checkpoints = resume == select.AUTO, Path(config.run_dir, "checkpoints")
     if automatic:
@@ -159,16 +170,24 @@ def find_start(
         found = select.automatic(config.run_dir, overwrite, print_once)
         if found is None:
             print_once(f"{config.run_dir} has no checkpoint yet: beginning anew")
+        else:
+            asked = None  # it was taken over before
     else:
         found = select.find(resume) if resume else None
-    start = Start(found, own=found is not None and found.parent.resolve() == checkpoints.resolve(), verified=automatic)
+    if asked:
+        start = Start(take_over.find(asked.path), take_over=asked)
+        free = ("optimizer.", *select.OF_THE_WORLD)
+        description = {name: value for name, value in description.items() if not name.startswith(free)}
+        found = start.checkpoint
+    else:
+        start = Start(found, own=found is not None and found.parent.resolve() == checkpoints.resolve(), verified=automatic)
     if start.own and not select.NAMED.fullmatch(found.name):
         raise UserError(
             f"{found} has no checkpoint's name, as one that was given up: rename it to step_ and its step to go on from it"
         )
     if found:
         read_start(start, description, mixture.digest, lock.rank)
-        if start.step >= config.train.max_steps and automatic:
+        if start.step >= config.train.max_steps and automatic and not asked:
             print_once(f"{found} is at step {start.step} of {config.train.max_steps}: nothing left to do")
             dist.destroy_process_group()
             return None
