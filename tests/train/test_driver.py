@@ -277,5 +277,5 @@ def test_this_runs_options_count_after_a_checkpoint_brought_its_own():
     assert optimizer.param_groups[0]["lr"] == 9.0
     rates.set(0.5)
     for group, before in zip(optimizer.param_groups, built, strict=True):
-        assert {**group, "params": 0} == {**before, "lr": 5e-4, "params": 0}
+        assert {**group, "params": 0} == {**before, "lr": 5e-4, "initial_lr": 1e-3, "params": 0}
     assert (optimizer.check_replicas_every, optimizer.nonfinite) == (5, "skip")
